@@ -1,0 +1,35 @@
+"""Where and how the workers run."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    workers: int | None = None
+    """Workers in all, one process each (one GPU each where there are GPUs). None: one per GPU, else two on CPU."""
+    nodes: int = 1
+    """Nodes they are spread over evenly."""
+    address: str | None = None
+    """Address of a running Ray cluster (``auto``, ``10.0.0.1:6379``, ``ray://…``). None: one is started on this machine."""
+    device: str = "auto"
+    """``cuda``, ``cpu``, or ``auto``: cuda where the machine has a GPU."""
+    threads: int | None = None
+    """CPU threads a worker computes with. None: the node's cores divided by its workers, whatever OMP_NUM_THREADS says."""
+    start_timeout_s: float = 120.0
+    """Longest wait for the cluster to answer and for the workers to be placed and joined."""
+    collective_timeout_s: float = 600.0
+    """A collective that takes longer than this fails its worker."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"launch.workers={self.workers}: at least one worker")
+        if self.nodes < 1:
+            raise ValueError(f"launch.nodes={self.nodes}: at least one node")
+        if self.workers is not None and self.workers % self.nodes:
+            raise ValueError(f"launch.workers={self.workers} must be divisible by launch.nodes={self.nodes}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"launch.device={self.device!r}: choose auto, cpu or cuda")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"launch.threads={self.threads}: at least one thread")
+        if self.start_timeout_s <= 0 or self.collective_timeout_s <= 0:
+            raise ValueError("launch.start_timeout_s and launch.collective_timeout_s must be positive")

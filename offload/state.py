@@ -1,0 +1,34 @@
+"""The currency that every part trades in: a range of one kind of state of one parameter.
+
+Partitioning says which rank holds which ranges, offloading in which memory they lie, a checkpoint writes and
+reads them. A range is named by its parameter, never by a rank or a unit, so that state saved by N ranks under one
+placement is read by any M under any other.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+MASTER = "master"
+"""The kind of the full-precision weights themselves; the optimizer names its other kinds (``exp_avg`` …)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Elements ``start:stop`` of the flattened parameter (or module buffer) ``name``, of one kind of state."""
+
+    name: str
+    """Fully qualified name in the model, as in ``model.named_parameters()``."""
+    kind: str
+    """``master``, or a kind of the optimizer: ``exp_avg``, ``exp_avg_sq``, ``momentum_buffer``."""
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    """Shape of the whole parameter; ``stop <= prod(shape)``."""
+    tensor: torch.Tensor
+    """1-D view of ``stop - start`` elements on whatever device the state lives; changes with the next update."""
+
+
+Read = Callable[[str, str, int, int], torch.Tensor]
+"""``read(name, kind, start, stop)`` returns those elements as a 1-D CPU tensor. Raises KeyError when there is no such state."""

@@ -1,0 +1,37 @@
+"""What the training loop needs of an engine: ours, FSDP2 or DeepSpeed."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from offload.state import Piece, Read
+
+
+class Engine(Protocol):
+    """One rank's share of a model in training. Every method but `pieces` and `state_bytes` is collective."""
+
+    model: nn.Module
+
+    def forward_backward(self, *inputs: Tensor, scale: float, first: bool, last: bool) -> Tensor:
+        """Run ``model(*inputs)`` (a 0-dim loss) and the backward of ``scale * loss``; returns the unscaled loss, detached.
+
+        Gradients are summed over ranks and over the micro-batches from ``first`` to ``last``: the caller passes
+        ``scale = 1 / (ranks * micro-batches)`` to get the mean.
+        """
+
+    def evaluate(self, *inputs: Tensor) -> Tensor:
+        """``model(*inputs)`` without gradients."""
+
+    def step(self, lr: float, clip_norm: float | None) -> Tensor:
+        """Clip, update, and make the new weights visible. Returns the global gradient norm before clipping, 0-dim fp32."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """The ranges of state that this rank writes into a checkpoint: over all ranks, each element exactly once."""
+
+    def load(self, read: Read, *, moments: bool) -> None:
+        """Fill the weights (and the optimizer's state, if `moments`) from `read`, each rank its own ranges."""
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes this rank holds for good, by kind: ``parameters``, ``gradients``, ``master``, ``optimizer``, ``buffers`` (gather ring)."""
+

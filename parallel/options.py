@@ -1,0 +1,79 @@
+"""Options of the engine: where state is partitioned, and how it is updated."""
+
+from dataclasses import dataclass, field
+
+PLACEMENTS = ("ddp", "zero1", "zero2", "zero3", "hsdp", "hfsdp", "topo", "free")
+DTYPES = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    placement: str = "zero3"
+    """``ddp zero1 zero2 zero3 hsdp hfsdp topo``, or ``free``: then ``params``, ``grads`` and ``optim`` say it."""
+    levels: dict[str, int] = field(default_factory=dict)
+    """The levels of the interconnect and their sizes, slowest first: ``{node: 2, gpu: 4}``. The product is the number of
+    workers. Empty: read from where the workers were placed."""
+    params: int | None = None
+    """Over how many of the innermost levels parameters are sharded (``placement=free``). params <= grads <= optim."""
+    grads: int | None = None
+    """The same for gradients."""
+    optim: int | None = None
+    """The same for optimizer states and the fp32 master weights."""
+    prefetch_units: int = 1
+    """How many units are gathered ahead of the one that computes; this many plus one are alive at once."""
+    reduce_dtype: str = "fp32"
+    """Dtype in which gradients cross the links and are summed: ``fp32`` or ``bf16``."""
+
+    def __post_init__(self) -> None:
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"parallel.placement={self.placement!r}: choose one of {', '.join(PLACEMENTS)}")
+        if self.reduce_dtype not in DTYPES:
+            raise ValueError(f"parallel.reduce_dtype={self.reduce_dtype!r}: choose one of {', '.join(DTYPES)}")
+        if self.prefetch_units < 0:
+            raise ValueError(f"parallel.prefetch_units={self.prefetch_units}: must be 0 or more")
+        triple = (self.params, self.grads, self.optim)
+        if self.placement == "free":
+            if None in triple:
+                raise ValueError("parallel.placement=free needs all of parallel.params, parallel.grads and parallel.optim")
+        elif triple != (None, None, None):
+            raise ValueError(
+                f"parallel.params, parallel.grads and parallel.optim are only read with parallel.placement=free, "
+                f"not with parallel.placement={self.placement}"
+            )
+        for name, size in self.levels.items():
+            if size < 1:
+                raise ValueError(f"parallel.levels.{name}={size}: a level has at least one member")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    name: str = "adamw"
+    """``adamw`` (Loshchilov and Hutter, arXiv 1711.05101) or ``sgd``."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.9
+    """Only read by ``sgd``."""
+    weight_decay: float = 0.1
+    """Decoupled for ``adamw``, L2 for ``sgd``; applied to parameters of two or more dimensions."""
+    schedule: str = "cosine"
+    """After the warm-up: ``cosine`` or ``linear`` decay to ``final_lr_ratio * lr``, or ``constant``."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0 to ``lr``."""
+    final_lr_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.name not in ("adamw", "sgd"):
+            raise ValueError(f"optimizer.name={self.name!r}: choose adamw or sgd")
+        if self.schedule not in ("cosine", "linear", "constant"):
+            raise ValueError(f"optimizer.schedule={self.schedule!r}: choose cosine, linear or constant")
+        if self.lr <= 0:
+            raise ValueError(f"optimizer.lr={self.lr}: must be positive")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"optimizer.beta1={self.beta1}, optimizer.beta2={self.beta2}: both must be in [0, 1)")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optimizer.warmup_steps={self.warmup_steps}: must be 0 or more")
+        if not 0 <= self.final_lr_ratio <= 1:
+            raise ValueError(f"optimizer.final_lr_ratio={self.final_lr_ratio}: must be in [0, 1]")

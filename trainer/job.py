@@ -1,0 +1,49 @@
+"""A job: everything that decides what is trained and how, as plain data.
+
+The driver builds it (from Hydra or by hand), checks it, and sends it to the workers as it is.
+"""
+
+from dataclasses import dataclass, field
+
+from checkpoint.options import CheckpointOptions
+from offload.options import OffloadOptions
+from parallel.options import OptimizerOptions, ParallelOptions
+from trainer.options import DataOptions, LlamaOptions, LoggerOptions, ModelOptions, RunOptions, TrainOptions
+
+ENGINES = ("native", "fsdp2", "deepspeed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    engine: str = "native"
+    """``native``, or the same job on ``fsdp2`` or ``deepspeed``, to compare with or to move over from."""
+    model: ModelOptions = field(default_factory=LlamaOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    offload: OffloadOptions = field(default_factory=OffloadOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    logger: LoggerOptions = field(default_factory=LoggerOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine={self.engine!r}: choose one of {', '.join(ENGINES)}")
+
+    @property
+    def run_name(self) -> str:
+        return self.run.name or f"{self.model.name}-{self.data.name}"
+
+    def micro_batches(self, world: int) -> tuple[int, int]:
+        """Sequences in a micro-batch and micro-batches a step on each of `world` ranks; ValueError where they do not divide."""
+        size = self.train.global_batch_size
+        if size % world:
+            raise ValueError(f"train.global_batch_size={size} must be divisible by the number of workers, launch.workers={world}")
+        micro = self.train.micro_batch_size or size // world
+        if size // world % micro:
+            raise ValueError(
+                f"train.global_batch_size={size} over launch.workers={world} leaves {size // world} sequences a worker, "
+                f"which must be divisible by train.micro_batch_size={micro}"
+            )
+        return micro, size // world // micro

@@ -1,0 +1,41 @@
+"""What the trainer needs of a language model."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from offload.state import Read
+
+
+class LanguageModel(nn.Module, ABC):
+    """A causal language model whose parameters were made on ``meta`` and whose buffers are real.
+
+    The engine gives the parameters their memory, unit by unit, so no rank ever holds the whole model.
+    """
+
+    vocab_size: int
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """tokens, targets: (B, S) int64. Returns the mean cross-entropy in nats, 0-dim fp32; without targets the logits that
+        follow the last position, (B, V)."""
+
+    @abstractmethod
+    def units(self) -> list[nn.Module]:
+        """Disjoint submodules in the order they run: what is gathered, computed and released together. Parameters outside
+        them, or shared by several, belong to the root unit."""
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The repeated units: what is compiled and, if asked, recomputed."""
+
+    @abstractmethod
+    def flops_per_token(self, seq_len: int) -> int:
+        """Model FLOPs of forward and backward: 6 a parameter that multiplies, and causal attention at half
+        (6 * layers * heads * head_dim * seq_len); no recomputation."""
+
+    @abstractmethod
+    def initial(self, seed: int, device: torch.device) -> Read:
+        """Where the first weights come from: ``read(name, "master", start, stop)``, a function of the seed and the name
+        alone (random), or of the model's files."""
