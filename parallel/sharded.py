@@ -1,0 +1,417 @@
+"""The engine: a model whose parameters, gradients and optimizer states are sharded by a `Placement`.
+
+A step, unit by unit (design after arXiv 2501.04266, sec. 4, and ZeRO, arXiv 1910.02054):
+
+    micro-batch   gather P · forward · release … gather P · backward · reduce-scatter G · release
+    last one      … and reduce-scatter the levels of O outside G, all-reduce over the replicas
+    step          global norm · update the owned ranges · refresh P from the ranks of O
+
+So nothing crosses the levels outside G until the last micro-batch.
+
+[Note: who may use a unit's weights, and when]
+Gathered weights lie in buffers that are used again for the next unit. Autograd must therefore not hold on to them:
+saved-tensor hooks turn a saved weight into a `_Handle` that finds the weights again in the backward, gathering them if
+need be. A unit is released when its forward ends (but the last one, whose backward follows at once), and again when the
+gradients of all its parameters are there. The root unit (parameters outside all units or shared by several) stays
+gathered from the start of the forward to the end of the backward.
+
+[Note: order of reductions]
+Ranks must issue the collectives of a group in one order, but a rank may miss the gradient of a parameter that another
+has. So units are reduced strictly in the reverse order of `units`; one that waits for a gradient which never comes
+holds back those behind it until the backward ends.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from offload.state import Piece, Read
+from parallel import optimizer as optimizers
+from parallel.collectives import BufferPool, Lane
+from parallel.mesh import Mesh
+from parallel.options import OptimizerOptions, ParallelOptions
+from parallel.placement import Placement
+from parallel.unit import Flat, Named, TrainableFlat, Unit
+
+BUFFER = "buffer"
+"""Kind of state of a module's persistent buffers."""
+
+
+@dataclass(frozen=True)
+class _Handle:
+    """What autograd keeps instead of a weight, see [Note: who may use a unit's weights, and when]."""
+
+    unit: Unit
+    flat: Flat
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class ShardedModel:
+    """This rank's share of a model in training; `shard` makes it. Implements `parallel.engine.Engine`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        placement: Placement,
+        *,
+        units: Sequence[nn.Module],
+        optimizer: OptimizerOptions,
+        options: ParallelOptions,
+        dtype: torch.dtype,
+        device: torch.device,
+        recompute: Sequence[nn.Module] = (),
+    ) -> None:
+        self.model, self.mesh, self.placement = model, mesh, placement
+        self.updates = 0
+        """Optimizer steps taken; set it after `load` to go on from there."""
+        self._prefetch = options.prefetch_units
+        self._slots, self._staging = BufferPool(device), BufferPool(device)
+        self._gathers, self._reductions = Lane(device, depth=4), Lane(device, depth=2)
+        self._owners: dict[int, tuple[Unit, Flat]] = {}  # storage of gathered weights -> whose they are
+        self._first = self._last = True
+
+        def make_unit(name: str, module: nn.Module, named: Named) -> Unit:
+            train = [(name, shape, p) for name, shape, p in named if p.requires_grad]
+            frozen = [(name, shape, p) for name, shape, p in named if not p.requires_grad]
+            trainable = TrainableFlat(
+                train, mesh, placement, dtype, device,
+                kinds=optimizers.moment_kinds(optimizer), reduce_dtype=_DTYPES[options.reduce_dtype],
+            ) if train else None  # fmt: skip
+            return Unit(name, module, trainable, Flat(frozen, mesh, placement, dtype, device) if frozen else None)
+
+        _create_groups(mesh, placement)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        _detach_memory(model, dtype, device)
+        cut, root = _cut(model, units, shapes)
+        self.units = [make_unit(name, module, named) for name, module, named in cut]
+        self.root = make_unit("root", model, root) if root else None
+        self._all = ([self.root] if self.root else []) + self.units
+        self._trainable = [unit.trainable for unit in self._all if unit.trainable]
+        self.optimizer = optimizers.build(optimizer, self._trainable)
+        persistent = model.state_dict(keep_vars=True)
+        self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+        self._recomputed = {unit for unit in self.units if unit.module in recompute}
+        for position, unit in enumerate(self.units):
+            self._watch(unit, position)
+        if self.root:
+            self._watch(self.root, -1)
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def forward_backward(self, *inputs: Tensor, scale: float, first: bool, last: bool) -> Tensor:
+        self._first, self._last = first, last
+        for unit in self._all:
+            unit.packed = unit in self._recomputed
+            unit.num_pending = len(unit.trainable.parameters) if unit.trainable else 0
+        self._unreduced = [unit for unit in reversed(self._all) if unit.trainable]
+        with self._handles():
+            loss: Tensor = self.model(*inputs)
+        (loss * scale).backward()  # type: ignore[no-untyped-call]
+        for unit in self._unreduced:
+            self._reduce(unit)
+        self._unreduced = []
+        for unit in self._all:
+            self._release(unit)
+        return loss.detach()
+
+    def evaluate(self, *inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.model(*inputs)
+
+    def step(self, lr: float, clip_norm: float | None) -> Tensor:
+        self._reductions.finish()
+        self._agree_on_received()
+        norm = self._grad_norm()
+        scale = None if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.updates += 1
+        self.optimizer.update(lr, scale, self.updates)
+        for flat in self._trainable:
+            flat.grad = None
+            flat.received = [False] * len(flat.received)
+        self._refresh()
+        return norm
+
+    def _agree_on_received(self) -> None:
+        """A parameter is updated everywhere if any rank has a gradient for it."""
+        if self.mesh.world == 1:
+            return
+        flags = torch.tensor([got for flat in self._trainable for got in flat.received], dtype=torch.uint8)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        received = iter(flags.tolist())
+        for flat in self._trainable:
+            flat.received = [bool(next(received)) for _ in flat.received]
+
+    def _grad_norm(self) -> Tensor:
+        """2-norm of the mean gradient over all parameters, 0-dim fp32, after the final reduction."""
+        squares = [torch.linalg.vector_norm(_grad(flat), dtype=torch.float32).double() ** 2 for flat in self._trainable]
+        total = torch.stack(squares).sum()
+        levels = self.mesh.num_levels
+        if group := self.mesh.group(levels - self.placement.optim, levels):
+            dist.all_reduce(total, group=group)
+        return total.sqrt().float()
+
+    def _refresh(self) -> None:
+        """Start bringing the new weights to where they are used; a unit waits for its own before it computes."""
+        for flat in self._trainable:
+            if flat.refreshes:
+                flat.refreshing = self._gathers.start(flat.refresh())
+        if self.mesh.world > 1:
+            for buffer in self._buffers.values():
+                dist.broadcast(buffer, src=0)
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def pieces(self) -> Iterator[Piece]:
+        for unit in self._all:
+            for flat in unit.flats:
+                yield from flat.pieces()
+        for name, buffer in self._buffers.items():
+            stop = buffer.numel() if self.mesh.rank == 0 else 0
+            if stop:
+                yield Piece(
+                    name=name, kind=BUFFER, start=0, stop=stop, shape=tuple(buffer.shape), tensor=buffer.view(-1)
+                )
+
+    def load(self, read: Read, *, moments: bool) -> None:
+        for unit in self._all:
+            for flat in unit.flats:
+                flat.load(read, moments=moments)
+        if moments:
+            for name, buffer in self._buffers.items():
+                buffer.view(-1).copy_(read(name, BUFFER, 0, buffer.numel()))
+        self._refresh()
+
+    def state_bytes(self) -> dict[str, int]:
+        flats, trainable = [flat for unit in self._all for flat in unit.flats], self._trainable
+        separate = [flat for flat in trainable if flat.master is not flat.owned]
+        return {
+            "parameters": sum(flat.shard.nbytes for flat in flats),
+            "master": sum(flat.master.nbytes for flat in separate),
+            "optimizer": sum(moment.nbytes for flat in trainable for moment in flat.moments.values()),
+            "buffers": self._slots.size_bytes + self._staging.size_bytes,
+        }
+
+    # ------------------------------------------------------------------------------------------------ units
+
+    def _watch(self, unit: Unit, position: int) -> None:
+        """Register the hooks that gather, release and reduce a unit; `position` is -1 for the root."""
+        if unit.sharded or (unit.trainable and unit.trainable.refreshes):
+            unit.module.register_forward_pre_hook(lambda *_: self._before_forward(unit, position))
+        if unit.sharded:
+            unit.module.register_forward_hook(lambda *args: self._after_forward(unit, position, args[-1]))
+        if unit.trainable:
+            for parameter in unit.trainable.parameters:
+                parameter.register_post_accumulate_grad_hook(lambda _: self._after_gradient(unit))
+
+    def _before_forward(self, unit: Unit, position: int) -> None:
+        self._use(unit)
+        for following in self.units[position + 1 : position + 1 + self._prefetch]:
+            self._start_gather(following)
+
+    def _after_forward(self, unit: Unit, position: int, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            self._release(unit)
+        elif unit is not self.root:
+            if outputs := [tensor for tensor in _tensors(output) if tensor.requires_grad]:
+                register_multi_grad_hook(outputs, lambda _: self._before_backward(unit, position), mode="any")
+            if position < len(self.units) - 1:
+                self._release(unit)
+
+    def _before_backward(self, unit: Unit, position: int) -> None:
+        if unit.packed:
+            self._use(unit)
+        for following in self.units[position + 1 :]:
+            if following.num_pending == 0:  # nothing but frozen parameters: no gradient says when it is done
+                self._release(following)
+        for preceding in reversed(self.units[max(0, position - self._prefetch) : position]):
+            if preceding.packed:
+                self._start_gather(preceding)
+
+    def _after_gradient(self, unit: Unit) -> None:
+        unit.num_pending -= 1
+        if unit.num_pending:
+            return
+        if unit is not self.root:
+            self._release(unit)
+        while self._unreduced and self._unreduced[0].num_pending == 0:
+            self._reduce(self._unreduced.pop(0))
+
+    def _reduce(self, unit: Unit) -> None:
+        """Move a unit's gradients on, as far as this micro-batch asks."""
+        flat, first, last = unit.trainable, self._first, self._last
+        assert flat is not None
+        if self.placement.grads == 0:
+            flat.accumulate(first=first, last=last)
+            if last and self.mesh.world > 1:
+                self._reductions.start(flat.reduce_outer())
+        else:
+            whole = self._staging.take(flat.layout.size, flat.reduce_dtype, ring=2)
+            flat.collect(whole, add=False)
+            self._staging.give(whole, self._reductions.start(flat.reduce_inner(whole, first=first, last=last)))
+
+    # ------------------------------------------------------------------------------------------------ weights
+
+    def _use(self, unit: Unit) -> None:
+        """Have the unit's weights in place for what this thread or stream does next."""
+        self._start_gather(unit)
+        for flat in unit.flats:
+            if flat.gathering:
+                flat.gathering.finish()
+                flat.gathering = None
+
+    def _start_gather(self, unit: Unit) -> None:
+        for flat in unit.flats:
+            if flat.refreshing:
+                flat.refreshing.finish()
+                flat.refreshing = None
+            if flat.full is None:
+                full = self._slots.take(flat.layout.size, flat.shard.dtype)
+                flat.gathering = self._gathers.start(flat.gather(full))
+                flat.attach(full)
+                self._owners[full.untyped_storage().data_ptr()] = unit, flat
+
+    def _release(self, unit: Unit) -> None:
+        for flat in unit.flats:
+            if flat.sharded and flat.full is not None:
+                if flat.gathering:
+                    flat.gathering.finish()
+                    flat.gathering = None
+                del self._owners[flat.full.untyped_storage().data_ptr()]
+                self._slots.give(flat.full)
+                flat.release()
+
+    def _handles(self) -> AbstractContextManager[Any]:
+        if not any(unit.sharded for unit in self._all):
+            return nullcontext()
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> Tensor | _Handle:
+        owner = self._owners.get(tensor.untyped_storage().data_ptr())
+        if owner is None:
+            return tensor
+        unit, flat = owner
+        if tensor.dtype != flat.shard.dtype:  # other bits of the same memory: a copy is the safe thing to keep
+            return tensor.clone()
+        unit.packed = True
+        return _Handle(unit, flat, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+
+    def _unpack(self, saved: Tensor | _Handle) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        self._use(saved.unit)
+        assert saved.flat.full is not None
+        return saved.flat.full.as_strided(saved.size, saved.stride, saved.offset)
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def shard(
+    model: nn.Module,
+    mesh: Mesh,
+    placement: Placement,
+    *,
+    units: Sequence[nn.Module],
+    initial: Read,
+    optimizer: OptimizerOptions,
+    options: ParallelOptions,
+    dtype: torch.dtype,
+    device: torch.device,
+    recompute: Sequence[nn.Module] = (),
+    compile: Sequence[nn.Module] = (),
+) -> ShardedModel:
+    """Shard a model for training; collective over the mesh.
+
+    model: its parameters may be on ``meta``: they get their memory here, each rank its own ranges, filled from
+        ``initial(name, "master", start, stop)``. Calling it returns a 0-dim loss.
+    units: disjoint submodules in the order they run, see `parallel.unit`.
+    dtype: of compute, float32 or bfloat16; master weights and optimizer states are always float32.
+    recompute, compile: modules whose forward is recomputed in the backward, or compiled by ``torch.compile``.
+
+    ValueError where units overlap or a parameter's dtype is not floating point.
+    """
+    for module in compile:
+        module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
+    for module in recompute:
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+    engine = ShardedModel(
+        model, mesh, placement,
+        units=units, optimizer=optimizer, options=options, dtype=dtype, device=device, recompute=recompute,
+    )  # fmt: skip
+    engine.load(initial, moments=False)
+    return engine
+
+
+def _grad(flat: TrainableFlat) -> Tensor:
+    assert flat.grad is not None, "step() needs a forward_backward(last=True) before it"
+    return flat.grad
+
+
+def _create_groups(mesh: Mesh, placement: Placement) -> None:
+    """Create every process group that `placement` uses, in the same order on every rank."""
+    levels = mesh.num_levels
+    for level in range(levels):
+        mesh.group(level, level + 1)
+    for num in (placement.params, placement.grads, placement.optim):
+        mesh.group(0, levels - num)
+        mesh.group(levels - num, levels)
+    mesh.group(levels - placement.optim, levels - placement.params)
+
+
+def _detach_memory(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Replace each parameter by one without memory, in the dtype and on the device that it computes with; ties stay."""
+    new: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module.named_parameters(recurse=False, remove_duplicate=False):
+            if old not in new:
+                new[old] = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=old.requires_grad)
+            setattr(module, name, new[old])
+
+
+def _cut(
+    model: nn.Module, units: Sequence[nn.Module], shapes: Mapping[str, torch.Size]
+) -> tuple[list[tuple[str, nn.Module, Named]], Named]:
+    """Each unit's own parameters, and the root's: those of no unit or of several. Names are the model's."""
+    module_names = {module: name for name, module in model.named_modules()}
+    users: dict[nn.Parameter, set[nn.Module]] = {parameter: set() for parameter in model.parameters()}
+    inside: set[nn.Module] = set()
+    for unit in units:
+        if unit not in module_names:
+            raise ValueError(f"unit {type(unit).__name__} is not a submodule of the model")
+        if unit in inside:
+            raise ValueError(f"unit {module_names[unit]} lies inside another unit")
+        inside.update(unit.modules())
+        for parameter in unit.parameters():
+            users[parameter].add(unit)
+    for module in model.modules():
+        if module not in inside:
+            for parameter in module.parameters(recurse=False):
+                users[parameter].add(module)
+    own: dict[nn.Module, list[tuple[str, torch.Size, nn.Parameter]]] = {unit: [] for unit in units}
+    root: list[tuple[str, torch.Size, nn.Parameter]] = []
+    for name, parameter in model.named_parameters():
+        first, *others = users[parameter]
+        (root if others or first not in own else own[first]).append((name, shapes[name], parameter))
+    return [(module_names[unit], unit, named) for unit, named in own.items() if named], root
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in a module's output."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from _tensors(list(output.values()))
+    elif isinstance(output, list | tuple):
+        for part in output:
+            yield from _tensors(part)

@@ -1,0 +1,111 @@
+"""Every placement trains as one plain process does. The conformance suite of the engine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PRESETS = ("ddp", "zero1", "zero2", "zero3", "hsdp", "hfsdp", "topo")
+HERE = Path(__file__).parent
+
+
+def run_world(world: int, cases: list[dict]) -> list[dict]:
+    """The answers of `worlds.py` to the cases, in their order."""
+    done = subprocess.run(
+        [sys.executable, HERE / "worlds.py", str(world)], input=json.dumps(cases), capture_output=True, text=True,
+        timeout=200, cwd=HERE.parent.parent, env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def free(params: int, grads: int, optim: int) -> dict:
+    return {"placement": "free", "params": params, "grads": grads, "optim": optim}
+
+
+def presets(levels: dict, accumulations: tuple[int, ...] = (1, 4)) -> list[dict]:
+    return [
+        {"levels": levels, "parallel": {"placement": preset}, "accumulation": accumulation}
+        for preset in PRESETS
+        for accumulation in accumulations
+    ]
+
+
+WORLDS = {
+    2: presets({}),
+    3: presets({}),
+    4: presets({"node": 2, "gpu": 2}) + presets({}, (4,)),
+    8: presets({"node": 2, "gpu": 2, "die": 2})
+    + [
+        {"levels": {"node": 2, "gpu": 2, "die": 2}, "parallel": free(p, g, o), "accumulation": 2}
+        for p, g, o in ((0, 1, 2), (0, 0, 2), (1, 1, 2), (1, 3, 3), (2, 3, 3), (0, 1, 1), (1, 2, 2))
+    ]
+    + presets({"node": 4, "gpu": 2}, (1,)),
+}
+
+
+@pytest.mark.timeout(250)
+@pytest.mark.parametrize("world", WORLDS)
+def test_parameters_equal_those_of_one_process(world: int) -> None:
+    answers = run_world(world, WORLDS[world])
+    assert len(answers) == len(WORLDS[world])
+    far = [a for a in answers if not (a["difference"] < 1e-6 and a["norms"] < 1e-6)]
+    assert not far, far
+    assert all(a["alive"] == 0 for a in answers), "gathered weights were left over"
+
+
+def test_variants_equal_one_process() -> None:
+    """Untied, recomputed, compiled, no clipping, prefetching more or nothing, evaluation in between, SGD."""
+    base = {"parallel": {"placement": "zero3"}, "accumulation": 2}
+    cases = [
+        base | {"tied": False},
+        base | {"recompute": True},
+        base | {"tied": False, "compile": True},
+        base | {"tied": False, "compile": True, "recompute": True},
+        base | {"clip": 1e9},
+        base | {"evaluate": True},
+        base | {"parallel": {"placement": "zero3", "prefetch_units": 0}},
+        base | {"parallel": {"placement": "zero3", "prefetch_units": 3}},
+        base | {"optimizer": {"name": "sgd", "weight_decay": 0.0}},
+        base | {"optimizer": {"name": "sgd", "momentum": 0.0, "weight_decay": 0.01}},
+    ]
+    far = [a for a in run_world(2, cases) if not (a["difference"] < 1e-6 and a["norms"] < 1e-6)]
+    assert not far, far
+
+
+def test_bf16_stays_near_fp32() -> None:
+    cases = [
+        {"parallel": {"placement": placement, "reduce_dtype": dtype}, "accumulation": accumulation, "bf16": True}
+        for placement in ("ddp", "zero1", "zero3")
+        for dtype in ("fp32", "bf16")
+        for accumulation in (1, 2)
+    ]
+    for answer in run_world(2, cases):
+        assert 1e-6 < answer["difference"] < 0.2, answer
+        assert answer["norms"] < 0.1, answer
+
+
+def test_state_moves_between_placements() -> None:
+    """The second half of a training under another placement; under the same one it is equal to the last bit."""
+    base = {"check": "resumed", "levels": {"node": 2, "gpu": 2}, "parallel": {"placement": "topo"}, "accumulation": 2}
+    cases = [
+        base | {"then": {}},
+        base | {"then": {"parallel": {"placement": "ddp"}}},
+        base | {"then": {"levels": {}, "parallel": {"placement": "zero3"}}},
+        base | {"bf16": True, "then": {}},
+    ]
+    answers = run_world(4, cases)
+    assert [a["bitwise"] for a in answers][0::3] == [True, True], answers
+    assert all(a["difference"] < 1e-5 for a in answers), answers
+
+
+def test_memory_is_what_the_placement_says() -> None:
+    levels = {"node": 2, "gpu": 2}
+    cases = [{"levels": levels, "parallel": {"placement": p}} for p in ("ddp", "zero3", "hsdp", "hfsdp")]
+    ddp, zero3, hsdp, hfsdp = (a["state_bytes"] for a in run_world(4, cases))
+    assert ddp["parameters"] == 4 * zero3["parameters"] == 2 * hsdp["parameters"] == 2 * hfsdp["parameters"]
+    assert ddp["optimizer"] == 4 * zero3["optimizer"] == 2 * hsdp["optimizer"] == 4 * hfsdp["optimizer"]
+    assert ddp["buffers"] == 0 < zero3["buffers"]
