@@ -1,0 +1,91 @@
+"""What the engines built on other libraries (FSDP2, DeepSpeed) have in common: PyTorch's own optimizer, its state named
+as in a checkpoint, and the wrapping of blocks. Nothing here is used by the native engine.
+
+Invariant: the optimizer's state exists from the start, as zeros, so that what is held, saved and loaded never depends
+on whether a step was taken.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from offload.state import Read
+from parallel.options import OptimizerOptions
+
+
+def single_process_group(device: torch.device) -> None:
+    """Make a process group of this process alone, unless there is one already: both libraries need one."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def wrap_blocks(*, recompute: Sequence[nn.Module], compile: Sequence[nn.Module]) -> None:
+    """Recompute and compile the forward of these modules, inside the hooks that gather their parameters.
+
+    Compiled last: the compiler then sees the recomputation and plans it with the rest of the block.
+    """
+    for module in recompute:
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    for module in compile:
+        module.forward = torch.compile(module.forward)
+
+
+def moment_kinds(options: OptimizerOptions) -> tuple[str, ...]:
+    """The kinds of optimizer state, as PyTorch names them."""
+    if options.name == "adamw":
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if options.momentum else ()
+
+
+def decay_groups(params: Iterable[nn.Parameter], options: OptimizerOptions) -> list[dict[str, Any]]:
+    """Parameter groups of those that need a gradient; weight decay for those of two or more dimensions."""
+    trained = [param for param in params if param.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    decays = ((matrices, options.weight_decay), (vectors, 0.0))
+    return [{"params": group, "weight_decay": decay} for group, decay in decays if group]
+
+
+def build_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions) -> torch.optim.Optimizer:
+    if options.name == "adamw":
+        betas = (options.beta1, options.beta2)
+        return torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True)
+    return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
+
+
+def start_state(optimizer: torch.optim.Optimizer, params: Iterable[Tensor], options: OptimizerOptions) -> None:
+    """Give every parameter its moments, zero, where PyTorch would wait for its first gradient."""
+    for param in params:
+        state = optimizer.state[param]
+        for kind in moment_kinds(options):
+            state[kind] = torch.zeros_like(param, requires_grad=False)
+        if options.name == "adamw":
+            # Of the parameter's device and a tensor: the fused kernel counts in place.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+
+
+def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Continue as if `updates` updates had been made: AdamW corrects the bias of its moments by that count."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(updates)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def fill(view: Tensor, read: Read, name: str, kind: str, start: int) -> None:
+    """Copy elements ``start:start + view.numel()`` of what `read` holds into the 1-D `view`."""
+    if view.numel():
+        view.copy_(read(name, kind, start, start + view.numel()))
+
+
+def size_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,223 @@
+"""The same job on PyTorch's FSDP2, to compare with and to move over from.
+
+Owns the model's conversion (`fully_shard` on each unit, then on the root), the shards' first filling and PyTorch's
+optimizer over them. Master weights are fp32 shards; compute and gathers are in `dtype`. No rank ever holds the whole
+model: parameters come on ``meta``, and of each a rank fills only its shard. One thread; streams are FSDP2's.
+
+[Note: a shard is a range] FSDP2 cuts a parameter along dimension 0 into chunks of ``ceil(rows / shards)`` rows, the
+last ones short or empty. Rows are contiguous: a rank's shard is one range of the flattened parameter, a `Piece`.
+
+[Note: shared parameters] A unit that shares a parameter with another unit or with the root is not sharded by itself but
+left to the root, whose parameters stay gathered from the start of forward to the end of backward.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from offload.state import MASTER, Piece, Read
+from parallel import foreign
+from parallel.mesh import Mesh
+from parallel.options import OptimizerOptions, ParallelOptions
+
+_REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class FSDP2Engine:
+    """An `Engine` over ``torch.distributed.fsdp.fully_shard``: placements ``zero2``, ``zero3`` and ``hsdp``."""
+
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        units: Sequence[nn.Module],
+        initial: Read,
+        optimizer: OptimizerOptions,
+        options: ParallelOptions,
+        dtype: torch.dtype,
+        device: torch.device,
+        recompute: Sequence[nn.Module] = (),
+        compile: Sequence[nn.Module] = (),
+    ) -> None:
+        """Shard `model` in place over all ranks of the default process group (made for one process if there is none).
+
+        Parameters are on ``meta``, of any floating dtype; buffers are real and keep their values. `initial` gives the
+        first weights; `compile` and `recompute` name modules whose forward is compiled or recomputed. ValueError for a
+        placement that FSDP2 does not have.
+        """
+        foreign.single_process_group(device)
+        self.model = model
+        self._placement, self._dtype, self._options = options.placement, dtype, optimizer
+        self._mesh = _mesh(options, device)
+        foreign.wrap_blocks(recompute=recompute, compile=compile)
+        for param in model.parameters():
+            param.data = param.data.float()
+        self._modules = _fully_shard(model, units, self._mesh, options, dtype)
+        _materialize(model, device)
+        self._params = dict(model.named_parameters())
+        self._trained = [param for param in self._params.values() if param.requires_grad]
+        self._optimizer = foreign.build_optimizer(foreign.decay_groups(self._trained, optimizer), optimizer)
+        foreign.start_state(self._optimizer, self._trained, optimizer)
+        self._updates = 0
+        self.load(initial, moments=False)
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far. Set it after loading moments: AdamW's bias correction depends on it."""
+        return self._updates
+
+    @updates.setter
+    def updates(self, updates: int) -> None:
+        self._updates = updates
+        foreign.set_updates(self._optimizer, updates)
+
+    def forward_backward(self, *inputs: Tensor, scale: float, first: bool, last: bool) -> Tensor:
+        """See `Engine`. Gradients are reduced after each micro-batch; between the replicas of ``hsdp`` after the last."""
+        self.model.set_requires_all_reduce(last)
+        # zero2 keeps the weights it gathered until the step is over; the others gave them back after forward.
+        self.model.set_reshard_after_backward(last or self._placement != "zero2")
+        loss = self.model(*inputs)
+        (loss * scale).backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self, *inputs: Tensor) -> Tensor:
+        """See `Engine`."""
+        output = self.model(*inputs)
+        # Without a backward nobody gives back what was gathered, and a later update would not reach it.
+        for module in self._modules:
+            module.reshard()
+        return output
+
+    def step(self, lr: float, clip_norm: float | None) -> Tensor:
+        """See `Engine`. A parameter that got no gradient is not touched, as in plain PyTorch."""
+        norm = get_total_norm([param.grad for param in self._trained if param.grad is not None])
+        if clip_norm is not None:
+            clip_grads_with_norm_(self._trained, clip_norm, norm)
+        foreign.set_lr(self._optimizer, lr)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._updates += 1
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def pieces(self) -> Iterator[Piece]:
+        """See `Engine`. The replicas of a shard write an equal part of it each."""
+        replicas = self._mesh.size(0) if self._mesh.ndim == 2 else 1
+        replica = self._mesh.get_local_rank(0) if self._mesh.ndim == 2 else 0
+        for name, param in self._params.items():
+            start = self._start(param)
+            for kind, shard in self._state(param).items():
+                low, high = (shard.numel() * index // replicas for index in (replica, replica + 1))
+                if low < high:
+                    span = {"start": start + low, "stop": start + high, "shape": tuple(param.shape)}
+                    yield Piece(name=name, kind=kind, tensor=shard[low:high], **span)
+
+    @torch.no_grad()
+    def load(self, read: Read, *, moments: bool) -> None:
+        """See `Engine`. Set `updates` as well."""
+        for name, param in self._params.items():
+            for kind, shard in self._state(param).items():
+                if moments or kind == MASTER:
+                    foreign.fill(shard, read, name, kind, self._start(param))
+
+    def state_bytes(self) -> dict[str, int]:
+        """See `Engine`. Masters are the sharded parameters too; gathered copies count as ``buffers``, at their peak."""
+        moments = [self._state(param) for param in self._trained]
+        whole = [sum(param.numel() for param in module.parameters()) for module in self._modules]
+        root = sum(param.numel() for param in self._params.values()) - sum(whole[1:])
+        gathered = sum(whole[1:]) if self._placement == "zero2" else sum(sorted(whole[1:])[-2:])
+        return {
+            "parameters": 0,
+            "gradients": foreign.size_bytes(param.to_local() for param in self._trained),
+            "master": foreign.size_bytes(param.to_local() for param in self._params.values()),
+            "optimizer": foreign.size_bytes(t for state in moments for kind, t in state.items() if kind != MASTER),
+            "buffers": (root + gathered) * self._dtype.itemsize,
+        }
+
+    @torch.no_grad()
+    def _state(self, param: nn.Parameter) -> dict[str, Tensor]:
+        """This rank's shard of the parameter and its moments, each a 1-D view, by kind."""
+        state = {MASTER: param.to_local().view(-1)}
+        if param.requires_grad:
+            kinds = foreign.moment_kinds(self._options)
+            state |= {kind: self._optimizer.state[param][kind].to_local().view(-1) for kind in kinds}
+        return state
+
+    def _start(self, param: nn.Parameter) -> int:
+        """First element of this rank's shard in the flattened parameter; see [Note: a shard is a range]."""
+        rows = param.shape[0]
+        shard_rows = math.ceil(rows / self._mesh.size(-1))
+        return min(self._mesh.get_local_rank(self._mesh.ndim - 1) * shard_rows, rows) * (param.numel() // max(rows, 1))
+
+
+def _mesh(options: ParallelOptions, device: torch.device) -> DeviceMesh:
+    """One dimension of shards; with ``hsdp`` one of replicas, the outermost level, before it."""
+    if options.placement not in ("zero2", "zero3", "hsdp"):
+        raise ValueError(
+            f"parallel.placement={options.placement} with engine=fsdp2: choose zero2, zero3 or hsdp, or engine=native"
+        )
+    world = dist.get_world_size()
+    replicas = Mesh.of(options.levels, rank=dist.get_rank(), world=world).sizes[0]
+    if options.placement != "hsdp" or replicas == world and len(options.levels) < 2:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def _fully_shard(
+    model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, options: ParallelOptions, dtype: torch.dtype
+) -> list[FSDPModule]:
+    """Shard the units and then the root; returns the root and the units that were sharded by themselves."""
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=_REDUCE_DTYPES[options.reduce_dtype], cast_forward_inputs=False
+    )
+    alone = _unshared(model, units)
+    for unit in alone:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=options.placement != "zero2")
+    # The root's backward comes right after its forward: giving back would only gather again.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    ahead = options.prefetch_units
+    for index, unit in enumerate(alone):
+        unit.set_modules_to_forward_prefetch(alone[index + 1 : index + 1 + ahead])
+        unit.set_modules_to_backward_prefetch(alone[max(index - ahead, 0) : index][::-1])
+    modules = [model, *alone]
+    for module in modules:
+        # Gradients are summed, the caller's scale makes the mean. Without the second call gloo would be asked for an
+        # operation (multiply, then sum) that it does not have.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return modules
+
+
+def _unshared(model: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module]:
+    """The units none of whose parameters is used elsewhere; see [Note: shared parameters]."""
+    users: dict[nn.Parameter, int] = {}
+    inside = {module for unit in units for module in unit.modules()}
+    outside = [module for module in model.modules() if module not in inside]
+    for params in [unit.parameters() for unit in units] + [module.parameters(recurse=False) for module in outside]:
+        for param in params:
+            users[param] = users.get(param, 0) + 1
+    return [unit for unit in units if all(users[param] == 1 for param in unit.parameters())]
+
+
+@torch.no_grad()
+def _materialize(model: nn.Module, device: torch.device) -> None:
+    """Give the shards memory on `device`, and keep what `to_empty` loses: the buffers' values and the parameters' ties."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
+    named = list(model.named_parameters(remove_duplicate=False))
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        buffer.copy_(buffers[name])
+    first: dict[nn.Parameter, str] = {}
+    for name, param in named:
+        if first.setdefault(param, name) != name:
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, model.get_parameter(first[param]))
