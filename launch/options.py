@@ -10,11 +10,11 @@ class LaunchOptions:
     nodes: int = 1
     """Nodes they are spread over evenly."""
     address: str | None = None
-    """Address of a running Ray cluster (``auto``, ``10.0.0.1:6379``, ``ray://…``). None: one is started on this machine."""
+    """Address of a running Ray cluster (``auto``, ``10.0.0.1:6379``). None: one is started on this machine."""
     device: str = "auto"
     """``cuda``, ``cpu``, or ``auto``: cuda where the machine has a GPU."""
     threads: int | None = None
-    """CPU threads a worker computes with. None: the node's cores divided by its workers, whatever OMP_NUM_THREADS says."""
+    """CPU threads of a worker. None: the node's cores divided by its workers, whatever OMP_NUM_THREADS says."""
     start_timeout_s: float = 120.0
     """Longest wait for the cluster to answer and for the workers to be placed and joined."""
     collective_timeout_s: float = 600.0

@@ -1,0 +1,143 @@
+"""Checks across parts, on the driver, before a worker or a GPU is taken. All raise ValueError."""
+
+import math
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from checkpoint.options import CheckpointOptions
+from launch.config import Config
+from launch.options import LaunchOptions
+from parallel.options import ParallelOptions
+from trainer.job import Job
+from trainer.options import RunOptions
+
+BASELINE_PLACEMENTS = {"fsdp2": ("ddp", "zero2", "zero3", "hsdp"), "deepspeed": ("ddp", "zero1", "zero2", "zero3")}
+"""What one sharding for parameters, gradients and optimizer states (FSDP2), or a ZeRO stage, can express."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A node that workers can be placed on."""
+
+    address: str
+    cpus: int
+    gpus: int
+
+    def __str__(self) -> str:
+        return f"{self.address} with {self.cpus} CPUs and {self.gpus} GPUs"
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The workers of a job: how many, on how many nodes, on which kind of device."""
+
+    workers: int
+    nodes: int
+    device: str
+
+    @property
+    def per_node(self) -> int:
+        return self.workers // self.nodes
+
+
+def find_crew(options: LaunchOptions, machines: list[Machine]) -> Crew:
+    """The workers that `options` ask for, given what there is; ValueError where it is not enough."""
+    if len(machines) < options.nodes:
+        advice = (
+            "launch.address names a cluster with more"
+            if options.address is None
+            else "start more, or lower launch.nodes"
+        )
+        raise ValueError(f"launch.nodes={options.nodes}, but {_there_is(machines)}; {advice}")
+    most_gpus = sorted((machine.gpus for machine in machines), reverse=True)[: options.nodes]
+    device = options.device if options.device != "auto" else "cuda" if most_gpus[0] else "cpu"
+    if device == "cuda" and not most_gpus[-1]:
+        raise ValueError(
+            f"launch.device={options.device} on launch.nodes={options.nodes} needs GPUs; {_there_is(machines)}"
+        )
+    default = most_gpus[-1] * options.nodes if device == "cuda" else max(2, options.nodes)
+    crew = Crew(options.workers or default, options.nodes, device)
+    if crew.workers % crew.nodes:
+        raise ValueError(f"launch.workers={crew.workers} must be divisible by launch.nodes={crew.nodes}")
+    _check_capacity(crew, machines, options)
+    return crew
+
+
+def _check_capacity(crew: Crew, machines: list[Machine], options: LaunchOptions) -> None:
+    local_cpu = options.address is None and crew.device == "cpu"
+    if local_cpu:
+        return  # our own cluster: workers may share cores
+    kind = "GPUs" if crew.device == "cuda" else "CPUs"
+    able = [machine for machine in machines if (machine.gpus if kind == "GPUs" else machine.cpus) >= crew.per_node]
+    if len(able) < crew.nodes:
+        where = "on one node" if crew.nodes == 1 else f"on each of {crew.nodes} nodes"
+        other = "; launch.device=cpu does without" if kind == "GPUs" else ""
+        raise ValueError(
+            f"launch.workers={crew.workers} on launch.nodes={crew.nodes} needs {crew.per_node} {kind} {where}, "
+            f"but {_there_is(machines)}; lower launch.workers or change launch.nodes{other}"
+        )
+
+
+def _there_is(machines: list[Machine]) -> str:
+    return f"there are {len(machines)} nodes: " + ", ".join(str(machine) for machine in machines)
+
+
+def check(config: Config, crew: Crew) -> Config:
+    """Everything that can be known before the start. Returns the config with ``parallel.levels`` filled in."""
+    parallel = _check_levels(config.parallel, crew)
+    config.micro_batches(crew.workers)
+    _check_engine(config, config.parallel)
+    _check_checkpoint(config.checkpoint, crew)
+    _check_run_folder(config.run)
+    return replace(config, parallel=parallel)
+
+
+def _check_levels(options: ParallelOptions, crew: Crew) -> ParallelOptions:
+    from parallel.placement import Placement
+
+    inner = {"gpu" if crew.device == "cuda" else "worker": crew.per_node}
+    levels = options.levels or ({"node": crew.nodes} | inner if crew.nodes > 1 else inner)
+    if math.prod(levels.values()) != crew.workers:
+        shown = " x ".join(f"{name} {size}" for name, size in levels.items())
+        raise ValueError(
+            f"parallel.levels ({shown}) multiply to {math.prod(levels.values())}, but launch.workers={crew.workers}; "
+            f"change one of them"
+        )
+    Placement.of(options, len(levels))
+    return replace(options, levels=levels)
+
+
+def _check_engine(job: Job, parallel: ParallelOptions) -> None:
+    """A setting that an engine cannot express would be ignored, and that is an error."""
+    if job.engine == "native":
+        return
+    possible = BASELINE_PLACEMENTS[job.engine]
+    if parallel.placement not in possible:
+        raise ValueError(
+            f"parallel.placement={parallel.placement} needs engine=native; "
+            f"engine={job.engine} has {', '.join(possible)}"
+        )
+    if job.engine == "deepspeed" and parallel.levels:
+        raise ValueError("parallel.levels is not read by engine=deepspeed; leave it empty, or set engine=native")
+
+
+def _check_checkpoint(options: CheckpointOptions, crew: Crew) -> None:
+    if options.url.startswith("memory:") and crew.workers > 1:
+        raise ValueError(
+            f"checkpoint.url={options.url} lies in the memory of one process, but launch.workers={crew.workers}; "
+            f"choose a folder or an object store"
+        )
+
+
+def _check_run_folder(options: RunOptions) -> None:
+    root = Path(options.root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"run.root={options.root} cannot be written to: {os.strerror(error.errno or 0)}; set run.root"
+        ) from error

@@ -1,0 +1,151 @@
+"""The command ``atoll``: errors in what was typed come from here, on one line, before torch is imported.
+
+Exit codes: 0 done, or stopped by the user with Ctrl-C; 1 the job failed; 2 what was typed or configured is wrong;
+75 (``EX_TEMPFAIL``) told to stop by SIGTERM, resumable by the same command; 130 killed by a second Ctrl-C.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch import __version__, names
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from launch.config import Config
+
+USAGE = """\
+atoll train [key=value ...]                    train; the same command again resumes
+atoll train --help                             all presets and keys
+atoll export run=<folder or name> to=<folder>  a checkpoint as safetensors; step=<n>: not the newest
+atoll --version"""
+
+WRONG = 2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command and leave the process with its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    command, rest = (args[0], args[1:]) if args else ("--help", [])
+    fault = names.find_fault()
+    if fault:
+        sys.exit(_complain(fault))
+    commands: dict[str, Callable[[list[str]], int]] = {"train": train, "export": export}
+    if command in ("--help", "-h", "help"):
+        print(USAGE)
+    elif command in ("--version", "version"):
+        print(f"atoll {__version__}")
+    elif command in commands:
+        sys.exit(commands[command](rest))
+    else:
+        sys.exit(_complain(f"there is no command {command!r}\n{USAGE}"))
+
+
+def train(args: list[str]) -> int:
+    """Compose the config, check it, run it (or each of a sweep), and return the exit code."""
+    from launch.answers import explain, reject_flags
+    from launch.config import register, reject_hidden_presets
+
+    if "--help" in args or "-h" in args:
+        from launch.keys import describe
+
+        print(describe())
+        return 0
+    try:
+        reject_flags(args)
+        reject_hidden_presets(_user_folders(args))
+        register()
+        return _run_hydra(args)
+    except ValueError as error:
+        return _complain(str(error))
+    except Exception as error:
+        sentence = explain(error, args)
+        if sentence is None:
+            raise
+        return _complain(sentence)
+
+
+def _run_hydra(args: list[str]) -> int:
+    import hydra
+
+    codes: list[int] = []
+    errors: list[Exception] = []
+
+    def task(composed: "DictConfig") -> None:
+        try:
+            codes.append(_run(composed, args))
+        except Exception as error:  # Hydra would print a line of its own about it
+            errors.append(error)
+            sys.exit(WRONG)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises to us instead of printing and leaving with its own code
+    sys.argv = ["atoll", *args]
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(task)()
+    except SystemExit:
+        if not errors:
+            raise
+        raise errors[0] from None
+    return max(codes, default=0)
+
+
+def _run(composed: "DictConfig", args: list[str]) -> int:
+    from launch.answers import reject_additions
+    from launch.config import to_config
+    from launch.driver import run
+
+    reject_additions(composed)
+    report = run(_name_in_sweep(to_config(composed)), overrides=[arg for arg in args if not arg.startswith("-")])
+    if report.status in ("stopped", "killed"):
+        sys.exit(report.exit_code)  # a sweep ends here too
+    return report.exit_code
+
+
+def _name_in_sweep(config: "Config") -> "Config":
+    """In a sweep each job needs a run folder of its own: without ``run.name`` its overrides name it."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode != RunMode.MULTIRUN or config.run.name:
+        return config
+    overrides = re.sub(r"[^\w.=,+-]", "_", hydra_config.job.override_dirname)[:200]
+    return replace(config, run=replace(config.run, name=f"{config.run_name}-{overrides}"))
+
+
+def export(args: list[str]) -> int:
+    """Write a run's checkpoint as safetensors; the exit code."""
+    given = dict(arg.partition("=")[::2] for arg in args)
+    unknown = sorted(set(given) - {"run", "step", "to"})
+    if unknown or not given.get("run") or not given.get("to") or not given.get("step", "0").isdigit():
+        return _complain(
+            f"atoll export run=<folder or name> [step=<number>] to=<folder>; received: {' '.join(args) or 'nothing'}"
+        )
+    folder = Path(given["run"]) if Path(given["run"]).is_dir() else Path("runs") / given["run"]
+    from trainer.export import export as write
+
+    try:
+        print(write(folder, Path(given["to"]), step=int(given["step"]) if "step" in given else None))
+    except (ValueError, OSError) as error:
+        return _complain(str(error))
+    return 0
+
+
+def _user_folders(args: list[str]) -> list[Path]:
+    """The folders of configs that are not ours: ``./conf`` and ``--config-dir``."""
+    folders = [Path("conf")]
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        flag, _, value = arg.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            folders.append(Path(value or following))
+    return folders
+
+
+def _complain(sentence: str) -> int:
+    print(f"atoll: {sentence}", file=sys.stderr)
+    return WRONG

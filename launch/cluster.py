@@ -1,0 +1,166 @@
+"""The Ray cluster: started or joined, measured, and a place for each worker on it. Every wait has an end.
+
+All errors are ValueErrors that name what was asked and what is there.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from launch.checks import Crew, Machine
+from launch.devices import count_cores
+from launch.options import LaunchOptions
+
+OBJECT_STORE_BYTES = 200 << 20
+"""Ray's shared memory on this machine: only events pass through it."""
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+
+
+@contextmanager
+def connected(options: LaunchOptions, crew: Crew | None) -> Iterator[None]:
+    """Inside, Ray is connected: to the cluster of ``launch.address``, or without one to our own, started for `crew`."""
+    started: list[psutil.Process] = []
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if options.address is None:
+        assert crew is not None
+        started = _start(crew)
+    else:
+        _join(options.address, options.start_timeout_s)
+    try:
+        yield
+    finally:
+        _stop(started)
+
+
+def _start(crew: Crew) -> list[psutil.Process]:
+    """Our own cluster on this machine; returns its processes."""
+    # A SIGTERM for all our processes (Slurm, systemd, timeout) must reach the driver alone, so that the workers can
+    # finish their step: Ray's processes inherit this mask, as they do Ray's own for SIGINT.
+    before = psutil.Process().children()
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(count_cores(), crew.workers),
+            num_gpus=0 if crew.device == "cpu" else None,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            **QUIET,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    return [process for process in psutil.Process().children() if process not in before]
+
+
+def _stop(started: list[psutil.Process]) -> None:
+    """Ray gives each of its processes a second to heed a SIGTERM that is masked; most have nothing to tidy up."""
+    for process in started:
+        with suppress(psutil.NoSuchProcess):
+            if process.name() not in ("raylet", "gcs_server"):
+                process.kill()
+    ray.shutdown()
+
+
+def _join(address: str, timeout_s: float) -> None:
+    """Connect within `timeout_s`, in a thread that can be left behind: Ray itself may wait for minutes, or abort."""
+    deadline = time.monotonic() + timeout_s
+    target = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+    if target != "auto":
+        _probe(address, target, timeout_s)
+    failure: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            ray.init(address=address, **QUIET)
+        except Exception as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(max(1.0, deadline - time.monotonic()))
+    if thread.is_alive():
+        raise ValueError(_no_answer(address, f"it did not let us join within launch.start_timeout_s={timeout_s:g}"))
+    if failure:
+        raise ValueError(_no_answer(address, str(failure[0]).strip().splitlines()[0])) from failure[0]
+
+
+def _probe(address: str, target: str, timeout_s: float) -> None:
+    """Ask for the greeting of an HTTP/2 server, which gRPC and so Ray is: a SETTINGS frame."""
+    host, _, port = target.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"launch.address={address!r}: write host:port, ray://host:port, or auto")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "1":
+                return  # greets only after a handshake with the cluster's certificates
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+            greeting = connection.recv(9)
+    except TimeoutError as error:
+        raise ValueError(
+            _no_answer(address, f"nothing came back within launch.start_timeout_s={timeout_s:g}")
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            _no_answer(address, os.strerror(error.errno) if error.errno and error.errno > 0 else str(error))
+        ) from error
+    if len(greeting) < 4 or greeting[3] != 4:
+        raise ValueError(_no_answer(address, "what answers there is not Ray"))
+
+
+def _no_answer(address: str, why: str) -> str:
+    return (
+        f"launch.address={address}: no Ray cluster answers there ({why}); "
+        f"start one (ray start --head), or leave launch.address out"
+    )
+
+
+def machines() -> list[Machine]:
+    """The nodes that are alive."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return [
+        Machine(node["NodeManagerAddress"], int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
+        for node in alive
+    ]
+
+
+@contextmanager
+def placed(crew: Crew, timeout_s: float) -> Iterator[list[Any]]:
+    """Inside, `crew` has its places: options for each rank's actor, the ranks of a node one after another.
+
+    One bundle a node, each on a node of its own, and the node's workers in it: so Ray itself spreads them evenly.
+    """
+    resource = {"GPU": 1.0} if crew.device == "cuda" else {}
+    bundle = {name: amount * crew.per_node for name, amount in ({"CPU": 1.0} | resource).items()}
+    group = placement_group([bundle] * crew.nodes, strategy="STRICT_SPREAD")
+    try:
+        if not group.wait(timeout_s):
+            raise ValueError(_occupied(crew, timeout_s))
+        yield [_actor_options(crew, group, rank) for rank in range(crew.workers)]
+    finally:
+        remove_placement_group(group)
+
+
+def _actor_options(crew: Crew, group: PlacementGroup, rank: int) -> dict[str, Any]:
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank // crew.per_node)
+    return {"num_cpus": 1, "num_gpus": 1 if crew.device == "cuda" else 0, "scheduling_strategy": strategy}
+
+
+def _occupied(crew: Crew, timeout_s: float) -> str:
+    free = ray.available_resources()
+    return (
+        f"launch.workers={crew.workers} on launch.nodes={crew.nodes} found no room within "
+        f"launch.start_timeout_s={timeout_s:g}: other jobs hold the cluster; "
+        f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free in all"
+    )

@@ -1,0 +1,146 @@
+"""Runs a job: in this process when it has one worker, else on Ray.
+
+The driver starts, watches and stops; it holds no state of the training. Threads: all here is the main thread's. The
+first SIGINT or SIGTERM asks every rank to stop after the step at hand, which the ranks agree on among themselves; the
+second ends everything at once.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, TextIO
+
+from launch.checks import Crew, check, find_crew
+from launch.config import Config
+from launch.devices import this_machine
+from launch.worker import Failed, Failure, describe, take_cores
+
+EXIT_RESUMABLE = 75
+"""``EX_TEMPFAIL`` of sysexits.h, "try again": what a batch system's requeue rule can look for."""
+EXIT_KILLED = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """How a run ended."""
+
+    status: str
+    """``finished``, ``stopped`` (resumable), ``failed`` or ``killed``."""
+    exit_code: int
+    result: dict[str, Any] = field(default_factory=dict)
+    """What rank 0's `Trainer.train` returned."""
+
+
+class Killed(BaseException):
+    """A second signal, or the first one before training began."""
+
+
+class Stop:
+    """What the user or the machine asked for."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.act: Callable[[str], None] | None = None
+        """How to stop gently; None while nothing runs that could."""
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None or self.act is None:
+            raise Killed
+        self.signal = signal.Signals(number)
+        # not print(): the signal may have come in the middle of one
+        os.write(2, f"\natoll: {self.signal.name}: stopping after this step; once more ends it at once\n".encode())
+        self.act(self.signal.name)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, self) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def run(config: Config, overrides: Sequence[str] = (), stream: TextIO | None = None) -> Report:
+    """Train as `config` says and show the progress on `stream` (standard output).
+
+    Raises ValueError, before anything is started, for what cannot work. For the main thread: it listens to signals.
+    """
+    stop = Stop()
+    with stop.listening():
+        try:
+            return _run(config, tuple(overrides), stream or sys.stdout, stop)
+        except Killed:
+            print("atoll: ended at once; the same command resumes from the last checkpoint", file=sys.stderr)
+            return Report(status="killed", exit_code=EXIT_KILLED)
+
+
+def _run(config: Config, overrides: tuple[str, ...], stream: TextIO, stop: Stop) -> Report:
+    if config.launch.address is not None:
+        from launch.cluster import connected, machines
+
+        with connected(config.launch, None):
+            crew = find_crew(config.launch, machines())
+            return _run_on_ray(check(config, crew), crew, overrides, stream, stop)
+    crew = find_crew(config.launch, [this_machine()])
+    config = check(config, crew)
+    if crew.workers == 1:
+        return _run_here(config, crew, overrides, stream, stop)
+    from launch.cluster import connected
+
+    with connected(config.launch, crew):
+        return _run_on_ray(config, crew, overrides, stream, stop)
+
+
+def _run_here(config: Config, crew: Crew, overrides: tuple[str, ...], stream: TextIO, stop: Stop) -> Report:
+    threads = take_cores(crew.device, config.launch.threads, 1)
+    import torch
+
+    from trainer.loop import Trainer
+    from trainer.progress import Progress
+
+    torch.set_num_threads(threads)
+    show = Progress(config.train.steps, stream).show
+    try:
+        trainer = Trainer(config.job(), emit=show, overrides=overrides, device=crew.device)
+        stop.act = trainer.request_stop
+        return _ended(trainer.train(), stop)
+    except Exception as error:
+        return _failed(0, "this machine", describe(error))
+
+
+def _run_on_ray(config: Config, crew: Crew, overrides: tuple[str, ...], stream: TextIO, stop: Stop) -> Report:
+    from launch.cluster import placed
+    from launch.team import Team
+
+    with placed(crew, config.launch.start_timeout_s) as places, Team(crew, places, config.launch) as team:
+        from trainer.progress import Progress
+
+        show = Progress(config.train.steps, stream).show
+        show({"type": "message", "text": f"{crew.workers} workers on {crew.nodes} node(s), {crew.device}"})
+        team.start(config.job(), overrides)
+        stop.act = team.request_stop
+        outcome = team.watch(show)
+        if isinstance(outcome, Failed):
+            return _failed(outcome.rank, f"node {outcome.node}", outcome.failure)
+        return _ended(outcome, stop)
+
+
+def _ended(result: dict[str, Any], stop: Stop) -> Report:
+    if result.get("status") != "stopped":
+        return Report(status="finished", exit_code=0, result=result)
+    return Report(status="stopped", exit_code=EXIT_RESUMABLE if stop.signal == signal.SIGTERM else 0, result=result)
+
+
+def _failed(rank: int, where: str, failure: Failure) -> Report:
+    print(
+        f"atoll: rank {rank} on {where}: {failure.cause}\n{failure.trace}",
+        file=sys.stderr,
+        end="" if failure.trace else "\n",
+    )
+    return Report(status="failed", exit_code=1)
