@@ -22,7 +22,7 @@ def read_parquet(path: Path, column: str) -> Iterator[Passage]:
             batches = file.iter_batches(BATCH_ROWS, columns=[column])
             yield from _passages((batch.column(0) for batch in batches), column, path)
     except arrow.ArrowException as error:
-        raise ValueError(f"data.paths: {path} is not a sound Parquet file: {error}") from error
+        raise ValueError(f"data.paths or data.valid_paths: {path} is not a sound Parquet file: {error}") from error
 
 
 def dataset_source(paths: Sequence[str], column: str, valid: bool) -> Source:

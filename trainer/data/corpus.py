@@ -147,6 +147,6 @@ def _check_length(options: DataOptions, cache: Cache, seq_len: int) -> None:
         name = "valid_paths" if options.valid_paths else "valid_fraction"
         raise ValueError(
             f"data.{name}={getattr(options, name)} holds out {valid:,} tokens in "
-            f"{cache.meta.documents['valid']:,} documents, {too_few}; hold out more, lower train.seq_len, or train without validation: "
-            f"data.valid_fraction=0 and no data.valid_paths"
+            f"{cache.meta.documents['valid']:,} documents, {too_few}; hold out more, lower train.seq_len, "
+            f"or train without validation: data.valid_fraction=0 and no data.valid_paths"
         )

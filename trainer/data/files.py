@@ -61,7 +61,7 @@ def reading(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"data.paths: cannot read {path}: {error.strerror or error}") from error
+        raise ValueError(f"data.paths or data.valid_paths: cannot read {path}: {error.strerror or error}") from error
 
 
 def checked_utf8(text: bytes, where: str, offset: int = 0) -> bytes:
@@ -70,7 +70,7 @@ def checked_utf8(text: bytes, where: str, offset: int = 0) -> bytes:
         text.decode()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"data.paths: {where} is not UTF-8: byte 0x{text[error.start]:02x} at byte offset {offset + error.start} "
-            f"({error.reason}); convert it, for example with iconv -t utf-8"
+            f"data.paths or data.valid_paths: {where} is not UTF-8: byte 0x{text[error.start]:02x} at byte offset "
+            f"{offset + error.start} ({error.reason}); convert it, for example with iconv -t utf-8"
         ) from error
     return text

@@ -78,14 +78,19 @@ def _train_files(options: DataOptions) -> list[Path]:
 
 def read_library(path: Path) -> Iterator[Passage]:
     """A Python source file, in whatever encoding it declares (PEP 263)."""
-    with reading(path):
-        yield Passage(decode_source(path.read_bytes()).encode())
+    try:
+        with reading(path):
+            text = decode_source(path.read_bytes())
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.source=stdlib: {path} is not in the encoding it declares: {error}") from error
+    yield Passage(text.encode())
 
 
 def read_text(path: Path) -> Iterator[Passage]:
     """A file as one document; a long one in parts of at most `PART_BYTES`, cut at ends of lines where there are any."""
     with reading(path), path.open("rb") as file:
-        if path.stat().st_size <= LONG_FILE_BYTES:
+        size = path.stat().st_size
+        if size <= LONG_FILE_BYTES:
             yield Passage(checked_utf8(file.read(), str(path)))
             return
         offset, rest = 0, b""
@@ -93,7 +98,7 @@ def read_text(path: Path) -> Iterator[Passage]:
             part = block[: _cut(block)] if len(block) == PART_BYTES else block
             checked_utf8(part, str(path), offset)
             offset, rest = offset + len(part), block[len(part) :]
-            yield Passage(part, continues=offset < path.stat().st_size)
+            yield Passage(part, continues=offset < size)
 
 
 def _cut(block: bytes) -> int:
@@ -122,16 +127,16 @@ def _field(line: bytes, column: str, where: str) -> bytes:
     try:
         row = json.loads(line.decode())
     except json.JSONDecodeError as error:
-        raise ValueError(f"data.paths: {where} is not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(row, dict):
         raise ValueError(
-            f"data.paths: {where} is a JSON {type(row).__name__}, not an object with a field data.column={column}"
-        )
+            f"data.paths or data.valid_paths: {where} is not JSON: {error.msg} at column {error.colno}"
+        ) from error
+    if not isinstance(row, dict):
+        raise ValueError(f"data.column={column}: {where} is a JSON {type(row).__name__}, not an object with that field")
     if column not in row:
         raise ValueError(f"data.column={column}: {where} has no such field; it has {', '.join(row) or 'none'}")
     text = row[column]
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"data.column={column}: at {where} it is a {type(text).__name__}, not a string")
+        raise ValueError(f"data.column={column}: at {where} it is {type(text).__name__}, not a string")
     try:
         return (text or "").encode()
     except UnicodeEncodeError as error:
