@@ -10,7 +10,7 @@ class CheckpointOptions:
     keep_last: int = 2
     """How many committed checkpoints are kept; older ones are deleted once a newer one is committed."""
     url: str = ""
-    """Folder or fsspec URL (``s3://…``, ``memory://…``) that holds them; empty: ``checkpoints/`` in the run's folder."""
+    """Folder or fsspec URL (``s3://…``, ``memory://…``) that holds them; empty: ``checkpoints/`` in the run."""
     chunk_bytes: int = 64 << 20
     """Largest zarr chunk, in bytes; one object in the store each."""
 

@@ -1,0 +1,112 @@
+"""A folder in any storage that fsspec knows, with durable and atomic writes.
+
+Owns how bytes reach the storage; knows nothing of what they mean. Paths are relative to the folder. On a local disk a
+written file is on the disk (fsync) when `write` returns; elsewhere an object is whole once it is put. May be used from
+several threads.
+"""
+
+import os
+from collections.abc import Iterable
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+
+class Folder:
+    """The folder at `path` of the fsspec file system `fs`; it need not exist."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
+        self._fs = fs
+        self.path = path.rstrip("/")
+        self.local = isinstance(fs, LocalFileSystem)
+
+    @classmethod
+    def at(cls, url: str) -> "Folder":
+        """Folder at a path or fsspec URL; ValueError where its protocol is unknown or needs a missing package."""
+        try:
+            fs, path = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            raise ValueError(f"checkpoint.url={url!r} needs a package that is not installed: {error}") from error
+        except ValueError as error:
+            known = "a path, or a URL such as s3://, gs://, abfs://, memory://"
+            raise ValueError(f"checkpoint.url={url!r}: {error}; allowed: {known}") from error
+        return cls(fs, path)
+
+    @property
+    def name(self) -> str:
+        return self.path.rsplit("/", 1)[-1]
+
+    def child(self, name: str) -> "Folder":
+        return Folder(self._fs, f"{self.path}/{name}")
+
+    def names(self) -> list[str]:
+        """Names of what lies directly in it; empty where it does not exist."""
+        self._fs.invalidate_cache()
+        try:
+            return [path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self.path, detail=False)]
+        except FileNotFoundError:
+            return []
+
+    def sizes(self) -> dict[str, int]:
+        """Size in bytes of every file in it, at any depth."""
+        self._fs.invalidate_cache()
+        prefix = f"{self.path}/"
+        return {path.removeprefix(prefix): info["size"] for path, info in self._fs.find(self.path, detail=True).items()}
+
+    def exists(self, path: str) -> bool:
+        return bool(self._fs.exists(f"{self.path}/{path}"))
+
+    def read(self, path: str) -> bytes:
+        return bytes(self._fs.cat_file(f"{self.path}/{path}"))
+
+    def make(self, *paths: str) -> None:
+        """Make these folders and the ones above them."""
+        for path in paths:
+            self._fs.makedirs(f"{self.path}/{path}", exist_ok=True)
+
+    def write(self, path: str, *parts: bytes | memoryview) -> None:
+        """Write a file, the concatenation of `parts`; its folder exists. OSError names the file."""
+        full = f"{self.path}/{path}"
+        try:
+            if self.local:
+                _write_synced(full, parts)
+            else:
+                self._fs.pipe_file(full, b"".join(parts))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), full) from error
+
+    def write_atomic(self, path: str, content: bytes) -> None:
+        """Write a file that at every instant is either absent or whole."""
+        if not self.local:
+            self.write(path, content)
+            return
+        self.write(f"{path}.partial", content)
+        os.replace(f"{self.path}/{path}.partial", f"{self.path}/{path}")
+        self.sync_folders("")
+
+    def sync_folders(self, *paths: str) -> None:
+        """Bring the names of the files that lie in these folders to the disk; nothing to do elsewhere than on one."""
+        for path in paths if self.local else ():
+            descriptor = os.open(f"{self.path}/{path}", os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def remove(self, path: str) -> None:
+        """Remove one file, for good before anything that follows."""
+        self._fs.rm_file(f"{self.path}/{path}")
+        self.sync_folders("")
+
+    def remove_tree(self) -> None:
+        """Remove it and all that is in it; nothing to do where it does not exist."""
+        if self._fs.exists(self.path):
+            self._fs.rm(self.path, recursive=True)
+
+
+def _write_synced(path: str, parts: Iterable[bytes | memoryview]) -> None:
+    with open(path, "wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())

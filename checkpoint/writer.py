@@ -1,0 +1,175 @@
+"""Writing one checkpoint: each rank its shard, then rank 0 the marker.
+
+Runs in the writer's thread of each rank, in step with the others: rank 0 prepares, all write, rank 0 commits. A failure
+of one is a failure of all, and leaves no marker.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Container
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoint.crc import crc32c
+from checkpoint.errors import CheckpointWriteError, explain
+from checkpoint.folder import Folder
+from checkpoint.layout import (
+    COMMIT,
+    CRC_BYTES,
+    META,
+    ArrayLayout,
+    Commit,
+    Entry,
+    shard_folder,
+    step_folder,
+    step_of,
+    zarr_metadata,
+)
+from checkpoint.ranks import Ranks
+from checkpoint.staging import Staged
+
+_THREADS = 4  # chunks in flight: enough for one to be checksummed while others are written and synced
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """All that one rank writes of one step, already in host memory."""
+
+    step: int
+    staged: Staged
+    rank_state: bytes
+    meta: bytes
+
+
+def committed(root: Folder) -> dict[int, Folder]:
+    """The folder of each step that has a committed version."""
+    found = sorted((key, name) for name in root.names() if (key := step_of(name)))
+    return {step: root.child(name) for (step, _), name in found if root.child(name).exists(COMMIT)}
+
+
+def persist(root: Folder, ranks: Ranks, shard: Shard, keep_last: int) -> str:
+    """Write and commit one checkpoint; collective. Returns what went wrong after the commit, empty if nothing did.
+
+    Raises CheckpointWriteError, on every rank, where it was not committed.
+    """
+    folder = root.child(_together(ranks, lambda: _prepare(root, shard.step)))
+    report: dict[str, Any] = {"problem": "", "files": {}}
+    try:
+        report["files"] = _write_shard(folder, ranks.rank, shard)
+    except Exception as error:
+        report["problem"] = explain(error)
+    reports = ranks.gather(json.dumps(report).encode())
+    return _together(ranks, lambda: _finish(root, folder, shard.step, [json.loads(r) for r in reports], keep_last))
+
+
+def _together(ranks: Ranks, act: Callable[[], str]) -> str:
+    """Rank 0 acts, and every rank returns what that returned; where it fails every rank raises CheckpointWriteError."""
+    result, problem = "", ""
+    if ranks.rank == 0:
+        try:
+            result = act()
+        except CheckpointWriteError as error:
+            problem = str(error)
+        except Exception as error:
+            problem = explain(error)
+    result, problem = json.loads(ranks.tell(json.dumps([result, problem]).encode()))
+    if problem:
+        raise CheckpointWriteError(problem)
+    return str(result)
+
+
+def _prepare(root: Folder, step: int) -> str:
+    """Clear what unfinished saves and deletions left behind, and make a new folder for the step. Returns its name."""
+    good = {folder.name for folder in committed(root).values()}
+    _clear(root, good)
+    versions = [key[1] for name in good if (key := step_of(name)) and key[0] == step]
+    name = step_folder(step, max(versions, default=-1) + 1)
+    root.make(f"{name}/shards")
+    root.sync_folders("")
+    return name
+
+
+def _clear(root: Folder, keep: Container[str]) -> None:
+    """Delete all steps but those whose folders are named in `keep`."""
+    for name in root.names():
+        if step_of(name) and name not in keep:
+            folder = root.child(name)
+            if folder.exists(COMMIT):
+                folder.remove(COMMIT)  # first: without its marker a tree that is half deleted is no checkpoint
+            folder.remove_tree()
+
+
+def _write_shard(folder: Folder, rank: int, shard: Shard) -> dict[str, Entry]:
+    """Write this rank's files into the step's folder. Returns the manifest of them, by path in that folder."""
+    here = shard_folder(rank)
+    arrays = shard.staged.index.arrays.values()
+    files = {f"{here}/{path}": content for path, content in zarr_metadata(arrays).items()}
+    files[f"{here}/index.json"] = shard.staged.index.dumps()
+    files[f"{here}/rank_state.json"] = shard.rank_state
+    if rank == 0:
+        group = zarr_metadata([])["zarr.json"]
+        files |= {META: shard.meta, "zarr.json": group, "shards/zarr.json": group}
+    folders = [here] + [f"{here}/{array.name}/c" for array in arrays]
+    folder.make(*folders)
+    entries = _write_chunks(folder, here, shard.staged)
+    for path, content in files.items():
+        folder.write(path, content)
+        entries[path] = Entry(len(content), crc32c(content))
+    folder.sync_folders(*folders, *(f"{here}/{array.name}" for array in arrays))
+    return entries
+
+
+def _write_chunks(folder: Folder, here: str, staged: Staged) -> dict[str, Entry]:
+    def write(array: ArrayLayout, number: int) -> tuple[str, Entry]:
+        path = f"{here}/{array.chunk_file(number)}"
+        data = staged.chunk(array, number)
+        padding = bytes(array.chunk * array.item_bytes - len(data))
+        crc = crc32c(data, padding)
+        # Written as zarr's codecs would, but from where the data lies: zarr's own path copies each chunk three times.
+        folder.write(path, data.data, padding + crc.to_bytes(CRC_BYTES, "little"))
+        return path, Entry(len(data) + len(padding) + CRC_BYTES, crc)
+
+    jobs = [(array, number) for array in staged.index.arrays.values() for number in range(array.num_chunks)]
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="checkpoint") as pool:
+        try:
+            return dict(pool.map(lambda job: write(*job), jobs))
+        except Exception:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _finish(root: Folder, folder: Folder, step: int, reports: list[dict[str, Any]], keep_last: int) -> str:
+    """Commit the step if every rank wrote its shard and all of it is there, else remove what there is and raise.
+
+    Returns what went wrong after the commit.
+    """
+    try:
+        _commit(folder, step, reports)
+    except Exception:
+        with contextlib.suppress(Exception):  # what is left has no marker, and the next save clears it
+            folder.remove_tree()
+        raise
+    try:
+        # A later step than this one is from before the run went back; it would be taken for the newest.
+        kept = [entry for found, entry in sorted(committed(root).items()) if found <= step][-keep_last:]
+        _clear(root, {entry.name for entry in kept})
+    except Exception as error:
+        return f"older checkpoints were not deleted: {explain(error)}"
+    return ""
+
+
+def _commit(folder: Folder, step: int, reports: list[dict[str, Any]]) -> None:
+    problems = [f"rank {rank}: {report['problem']}" for rank, report in enumerate(reports) if report["problem"]]
+    if problems:
+        raise CheckpointWriteError("; ".join(problems))
+    files = {path: Entry(*entry) for report in reports for path, entry in report["files"].items()}
+    sizes = folder.sizes()
+    for path, entry in files.items():
+        if sizes.get(path) != entry.size:
+            raise CheckpointWriteError(
+                f"{folder.path}/{path}: written with {entry.size} bytes, but rank 0 finds "
+                f"{sizes.get(path, 'no such file')}; checkpoint.url must be storage that every worker shares"
+            )
+    folder.sync_folders("shards", "")
+    folder.write_atomic(COMMIT, Commit(step=step, world=len(reports), files=files).dumps())
