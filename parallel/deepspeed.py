@@ -1,0 +1,240 @@
+"""The same job on DeepSpeed's ZeRO, to compare with and to move over from. Needs ``pip install 'atoll[deepspeed]'``.
+
+Owns the model's conversion, the library's configuration and PyTorch's optimizer under it. DeepSpeed is imported when an
+engine is made, and not before: the import takes seconds and chooses the accelerator for the process.
+
+Where it differs from the other engines: a parameter that gets no gradient is decayed all the same, since ZeRO updates
+flat partitions; and a frozen parameter in bf16 has no fp32 master.
+
+[Note: who holds what] ZeRO-1 and 2 lay a group's parameters end to end and cut the row into one partition per rank: a
+parameter's master may begin in one rank's and end in the next one's. ZeRO-3 cuts each parameter into equal ranges, the
+last one padded. Both are ranges of the flattened parameter: `Piece`s.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from offload.state import MASTER, Piece, Read
+from parallel import foreign
+from parallel.options import OptimizerOptions, ParallelOptions
+
+_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+_MAX_BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's own default, far more than a small model has."""
+
+
+class DeepSpeedEngine:
+    """An `Engine` over ``deepspeed.initialize``: placements ``zero1``, ``zero2`` and ``zero3``."""
+
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        units: Sequence[nn.Module],
+        initial: Read,
+        optimizer: OptimizerOptions,
+        options: ParallelOptions,
+        dtype: torch.dtype,
+        device: torch.device,
+        recompute: Sequence[nn.Module] = (),
+        compile: Sequence[nn.Module] = (),
+    ) -> None:
+        """Convert `model` in place for all ranks of the default process group (made for one process if there is none).
+
+        Parameters are on ``meta``; buffers are real. ``zero3`` partitions unit by unit, so that no rank ever holds more
+        than one unit whole. ValueError for a placement that is not ZeRO's, or where DeepSpeed is not installed.
+        """
+        if options.placement not in _STAGES:
+            raise ValueError(
+                f"parallel.placement={options.placement} with engine=deepspeed: choose zero1, zero2 or zero3, "
+                f"or engine=native"
+            )
+        self._stage = _STAGES[options.placement]
+        self._options = optimizer
+        foreign.single_process_group(device)
+        deepspeed = _import_deepspeed(device)
+        self.model = model
+        self._numel = {name: param.numel() for name, param in model.named_parameters()}
+        self._shape = {name: tuple(param.shape) for name, param in model.named_parameters()}
+        foreign.wrap_blocks(recompute=recompute, compile=compile)
+        groups = foreign.decay_groups(model.parameters(), optimizer)
+        config = _config(self._stage, options, dtype, sum(self._numel.values()))
+        for module in [*units, model]:
+            _materialize(module, device, dtype)
+            if self._stage == 3:
+                deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
+        inner = foreign.build_optimizer(groups, optimizer)
+        self._engine, self._zero, *_ = deepspeed.initialize(model=model, optimizer=inner, config=config)
+        self._inner = inner
+        foreign.start_state(inner, self._partitions(), optimizer)
+        self._updates = 0
+        self.load(initial, moments=False)
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far. Set it after loading moments: AdamW's bias correction depends on it."""
+        return self._updates
+
+    @updates.setter
+    def updates(self, updates: int) -> None:
+        self._updates = updates
+        foreign.set_updates(self._inner, updates)
+
+    def forward_backward(self, *inputs: Tensor, scale: float, first: bool, last: bool) -> Tensor:
+        """See `Engine`. ZeRO-1 reduces gradients after the last micro-batch, ZeRO-2 and 3 after each."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        loss = self._engine(*inputs)
+        # DeepSpeed averages over the ranks; the caller has already divided by their number.
+        self._engine.backward(loss * (scale * dist.get_world_size()), scale_wrt_gas=False)
+        return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self, *inputs: Tensor) -> Tensor:
+        """See `Engine`."""
+        return self._engine(*inputs)
+
+    def step(self, lr: float, clip_norm: float | None) -> Tensor:
+        """See `Engine`."""
+        foreign.set_lr(self._inner, lr)
+        # Its configuration fixes the norm once; the optimizer reads this attribute at every step.
+        self._zero.clip_grad = clip_norm or 0.0
+        self._engine.step()
+        self._updates += 1
+        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
+
+    def pieces(self) -> Iterator[Piece]:
+        """See `Engine`."""
+        for name, param in self.model.named_parameters():
+            start, state = self._state(name, param)
+            for kind, tensor in state.items():
+                if tensor.numel():
+                    stop = start + tensor.numel()
+                    yield Piece(name=name, kind=kind, start=start, stop=stop, shape=self._shape[name], tensor=tensor)
+
+    @torch.no_grad()
+    def load(self, read: Read, *, moments: bool) -> None:
+        """See `Engine`. Set `updates` as well."""
+        for name, param in self.model.named_parameters():
+            start, state = self._state(name, param)
+            for kind, tensor in state.items():
+                if moments or kind == MASTER:
+                    foreign.fill(tensor, read, name, kind, start)
+            if not param.requires_grad and self._stage < 3:
+                foreign.fill(param.view(-1), read, name, MASTER, 0)
+        self._refresh_weights()
+
+    def state_bytes(self) -> dict[str, int]:
+        """See `Engine`. Gradients as held after a backward; the buckets they pass through are not counted."""
+        held = [param.ds_tensor if self._stage == 3 else param for param in self.model.parameters()]
+        trained = [
+            tensor for tensor, param in zip(held, self.model.parameters(), strict=True) if param.requires_grad
+        ]
+        parts = dist.get_world_size() if self._stage == 2 else 1
+        moments = [tensor for state in self._inner.state.values() for tensor in state.values() if tensor.ndim]
+        return {
+            "parameters": foreign.size_bytes(held),
+            "gradients": foreign.size_bytes(trained) // parts,
+            "master": foreign.size_bytes(self._partitions()),
+            "optimizer": foreign.size_bytes(moments),
+            "buffers": 0,
+        }
+
+    def _partitions(self) -> list[Tensor]:
+        """This rank's flat fp32 masters, one a group of parameters; the optimizer's state is kept by them."""
+        if self._stage == 3:
+            return self._zero.fp32_partitioned_groups_flat
+        return self._zero.single_partition_of_fp32_groups
+
+    @torch.no_grad()
+    def _state(self, name: str, param: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
+        """Where this rank's range of the parameter starts, and 1-D views of it by kind; see [Note: who holds what]."""
+        kinds = foreign.moment_kinds(self._options) if param.requires_grad else ()
+        if self._stage == 3:
+            return self._equal_range(name, param, kinds)
+        if not param.requires_grad:
+            rank, world = dist.get_rank(), dist.get_world_size()
+            low, high = (self._numel[name] * index // world for index in (rank, rank + 1))
+            return low, {MASTER: param.view(-1)[low:high]}
+        fragment = param._hp_mapping
+        if fragment is None:
+            return 0, {}
+        state = self._inner.state[self._partitions()[fragment.param_group_index]]
+        place = fragment.hp_fragment_address
+        views = {kind: state[kind].narrow(0, place.start, place.numel) for kind in kinds}
+        return fragment.lp_fragment_address.start, {MASTER: fragment.hp_fragment, **views}
+
+    def _equal_range(self, name: str, param: nn.Parameter, kinds: Sequence[str]) -> tuple[int, dict[str, Tensor]]:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        master = safe_get_local_fp32_param(param) if param.requires_grad else param.ds_tensor
+        state = {MASTER: master} | {kind: safe_get_local_optimizer_state(param, kind) for kind in kinds}
+        start = min(dist.get_rank() * master.numel(), self._numel[name])
+        size = min(master.numel(), self._numel[name] - start)
+        return start, {kind: tensor[:size] for kind, tensor in state.items()}
+
+    def _refresh_weights(self) -> None:
+        """Make the weights of forward those of the masters."""
+        if self._stage < 3:
+            self._zero.update_lp_params()
+            return
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        params = list(self.model.parameters())
+        for param in params:
+            if param.requires_grad:
+                param.ds_tensor.copy_(safe_get_local_fp32_param(param))
+        # Small parameters stay gathered all the time: theirs is the old value still.
+        persistent = [param for param in params if param.ds_persist]
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    # Read at the import: by default DeepSpeed takes a GPU where there is one, whatever the job says, and asks a launcher
+    # for the rank on the node. The process group and its ranks are there already.
+    os.environ["DS_ACCELERATOR"] = device.type
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(f"engine=deepspeed: {error}; install it with pip install 'atoll[deepspeed]'") from error
+    return deepspeed
+
+
+def _config(stage: int, options: ParallelOptions, dtype: torch.dtype, numel: int) -> dict[str, Any]:
+    """DeepSpeed's configuration. Accumulation, clipping and the learning rate are given with each call instead."""
+    bucket = min(numel, _MAX_BUCKET_ELEMENTS)
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "communication_data_type": options.reduce_dtype,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            # Would replace torch.nn.functional.linear for the whole process.
+            "memory_efficient_linear": False,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+
+
+@torch.no_grad()
+def _materialize(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Give the parameters that are still on ``meta`` memory, in place, so that ties stay; the values come later."""
+    for param in module.parameters():
+        if param.is_meta:
+            torch.utils.swap_tensors(
+                param, nn.Parameter(torch.zeros(param.shape, dtype=dtype, device=device), param.requires_grad)
+            )
