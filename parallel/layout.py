@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ALIGN = 128
 """Elements. A multiple of every alignment that a GEMM or a 16-byte vector access asks for."""
@@ -44,12 +44,12 @@ class Overlap:
 class Layout:
     """The entries of one flat buffer, padded so that any level of `world` ranks cuts it evenly."""
 
-    def __init__(self, shapes: Sequence[tuple[str, torch.Size]], world: int) -> None:
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], world: int) -> None:
         self.entries: list[Entry] = []
         end = 0
-        for name, shape in shapes:
-            self.entries.append(Entry(name, shape, shape.numel(), end))
-            end += -(-shape.numel() // ALIGN) * ALIGN
+        for name, parameter in named:
+            self.entries.append(Entry(name, parameter.shape, parameter.numel(), end))
+            end += -(-parameter.numel() // ALIGN) * ALIGN
         self.size = -(-end // (ALIGN * world)) * ALIGN * world
         self.has_gaps = sum(entry.numel for entry in self.entries) != self.size
 

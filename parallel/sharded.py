@@ -39,7 +39,7 @@ from parallel.collectives import BufferPool, Lane
 from parallel.mesh import Mesh
 from parallel.options import OptimizerOptions, ParallelOptions
 from parallel.placement import Placement
-from parallel.unit import Flat, Named, TrainableFlat, Unit
+from parallel.unit import Flat, Named, TrainableFlat, Unit, without_memory
 
 BUFFER = "buffer"
 """Kind of state of a module's persistent buffers."""
@@ -82,8 +82,8 @@ class ShardedModel:
         self._first = self._last = True
 
         def make_unit(name: str, module: nn.Module, named: Named) -> Unit:
-            train = [(name, shape, p) for name, shape, p in named if p.requires_grad]
-            frozen = [(name, shape, p) for name, shape, p in named if not p.requires_grad]
+            train = [(name, p) for name, p in named if p.requires_grad]
+            frozen = [(name, p) for name, p in named if not p.requires_grad]
             trainable = TrainableFlat(
                 train, mesh, placement, dtype, device,
                 kinds=optimizers.moment_kinds(optimizer), reduce_dtype=_DTYPES[options.reduce_dtype],
@@ -91,9 +91,8 @@ class ShardedModel:
             return Unit(name, module, trainable, Flat(frozen, mesh, placement, dtype, device) if frozen else None)
 
         _create_groups(mesh, placement)
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        _detach_memory(model, dtype, device)
-        cut, root = _cut(model, units, shapes)
+        _move_without_memory(model, dtype, device)
+        cut, root = _cut(model, units)
         self.units = [make_unit(name, module, named) for name, module, named in cut]
         self.root = make_unit("root", model, root) if root else None
         self._all = ([self.root] if self.root else []) + self.units
@@ -369,19 +368,17 @@ def _create_groups(mesh: Mesh, placement: Placement) -> None:
     mesh.group(levels - placement.optim, levels - placement.params)
 
 
-def _detach_memory(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _move_without_memory(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Replace each parameter by one without memory, in the dtype and on the device that it computes with; ties stay."""
     new: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, old in module.named_parameters(recurse=False, remove_duplicate=False):
             if old not in new:
-                new[old] = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=old.requires_grad)
+                new[old] = nn.Parameter(without_memory(old.shape, dtype, device), old.requires_grad)
             setattr(module, name, new[old])
 
 
-def _cut(
-    model: nn.Module, units: Sequence[nn.Module], shapes: Mapping[str, torch.Size]
-) -> tuple[list[tuple[str, nn.Module, Named]], Named]:
+def _cut(model: nn.Module, units: Sequence[nn.Module]) -> tuple[list[tuple[str, nn.Module, Named]], Named]:
     """Each unit's own parameters, and the root's: those of no unit or of several. Names are the model's."""
     module_names = {module: name for name, module in model.named_modules()}
     users: dict[nn.Parameter, set[nn.Module]] = {parameter: set() for parameter in model.parameters()}
@@ -398,11 +395,11 @@ def _cut(
         if module not in inside:
             for parameter in module.parameters(recurse=False):
                 users[parameter].add(module)
-    own: dict[nn.Module, list[tuple[str, torch.Size, nn.Parameter]]] = {unit: [] for unit in units}
-    root: list[tuple[str, torch.Size, nn.Parameter]] = []
+    own: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {unit: [] for unit in units}
+    root: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
         first, *others = users[parameter]
-        (root if others or first not in own else own[first]).append((name, shapes[name], parameter))
+        (root if others or first not in own else own[first]).append((name, parameter))
     return [(module_names[unit], unit, named) for unit, named in own.items() if named], root
 
 

@@ -20,8 +20,12 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 
-Named = Sequence[tuple[str, torch.Size, nn.Parameter]]
-"""Parameters by name and shape; the shape stands apart because a released parameter has none."""
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+def without_memory(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One NaN seen as the whole shape: a released parameter keeps its shape, and what reads it by mistake shows."""
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
 
 
 class Flat:
@@ -29,15 +33,15 @@ class Flat:
 
     def __init__(self, named: Named, mesh: Mesh, placement: Placement, dtype: torch.dtype, device: torch.device) -> None:
         self.mesh, self.placement = mesh, placement
-        self.parameters = [parameter for *_, parameter in named]
-        self.layout = Layout([(name, shape) for name, shape, _ in named], mesh.world)
+        self.parameters = [parameter for _, parameter in named]
+        self.layout = Layout(named, mesh.world)
         self.start, self.stop = mesh.shard(self.layout.size, placement.params)
         self.shard = torch.zeros(self.stop - self.start, dtype=dtype, device=device)
         self.sharded = placement.params > 0
         self.full: Tensor | None = None
         self.gathering: Chain | None = None
         self.refreshing: Chain | None = None
-        self._nothing = torch.empty(0, dtype=dtype, device=device)
+        self._released = [without_memory(e.shape, dtype, device) for e in self.layout.entries]
         if self.sharded:
             self.release()
         else:
@@ -52,8 +56,8 @@ class Flat:
     def release(self) -> None:
         """Take the parameters' memory away."""
         self.full = None
-        for parameter in self.parameters:
-            parameter.data = self._nothing
+        for parameter, released in zip(self.parameters, self._released, strict=True):
+            parameter.data = released
 
     def gather(self, out: Tensor) -> Steps:
         """All-gather the parameter shards into `out`, the slowest level first: it then carries the least."""

@@ -64,7 +64,8 @@ class Toy(nn.Module):
         return [self.embed, *self.blocks, self.head]
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        x = self.embed(tokens) * self.scale + self.offset
+        x = self.embed(tokens)
+        x = x * self.scale.to(x.dtype) + self.offset
         for block in self.blocks:
             x = block(x)
         return self.head(x, targets)

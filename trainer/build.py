@@ -1,0 +1,68 @@
+"""From a job to the things that train it: the device, the dtype, the model and the engine."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from parallel.engine import Engine
+from trainer.job import Job
+from trainer.models import LanguageModel
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which of how many processes this is, and what it computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def current(cls) -> "Rank":
+        """From `torch.distributed` if a process group exists, else alone; on the current GPU if this process sees one."""
+        gpu = torch.cuda.is_available()
+        where = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size(), where)
+        return cls(0, 1, where)
+
+
+def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of compute, and why."""
+    if asked == "fp32":
+        return torch.float32, "asked for"
+    if asked == "bf16":
+        return torch.bfloat16, "asked for; fp32 master weights"
+    if device.type == "cpu":
+        return torch.float32, "bf16 is emulated or no faster on most CPUs"
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32, "this GPU has no bf16"
+    return torch.bfloat16, "the GPU has bf16; fp32 master weights"
+
+
+def build_engine(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype) -> Engine:
+    """The engine that `job.engine` names, around `model`, with its first weights. Collective."""
+    compiles = where.device.type == "cuda" if job.model.compile is None else job.model.compile
+    common = {
+        "units": model.units(),
+        "initial": model.initial(job.train.seed, where.device),
+        "optimizer": job.optimizer,
+        "options": job.parallel,
+        "dtype": dtype,
+        "device": where.device,
+        "recompute": model.blocks() if job.offload.activations == "recompute" else [],
+        "compile": model.blocks() if compiles else [],
+    }
+    if job.engine == "fsdp2":
+        from parallel.fsdp2 import FSDP2Engine
+
+        return FSDP2Engine(model, **common)
+    if job.engine == "deepspeed":
+        from parallel.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, clip_norm=job.train.clip_norm, **common)
+    from parallel import Mesh, Placement, shard
+
+    mesh = Mesh.of(job.parallel.levels, rank=where.rank, world=where.world)
+    return shard(model, mesh, Placement.of(job.parallel, mesh.num_levels), **common)

@@ -1,0 +1,259 @@
+"""The training loop.
+
+`Trainer.train` goes from where the run stands to ``train.steps``; `Trainer.train_step` is one optimizer step. The rest
+prepares them and tells what they did. The loop does not know how state is partitioned or where it lives: that is the
+engine's affair.
+
+Every rank runs the same steps. Rank 0 alone owns the run's folder and emits events. Whether to stop is decided by all
+ranks together: the wish of one travels with the loss. On a GPU a step is reported while the next one runs, so that the
+host never waits for the device.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from checkpoint import Checkpoints, rng_state, set_rng_state
+from offload.device import DeviceReader, peak_flops
+from trainer.build import Rank, build_engine, choose_dtype
+from trainer.data import open_corpus
+from trainer.evaluate import sample, validate
+from trainer.job import Job
+from trainer.models import build_model
+from trainer.models.attention import attention_backends
+from trainer.plan import describe
+from trainer.progress import Progress
+from trainer.run import RunFolder
+from trainer.schedule import learning_rate
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A step that the device may still be computing."""
+
+    step: int
+    lr: float
+    summed: Tensor
+    """(2,): the mean loss, and how many ranks were asked to stop."""
+    grad_norm: Tensor
+
+
+class Trainer:
+    """Runs a job on this rank: in the process group if there is one, else alone."""
+
+    def __init__(self, job: Job, *, emit: Callable[[Event], None] | None = None, overrides: Sequence[str] = ()) -> None:
+        """emit: gets each event of rank 0 (docs/architecture.md). None: they are shown on the terminal.
+        overrides: what the user typed, kept beside the config."""
+        self.job, self.overrides = job, tuple(overrides)
+        self.where = Rank.current()
+        self._emit = emit or Progress(job.train.steps, every_steps=job.logger.every_steps).show
+        self._stop_reason = ""
+
+    def request_stop(self, reason: str) -> None:
+        """Ask all ranks to end after the step at hand, with a checkpoint. From any thread, or a signal handler."""
+        self._stop_reason = reason
+
+    def train(self) -> Event:
+        """Train to the end or until told to stop. Returns the ``end`` event; its ``status`` is ``finished`` or ``stopped``."""
+        self._open()
+        with attention_backends(self.where.device):
+            if self.step == 0:
+                self._validate()
+            while self.step < self.job.train.steps and not self._stopping:
+                self._report(self.train_step(self.step))
+                self.step += 1
+                if self._due(self.job.train.eval_every_steps):
+                    self._validate()
+                if self._due(self.job.checkpoint.every_steps):
+                    self._save()
+            return self._close()
+
+    def train_step(self, step: int) -> Running:
+        """One optimizer step: a forward and a backward of each of this rank's micro-batches, then the update."""
+        job, world = self.job, self.where.world
+        micro, count = job.micro_batches(world)
+        first_sample = step * job.train.global_batch_size + self.where.rank * micro * count
+        loss = torch.zeros((), device=self.where.device)
+        for i in range(count):
+            tokens, targets = self._batch(first_sample + i * micro, micro)
+            loss += self.engine.forward_backward(
+                tokens, targets, scale=1 / (world * count), first=i == 0, last=i == count - 1
+            )
+        lr = learning_rate(job.optimizer, step, job.train.steps)
+        grad_norm = self.engine.step(lr, job.train.clip_norm)
+        summed = torch.stack((loss / (world * count), torch.full_like(loss, bool(self._stop_reason))))
+        if world > 1:
+            dist.all_reduce(summed)
+        return Running(step, lr, summed, grad_norm)
+
+    def _batch(self, first_sample: int, count: int) -> tuple[Tensor, Tensor]:
+        """Tokens and targets, each (count, S) int64 on the device."""
+        rows = self.corpus.train.batch(first_sample, count)
+        if self.where.device.type == "cuda":
+            rows = rows.pin_memory().to(self.where.device, non_blocking=True)
+        return rows[:, :-1], rows[:, 1:]
+
+    def _due(self, every_steps: int) -> bool:
+        return every_steps > 0 and self.step % every_steps == 0 and self.step < self.job.train.steps
+
+    # ------------------------------------------------------------------------------------------------ start and end
+
+    def _open(self) -> None:
+        """Open the run and the data, build the model and the engine, and go to where the run stands."""
+        job, where = self.job, self.where
+        self.run = RunFolder(job, self.overrides)
+        if where.rank == 0:
+            for note in self.run.prepare():
+                self._tell(note)
+        self.corpus = open_corpus(job.data, job.train.seq_len, job.train.seed, say=self._tell)
+        torch.manual_seed(job.train.seed + where.rank)
+        dtype, _ = choose_dtype(job.train.dtype, where.device)
+        model = build_model(
+            job.model,
+            vocab_size=self.corpus.vocab_size,
+            seq_len=job.train.seq_len,
+            dtype=dtype,
+            device=where.device,
+        )
+        num_params = sum(parameter.numel() for parameter in model.parameters())
+        self._flops_per_token = model.flops_per_token(job.train.seq_len)
+        self._peak_flops = peak_flops(where.device, dtype)
+        self._device = DeviceReader(where.device)
+        self.engine = build_engine(job, model, where, dtype)
+        self._reports: deque[Running] = deque()
+        self._lag = 1 if where.device.type == "cuda" else 0
+        self._stopping, self.step, self._saved_step = False, 0, -1
+        self._resume()
+        if where.rank == 0:
+            plan = describe(
+                job, where, self.corpus, self.engine, num_params=num_params, flops_per_token=self._flops_per_token
+            )
+            self._emit({"type": "plan", "text": plan})
+        self._clock = time.perf_counter()
+
+    def _resume(self) -> None:
+        """Load the checkpoint that ``run.resume`` names, if any. Rank 0 chooses it for all."""
+        where = self.where
+        writers = dist.new_group(backend="gloo") if where.world > 1 else None
+        self.checkpoints = Checkpoints(
+            self.run.checkpoint_url, self.job.checkpoint, where.rank, where.world, writers, self._tell
+        )
+        chosen = torch.full((), -1)
+        if where.rank == 0 and (step := self.run.resume_step(self.checkpoints.steps())) is not None:
+            chosen.fill_(step)
+        if where.world > 1:
+            dist.broadcast(chosen, src=0)
+        if chosen < 0:
+            return
+        reader = self.checkpoints.open(int(chosen))
+        self.engine.load(reader.read, moments=True)
+        self.step = self._saved_step = self.engine.updates = reader.meta["step"]
+        if reader.world == where.world:
+            set_rng_state(reader.rank_state(where.rank))
+        else:
+            torch.manual_seed(self.job.train.seed + where.rank + where.world * self.step)
+        if where.rank == 0:
+            self.run.truncate(self.step)
+        self._tell(f"resumed from step {self.step} of {self.run.checkpoint_url}, written by {reader.world} ranks")
+
+    def _close(self) -> Event:
+        self._flush()
+        finished = self.step == self.job.train.steps
+        if self._saved_step != self.step:
+            if finished:
+                self._validate()
+            self._save()
+        self.checkpoints.wait()
+        if finished and self.job.train.sample_tokens:
+            text = sample(
+                self.engine, self.corpus, count=self.job.train.sample_tokens, seq_len=self.job.train.seq_len, seed=0
+            )
+            self._event({"type": "sample", "text": text})
+        name = self.job.run_name
+        if finished:
+            text = f"finished at step {self.step}: {self.run.path}; for another run set run.name="
+        else:
+            reason = self._stop_reason or "another rank was asked to stop"
+            text = f"stopped after step {self.step} of {self.job.train.steps} ({reason}); the same command resumes {name}"
+        end = {"type": "end", "status": "finished" if finished else "stopped", "step": self.step, "text": text}
+        self._event(end)
+        if self.where.rank == 0:
+            self.run.close()
+        return end
+
+    # ------------------------------------------------------------------------------------------------ reports
+
+    def _report(self, running: Running) -> None:
+        self._reports.append(running)
+        if len(self._reports) > self._lag:
+            self._log(self._reports.popleft())
+
+    def _flush(self) -> None:
+        while self._reports:
+            self._log(self._reports.popleft())
+
+    def _log(self, done: Running) -> None:
+        """Wait for a step and say what came of it. FloatingPointError where the loss is not a number, on every rank."""
+        loss, stops = done.summed.tolist()
+        now = time.perf_counter()
+        step_s, self._clock = now - self._clock, now
+        self._stopping = self._stopping or stops > 0
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss of step {done.step} is {loss}: lower optimizer.lr={self.job.optimizer.lr} or set "
+                f"train.clip_norm; checkpoints: {self.checkpoints.steps() or 'none'}"
+            )
+        if self.where.rank:
+            return
+        step_tokens = self.job.train.global_batch_size * self.job.train.seq_len
+        flops_per_s = self._flops_per_token * step_tokens / step_s
+        metrics = {
+            "step": done.step,
+            "loss": loss,
+            "grad_norm": done.grad_norm.item(),
+            "lr": done.lr,
+            "tokens": (done.step + 1) * step_tokens,
+            "tokens_per_s": step_tokens / step_s,
+            "step_s": step_s,
+            "flops_per_s": flops_per_s,
+            "mfu": flops_per_s / (self._peak_flops * self.where.world) if self._peak_flops else None,
+            **self._device.read(),
+        }
+        self.run.log_step(metrics)
+        self._emit({"type": "step", **metrics})
+
+    def _validate(self) -> None:
+        self._flush()
+        micro, _ = self.job.micro_batches(self.where.world)
+        loss = validate(
+            self.engine, self.corpus, self.where, num_sequences=self.job.train.eval_sequences, batch_size=micro
+        )
+        if loss is not None and self.where.rank == 0:
+            found = {"step": self.step, "valid_loss": loss}
+            self.run.log_eval(found)
+            self._emit({"type": "eval", **found})
+        self._clock = time.perf_counter()
+
+    def _save(self) -> None:
+        """Copy the state; it is written while training goes on."""
+        self._flush()
+        meta = {"step": self.step, "samples": self.step * self.job.train.global_batch_size, **self.run.provenance()}
+        self.checkpoints.save(self.step, self.engine.pieces(), rng_state(), meta)
+        self._saved_step = self.step
+        self._clock = time.perf_counter()
+
+    def _tell(self, text: str) -> None:
+        self._event({"type": "message", "text": text})
+
+    def _event(self, event: Event) -> None:
+        if self.where.rank == 0:
+            self._emit(event)
