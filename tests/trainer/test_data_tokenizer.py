@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -140,7 +139,3 @@ def test_a_missing_library_is_answered_with_the_extra(monkeypatch: pytest.Monkey
         ValueError, match=rf"^data.tokenizer={name} needs the package {module} .*pip install 'atoll\[hf\]'"
     ):
         open_tokenizer(name)
-
-
-def test_the_library_is_recent_enough_to_encode_without_offsets() -> None:
-    assert hasattr(tokenizers.Tokenizer, "encode_batch_fast")

@@ -69,6 +69,7 @@ class Meta:
 
 
 def tokenize(recipe: Recipe, folder: Path, say: Say) -> Meta:
+    """Write ``train.bin`` and ``valid.bin`` into `folder`. ValueError for bad text, OSError where they cannot be written."""
     tokenizer = recipe.tokenizer
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     text_bytes = empty = 0
