@@ -69,7 +69,7 @@ class Meta:
 
 
 def tokenize(recipe: Recipe, folder: Path, say: Say) -> Meta:
-    """Write ``train.bin`` and ``valid.bin`` into `folder`. ValueError for bad text, OSError where they cannot be written."""
+    """Write ``train.bin`` and ``valid.bin`` into `folder`. ValueError for bad text, OSError where writing fails."""
     tokenizer = recipe.tokenizer
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     text_bytes = empty = 0
