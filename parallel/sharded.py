@@ -250,14 +250,14 @@ class ShardedModel:
         """Move a unit's gradients on, as far as this micro-batch asks."""
         flat, first, last = unit.trainable, self._first, self._last
         assert flat is not None
-        if self.placement.grads == 0:
-            flat.accumulate(first=first, last=last)
-            if last and self.mesh.world > 1:
-                self._reductions.start(flat.reduce_outer())
-        else:
+        if flat.scatters:
             whole = self._staging.take(flat.layout.size, flat.reduce_dtype, ring=2)
             flat.collect(whole, add=False)
             self._staging.give(whole, self._reductions.start(flat.reduce_inner(whole, first=first, last=last)))
+        else:
+            flat.accumulate(first=first, last=last)
+            if last and not flat.alone:
+                self._reductions.start(flat.reduce_outer())
 
     # ------------------------------------------------------------------------------------------------ weights
 

@@ -37,7 +37,7 @@ class Flat:
         self.layout = Layout(named, mesh.world)
         self.start, self.stop = mesh.shard(self.layout.size, placement.params)
         self.shard = torch.zeros(self.stop - self.start, dtype=dtype, device=device)
-        self.sharded = placement.params > 0
+        self.sharded = mesh.group(mesh.num_levels - placement.params, mesh.num_levels) is not None
         self.full: Tensor | None = None
         self.gathering: Chain | None = None
         self.refreshing: Chain | None = None
@@ -114,6 +114,9 @@ class TrainableFlat(Flat):
         self.master = self.owned if dtype == torch.float32 else torch.zeros_like(self.owned, dtype=torch.float32)
         self.moments = {kind: torch.zeros_like(self.master) for kind in kinds}
         self.grad: Tensor | None = None
+        self.scatters = mesh.group(mesh.num_levels - placement.grads, mesh.num_levels) is not None
+        """Whether gradients leave this rank after every micro-batch."""
+        self.alone = mesh.group(0, mesh.num_levels) is None
         self.received = [False] * len(self.parameters)
         """Which parameters got a gradient in this step."""
 
@@ -138,8 +141,7 @@ class TrainableFlat(Flat):
     def accumulate(self, *, first: bool, last: bool) -> None:
         """Collect gradients that no rank shares yet: into `grad`, over the whole buffer."""
         if first:
-            alone = self.mesh.world == 1
-            dtype = torch.float32 if not last else self.shard.dtype if alone else self.reduce_dtype
+            dtype = torch.float32 if not last else self.shard.dtype if self.alone else self.reduce_dtype
             self.grad = torch.empty(self.layout.size, dtype=dtype, device=self.shard.device)
         assert self.grad is not None
         self.collect(self.grad, add=not first)

@@ -7,7 +7,7 @@ from parallel.engine import Engine
 from trainer.build import Rank
 from trainer.data import Corpus
 from trainer.models.generate import generate
-from trainer.models.loss import IGNORE
+from trainer.models.loss import IGNORED
 
 PROMPT = "def "
 
@@ -28,7 +28,7 @@ def validate(engine: Engine, corpus: Corpus, where: Rank, *, num_sequences: int,
         first = max(0, min(start, split.num_sequences - batch_size))
         rows = split.sequential(first, min(batch_size, split.num_sequences))
         number = torch.arange(first, first + len(rows))
-        targets = rows[:, 1:].masked_fill(((number < start) | (number >= stop)).unsqueeze(1), IGNORE)
+        targets = rows[:, 1:].masked_fill(((number < start) | (number >= stop)).unsqueeze(1), IGNORED)
         mean = engine.evaluate(rows[:, :-1].to(where.device), targets.to(where.device))
         loss += mean * max(0, stop - start)
     if where.world > 1:
