@@ -1,17 +1,13 @@
 """Checks across parts, on the driver, before a worker or a GPU is taken. All raise ValueError."""
 
 import math
-import os
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from checkpoint.options import CheckpointOptions
 from launch.config import Config
 from launch.options import LaunchOptions
 from parallel.options import ParallelOptions
 from trainer.job import Job
-from trainer.options import RunOptions
 
 BASELINE_PLACEMENTS = {"fsdp2": ("ddp", "zero2", "zero3", "hsdp"), "deepspeed": ("ddp", "zero1", "zero2", "zero3")}
 """What one sharding for parameters, gradients and optimizer states (FSDP2), or a ZeRO stage, can express."""
@@ -86,11 +82,13 @@ def _there_is(machines: list[Machine]) -> str:
 
 def check(config: Config, crew: Crew) -> Config:
     """Everything that can be known before the start. Returns the config with ``parallel.levels`` filled in."""
+    from trainer.run import check_run
+
     parallel = _check_levels(config.parallel, crew)
     config.micro_batches(crew.workers)
     _check_engine(config, config.parallel)
     _check_checkpoint(config.checkpoint, crew)
-    _check_run_folder(config.run)
+    check_run(config.job())
     return replace(config, parallel=parallel)
 
 
@@ -129,15 +127,3 @@ def _check_checkpoint(options: CheckpointOptions, crew: Crew) -> None:
             f"checkpoint.url={options.url} lies in the memory of one process, but launch.workers={crew.workers}; "
             f"choose a folder or an object store"
         )
-
-
-def _check_run_folder(options: RunOptions) -> None:
-    root = Path(options.root)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"run.root={options.root} cannot be written to: {os.strerror(error.errno or 0)}; set run.root"
-        ) from error

@@ -57,13 +57,16 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        previous = {number: signal.signal(number, self) for number in numbers}
+        previous = self.listen()
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def listen(self) -> dict[signal.Signals, Any]:
+        """Take the signals, again after Ray has: its own handler ends the driver. Returns the handlers before."""
+        return {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 def run(config: Config, overrides: Sequence[str] = (), stream: TextIO | None = None) -> Report:
@@ -105,7 +108,7 @@ def _run_here(config: Config, crew: Crew, overrides: tuple[str, ...], stream: Te
     from trainer.progress import Progress
 
     torch.set_num_threads(threads)
-    show = Progress(config.train.steps, stream).show
+    show = Progress(config.train.steps, stream, config.logger.every_steps).show
     try:
         trainer = Trainer(config.job(), emit=show, overrides=overrides, device=crew.device)
         stop.act = trainer.request_stop
@@ -118,11 +121,11 @@ def _run_on_ray(config: Config, crew: Crew, overrides: tuple[str, ...], stream: 
     from launch.cluster import placed
     from launch.team import Team
 
+    stop.listen()
     with placed(crew, config.launch.start_timeout_s) as places, Team(crew, places, config.launch) as team:
         from trainer.progress import Progress
 
-        show = Progress(config.train.steps, stream).show
-        show({"type": "message", "text": f"{crew.workers} workers on {crew.nodes} node(s), {crew.device}"})
+        show = Progress(config.train.steps, stream, config.logger.every_steps).show
         team.start(config.job(), overrides)
         stop.act = team.request_stop
         outcome = team.watch(show)
