@@ -11,6 +11,7 @@ parameter's master may begin in one rank's and end in the next one's. ZeRO-3 cut
 last one padded. Both are ranges of the flattened parameter: `Piece`s.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -45,11 +46,13 @@ class DeepSpeedEngine:
         device: torch.device,
         recompute: Sequence[nn.Module] = (),
         compile: Sequence[nn.Module] = (),
+        clip_norm: float | None = None,
     ) -> None:
         """Convert `model` in place for all ranks of the default process group (made for one process if there is none).
 
         Parameters are on ``meta``; buffers are real. ``zero3`` partitions unit by unit, so that no rank ever holds more
-        than one unit whole. ValueError for a placement that is not ZeRO's, or where DeepSpeed is not installed.
+        than one unit whole. `clip_norm` is part of DeepSpeed's configuration: every `step` must pass the same.
+        ValueError for a placement that is not ZeRO's, or where DeepSpeed is not installed.
         """
         if options.placement not in _STAGES:
             raise ValueError(
@@ -57,15 +60,15 @@ class DeepSpeedEngine:
                 f"or engine=native"
             )
         self._stage = _STAGES[options.placement]
-        self._options = optimizer
-        foreign.single_process_group(device)
+        self._options, self._clip_norm = optimizer, clip_norm
         deepspeed = _import_deepspeed(device)
+        foreign.single_process_group(device)
         self.model = model
         self._numel = {name: param.numel() for name, param in model.named_parameters()}
         self._shape = {name: tuple(param.shape) for name, param in model.named_parameters()}
         foreign.wrap_blocks(recompute=recompute, compile=compile)
         groups = foreign.decay_groups(model.parameters(), optimizer)
-        config = _config(self._stage, options, dtype, sum(self._numel.values()))
+        config = _config(self._stage, options, dtype, clip_norm, sum(self._numel.values()))
         for module in [*units, model]:
             _materialize(module, device, dtype)
             if self._stage == 3:
@@ -102,9 +105,10 @@ class DeepSpeedEngine:
 
     def step(self, lr: float, clip_norm: float | None) -> Tensor:
         """See `Engine`."""
+        assert clip_norm == self._clip_norm, (
+            f"DeepSpeed was configured with clip_norm={self._clip_norm}, not {clip_norm}"
+        )
         foreign.set_lr(self._inner, lr)
-        # Its configuration fixes the norm once; the optimizer reads this attribute at every step.
-        self._zero.clip_grad = clip_norm or 0.0
         self._engine.step()
         self._updates += 1
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
@@ -115,27 +119,28 @@ class DeepSpeedEngine:
             start, state = self._state(name, param)
             for kind, tensor in state.items():
                 if tensor.numel():
-                    stop = start + tensor.numel()
-                    yield Piece(name=name, kind=kind, start=start, stop=stop, shape=self._shape[name], tensor=tensor)
+                    span = {"start": start, "stop": start + tensor.numel(), "shape": self._shape[name]}
+                    yield Piece(name=name, kind=kind, tensor=tensor.float(), **span)
+        yield from foreign.buffer_pieces(self.model)
 
     @torch.no_grad()
     def load(self, read: Read, *, moments: bool) -> None:
         """See `Engine`. Set `updates` as well."""
         for name, param in self.model.named_parameters():
             start, state = self._state(name, param)
+            if not param.requires_grad and self._stage < 3:  # whole on every rank, which saves only its part
+                start, state = 0, {MASTER: param.view(-1)}
             for kind, tensor in state.items():
                 if moments or kind == MASTER:
                     foreign.fill(tensor, read, name, kind, start)
-            if not param.requires_grad and self._stage < 3:
-                foreign.fill(param.view(-1), read, name, MASTER, 0)
+        if moments:
+            foreign.load_buffers(self.model, read)
         self._refresh_weights()
 
     def state_bytes(self) -> dict[str, int]:
         """See `Engine`. Gradients as held after a backward; the buckets they pass through are not counted."""
         held = [param.ds_tensor if self._stage == 3 else param for param in self.model.parameters()]
-        trained = [
-            tensor for tensor, param in zip(held, self.model.parameters(), strict=True) if param.requires_grad
-        ]
+        trained = [tensor for tensor, param in zip(held, self.model.parameters(), strict=True) if param.requires_grad]
         parts = dist.get_world_size() if self._stage == 2 else 1
         moments = [tensor for state in self._inner.state.values() for tensor in state.values() if tensor.ndim]
         return {
@@ -198,24 +203,31 @@ class DeepSpeedEngine:
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    # Read at the import: by default DeepSpeed takes a GPU where there is one, whatever the job says, and asks a launcher
-    # for the rank on the node. The process group and its ranks are there already.
+    # Read at the import: by default DeepSpeed takes a GPU where there is one, whatever the job says, and asks a
+    # launcher for the rank on the node. The process group and its ranks are there already.
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     try:
         import deepspeed
     except ImportError as error:
         raise ValueError(f"engine=deepspeed: {error}; install it with pip install 'atoll[deepspeed]'") from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # Otherwise the first run compiles a C++ extension, on every rank at once, which only inference uses.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     return deepspeed
 
 
-def _config(stage: int, options: ParallelOptions, dtype: torch.dtype, numel: int) -> dict[str, Any]:
-    """DeepSpeed's configuration. Accumulation, clipping and the learning rate are given with each call instead."""
+def _config(
+    stage: int, options: ParallelOptions, dtype: torch.dtype, clip_norm: float | None, numel: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration. Accumulation and the learning rate are given with each call instead."""
     bucket = min(numel, _MAX_BUCKET_ELEMENTS)
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "bf16": {"enabled": dtype == torch.bfloat16},
+        "gradient_clipping": clip_norm or 0.0,
         "communication_data_type": options.reduce_dtype,
         "zero_optimization": {
             "stage": stage,

@@ -5,7 +5,7 @@ Invariant: the optimizer's state exists from the start, as zeros, so that what i
 on whether a step was taken.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from offload.state import Read
+from offload.state import Piece, Read
 from parallel.options import OptimizerOptions
+from parallel.sharded import BUFFER
 
 
 def single_process_group(device: torch.device) -> None:
@@ -26,14 +27,14 @@ def single_process_group(device: torch.device) -> None:
 
 
 def wrap_blocks(*, recompute: Sequence[nn.Module], compile: Sequence[nn.Module]) -> None:
-    """Recompute and compile the forward of these modules, inside the hooks that gather their parameters.
+    """Compile and recompute the forward of these modules, inside the hooks that gather their parameters.
 
-    Compiled last: the compiler then sees the recomputation and plans it with the rest of the block.
+    In the native engine's order: what is recomputed is the compiled block.
     """
-    for module in recompute:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     for module in compile:
         module.forward = torch.compile(module.forward)
+    for module in recompute:
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def moment_kinds(options: OptimizerOptions) -> tuple[str, ...]:
@@ -85,6 +86,24 @@ def fill(view: Tensor, read: Read, name: str, kind: str, start: int) -> None:
     """Copy elements ``start:start + view.numel()`` of what `read` holds into the 1-D `view`."""
     if view.numel():
         view.copy_(read(name, kind, start, start + view.numel()))
+
+
+def buffer_pieces(model: nn.Module) -> Iterator[Piece]:
+    """The model's persistent buffers, the same on every rank; the first one writes them."""
+    for name, buffer in _persistent_buffers(model):
+        if dist.get_rank() == 0 and buffer.numel():
+            span = {"start": 0, "stop": buffer.numel(), "shape": tuple(buffer.shape)}
+            yield Piece(name=name, kind=BUFFER, tensor=buffer.view(-1), **span)
+
+
+def load_buffers(model: nn.Module, read: Read) -> None:
+    for name, buffer in _persistent_buffers(model):
+        fill(buffer.view(-1), read, name, BUFFER, 0)
+
+
+def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    persistent = model.state_dict(keep_vars=True)
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
 
 
 def size_bytes(tensors: Iterable[Tensor]) -> int:

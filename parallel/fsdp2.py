@@ -27,11 +27,14 @@ from parallel import foreign
 from parallel.mesh import Mesh
 from parallel.options import OptimizerOptions, ParallelOptions
 
+_PLACEMENTS = ("ddp", "zero2", "zero3", "hsdp")
+_KEEP_GATHERED = ("ddp", "zero2")
+"""Placements whose weights are whole on every rank: what is gathered stays until the update."""
 _REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class FSDP2Engine:
-    """An `Engine` over ``torch.distributed.fsdp.fully_shard``: placements ``zero2``, ``zero3`` and ``hsdp``."""
+    """An `Engine` over ``torch.distributed.fsdp.fully_shard``: placements ``ddp``, ``zero2``, ``zero3``, ``hsdp``."""
 
     model: nn.Module
 
@@ -54,9 +57,15 @@ class FSDP2Engine:
         first weights; `compile` and `recompute` name modules whose forward is compiled or recomputed. ValueError for a
         placement that FSDP2 does not have.
         """
+        if options.placement not in _PLACEMENTS:
+            raise ValueError(
+                f"parallel.placement={options.placement} with engine=fsdp2: choose one of {', '.join(_PLACEMENTS)}, "
+                f"or engine=native"
+            )
         foreign.single_process_group(device)
         self.model = model
-        self._placement, self._dtype, self._options = options.placement, dtype, optimizer
+        self._dtype, self._options = dtype, optimizer
+        self._keeps_gathered = options.placement in _KEEP_GATHERED
         self._mesh = _mesh(options, device)
         foreign.wrap_blocks(recompute=recompute, compile=compile)
         for param in model.parameters():
@@ -81,10 +90,9 @@ class FSDP2Engine:
         foreign.set_updates(self._optimizer, updates)
 
     def forward_backward(self, *inputs: Tensor, scale: float, first: bool, last: bool) -> Tensor:
-        """See `Engine`. Gradients are reduced after each micro-batch; between the replicas of ``hsdp`` after the last."""
+        """See `Engine`. Gradients are reduced after each micro-batch, but between replicas only after the last."""
         self.model.set_requires_all_reduce(last)
-        # zero2 keeps the weights it gathered until the step is over; the others gave them back after forward.
-        self.model.set_reshard_after_backward(last or self._placement != "zero2")
+        self.model.set_reshard_after_backward(last or not self._keeps_gathered)
         loss = self.model(*inputs)
         (loss * scale).backward()
         return loss.detach()
@@ -120,6 +128,7 @@ class FSDP2Engine:
                 if low < high:
                     span = {"start": start + low, "stop": start + high, "shape": tuple(param.shape)}
                     yield Piece(name=name, kind=kind, tensor=shard[low:high], **span)
+        yield from foreign.buffer_pieces(self.model)
 
     @torch.no_grad()
     def load(self, read: Read, *, moments: bool) -> None:
@@ -128,13 +137,15 @@ class FSDP2Engine:
             for kind, shard in self._state(param).items():
                 if moments or kind == MASTER:
                     foreign.fill(shard, read, name, kind, self._start(param))
+        if moments:
+            foreign.load_buffers(self.model, read)
 
     def state_bytes(self) -> dict[str, int]:
         """See `Engine`. Masters are the sharded parameters too; gathered copies count as ``buffers``, at their peak."""
         moments = [self._state(param) for param in self._trained]
         whole = [sum(param.numel() for param in module.parameters()) for module in self._modules]
         root = sum(param.numel() for param in self._params.values()) - sum(whole[1:])
-        gathered = sum(whole[1:]) if self._placement == "zero2" else sum(sorted(whole[1:])[-2:])
+        gathered = sum(whole[1:]) if self._keeps_gathered else sum(sorted(whole[1:])[-2:])
         return {
             "parameters": 0,
             "gradients": foreign.size_bytes(param.to_local() for param in self._trained),
@@ -160,15 +171,12 @@ class FSDP2Engine:
 
 
 def _mesh(options: ParallelOptions, device: torch.device) -> DeviceMesh:
-    """One dimension of shards; with ``hsdp`` one of replicas, the outermost level, before it."""
-    if options.placement not in ("zero2", "zero3", "hsdp"):
-        raise ValueError(
-            f"parallel.placement={options.placement} with engine=fsdp2: choose zero2, zero3 or hsdp, or engine=native"
-        )
+    """One dimension of shards, or two, replicas first: the outermost level for ``hsdp``, all ranks for ``ddp``."""
     world = dist.get_world_size()
-    replicas = Mesh.of(options.levels, rank=dist.get_rank(), world=world).sizes[0]
-    if options.placement != "hsdp" or replicas == world and len(options.levels) < 2:
+    levels = Mesh.of(options.levels, rank=dist.get_rank(), world=world)
+    if options.placement.startswith("zero") or (options.placement == "hsdp" and levels.num_levels == 1):
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    replicas = world if options.placement == "ddp" else levels.sizes[0]
     return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
 
 
@@ -181,7 +189,7 @@ def _fully_shard(
     )
     alone = _unshared(model, units)
     for unit in alone:
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=options.placement != "zero2")
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=options.placement not in _KEEP_GATHERED)
     # The root's backward comes right after its forward: giving back would only gather again.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     ahead = options.prefetch_units
@@ -210,7 +218,7 @@ def _unshared(model: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module]:
 
 @torch.no_grad()
 def _materialize(model: nn.Module, device: torch.device) -> None:
-    """Give the shards memory on `device`, and keep what `to_empty` loses: the buffers' values and the parameters' ties."""
+    """Give the shards memory on `device`, and keep what `to_empty` loses: values of buffers, ties of parameters."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
     named = list(model.named_parameters(remove_duplicate=False))
     model.to_empty(device=device)

@@ -1,4 +1,4 @@
-"""A small job with everything that is awkward to shard, the same job in plain PyTorch, and workers to run it on engines.
+"""A small job with everything that is awkward to shard, the same job in plain PyTorch, and workers for engines.
 
 Not a test itself: the tests of the engines built on FSDP2 and DeepSpeed share it.
 """

@@ -15,6 +15,7 @@ SGD = OptimizerOptions(name="sgd", lr=job.ADAMW.lr, momentum=0.9)
 CASES = {
     "zero3": (ParallelOptions(placement="zero3"), job.ADAMW),
     "zero2": (ParallelOptions(placement="zero2", prefetch_units=2), job.ADAMW),
+    "ddp": (ParallelOptions(placement="ddp"), job.ADAMW),
     "hsdp": (ParallelOptions(placement="hsdp", levels={"node": 2, "gpu": 1}), job.ADAMW),
     "sgd": (ParallelOptions(placement="zero3"), SGD),
 }
@@ -103,5 +104,5 @@ def train_in_bf16(rank: int) -> dict[str, Any]:
 
 
 def test_other_placements_are_refused() -> None:
-    with pytest.raises(ValueError, match="parallel.placement=topo.*zero2, zero3 or hsdp"):
+    with pytest.raises(ValueError, match="parallel.placement=topo.*ddp, zero2, zero3, hsdp"):
         build(ParallelOptions(placement="topo"), job.ADAMW)
