@@ -16,7 +16,6 @@ HARMLESS = (
     "offload",
     "checkpoint",
     "logger",
-    "run",
     "model.name",
     "model.compile",
     "model.loss_chunk_tokens",
@@ -41,8 +40,11 @@ def as_plain(job: Job) -> dict[str, Any]:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[Change], list[Change]]:
-    """What differs between two plain jobs: the changes of the training, and the harmless ones."""
-    before, after = _flatten(old), _flatten(new)
+    """What differs between two plain jobs: the changes of the training, and the harmless ones.
+
+    Options of ``run`` are left out: they say how one start treats the folder.
+    """
+    before, after = (_flatten({key: value for key, value in job.items() if key != "run"}) for job in (old, new))
     found = [
         (key, before.get(key, ABSENT), after.get(key, ABSENT))
         for key in dict.fromkeys([*before, *after])

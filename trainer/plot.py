@@ -5,6 +5,7 @@ used without pyplot, whose global state does not bear a second thread.
 """
 
 import os
+from itertools import accumulate
 from pathlib import Path
 
 from trainer.loggers import read_lines
@@ -25,9 +26,7 @@ def draw_loss(metrics: Path, evals: Path, png: Path, title: str) -> None:
     axes.plot(steps, losses, color=TRAIN, alpha=0.25, linewidth=0.8)
     axes.plot(steps, smoothed(losses), color=TRAIN, linewidth=1.8, label="training, smoothed")
     if valid_steps:
-        axes.plot(
-            valid_steps, valid_losses, "o-", color=VALID, linewidth=1, markersize=4.5, label="validation", zorder=3
-        )
+        axes.plot(valid_steps, valid_losses, "o", color=VALID, markersize=5, label="validation", zorder=3)
         axes.annotate(
             f"{valid_losses[-1]:.3f}",
             (valid_steps[-1], valid_losses[-1]),
@@ -52,13 +51,11 @@ def draw_loss(metrics: Path, evals: Path, png: Path, title: str) -> None:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average over `SMOOTHED_OVER` of the values, unbiased at its start, as Adam's."""
-    keep = 1 - 1 / max(1.0, SMOOTHED_OVER * len(values))
-    total, weight, averages = 0.0, 0.0, []
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        averages.append(total / weight)
-    return averages
+    """Each value's mean with its neighbours on both sides, `SMOOTHED_OVER` of all in sum, fewer at the ends: no lag."""
+    reach = round(SMOOTHED_OVER * len(values) / 2)
+    sums = [0.0, *accumulate(values)]
+    windows = ((max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values)))
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in windows]
 
 
 def _series(path: Path, key: str) -> tuple[list[int], list[float]]:

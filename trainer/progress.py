@@ -89,8 +89,8 @@ class Progress:
         """From the wall time of the steps seen so far, so validations and checkpoints between them count."""
         assert self._first is not None
         first_done, first_s = self._first
-        done = event["step"] + 1
-        step_s: float = (now - first_s) / (done - first_done) if done > first_done else event["step_s"]
+        done: int = event["step"] + 1
+        step_s = event["step_s"] if done == first_done else (now - first_s) / (done - first_done)
         return step_s * (self._total - done)
 
     def _bar(self, done: int) -> str:
