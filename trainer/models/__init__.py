@@ -13,7 +13,7 @@ def build_model(
 ) -> LanguageModel:
     """The model that `options` describe: parameters on ``meta`` in `dtype`, the compute dtype; buffers on `device`.
 
-    vocab_size: the tokenizer's. Raises ValueError for options that do not fit each other, the data or the model's files.
+    vocab_size: the tokenizer's. ValueError for options that do not fit each other, the data or the model's files.
     """
     if isinstance(options, LlamaOptions):
         from trainer.models.llama import Llama

@@ -20,8 +20,8 @@ _CUDNN_FIRST = [
 def attention_backends(device: torch.device) -> AbstractContextManager[None]:
     """A context in which attention runs on the fastest kernel that `device` has.
 
-    Entered once, around training: blocks that are compiled inside it keep the choice, and leaving it between steps would
-    compile them again. Hopper and later: cuDNN, then flash; elsewhere PyTorch's own order (flash on CPU).
+    Entered once, around training: blocks that are compiled inside it keep the choice, and leaving it between steps
+    would compile them again. Hopper and later: cuDNN, then flash; elsewhere PyTorch's own order (flash on CPU).
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return sdpa_kernel(_CUDNN_FIRST, set_priority=True)

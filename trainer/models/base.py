@@ -18,13 +18,13 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """tokens, targets: (B, S) int64. Returns the mean cross-entropy in nats, 0-dim fp32; without targets the logits that
-        follow the last position, (B, V)."""
+        """tokens, targets: (B, S) int64. Returns the mean cross-entropy in nats, 0-dim fp32; without targets the
+        logits that follow the last position, (B, V)."""
 
     @abstractmethod
     def units(self) -> list[nn.Module]:
-        """Disjoint submodules in the order they run: what is gathered, computed and released together. Parameters outside
-        them, or shared by several, belong to the root unit."""
+        """Disjoint submodules in the order they run: what is gathered, computed and released together. Parameters
+        outside them, or shared by several, belong to the root unit."""
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:

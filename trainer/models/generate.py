@@ -2,8 +2,6 @@
 
 import torch
 
-from trainer.models.base import LanguageModel
-
 
 @torch.no_grad()
 def generate(
@@ -15,14 +13,14 @@ def generate(
     temperature: float,
     seed: int,
 ) -> list[int]:
-    """`count` tokens that follow the prompt, each drawn from the model's distribution at `temperature` (0: the likeliest).
+    """`count` tokens that follow the prompt, each drawn from the model at `temperature` (0: the likeliest).
 
     The model sees the last `seq_len` tokens. Its calls are collective where it is sharded, so every rank calls this
     alike; each draws the same tokens, the draw being a function of `seed` alone, on the CPU.
     """
     if not prompt_tokens:
         raise ValueError("generate needs at least one prompt token")
-    device = next(model.buffers()).device
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt_tokens)
     for _ in range(count):

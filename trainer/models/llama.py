@@ -141,7 +141,7 @@ def rotary_tables(seq_len: int, head_dim: int, theta: float, device: torch.devic
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns element i and element i + E/2 of each head as one plane, as Hugging Face's weights expect. x (B, S, H, E)."""
+    """Turns element i and element i + E/2 of each head as one plane, as in Hugging Face's weights. x (B, S, H, E)."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)  # fp32 until here

@@ -1,10 +1,10 @@
 """The output projection and its cross-entropy, a chunk of tokens at a time.
 
-Logits of all tokens are the largest tensor of a language model: 16,384 tokens over 32,000 words take 2 GiB in fp32, and
-a plain cross-entropy holds several of them. Here each chunk's logits turn into its loss and, in place, into the gradient
-with respect to them; the gradients of the hidden states and of the weight are made of that at once, in the forward. So
-one chunk of logits exists at a time, no product is computed twice, and the backward only multiplies by the gradient
-that arrives.
+Logits of all tokens are the largest tensor of a language model: 16,384 tokens over 32,000 words take 2 GiB in fp32,
+and a plain cross-entropy holds several of them. Here each chunk's logits turn into its loss and, in place, into the
+gradient with respect to them; the gradients of the hidden states and of the weight are made of that at once, in the
+forward. So one chunk of logits exists at a time, no product is computed twice, and the backward only multiplies by the
+gradient that arrives.
 
 Invariants: the softmax and the sum over tokens are in fp32 whatever the compute dtype is, and so is the sum of the
 weight's gradient over chunks. The weight is read in the forward alone: it may be released before the backward.
@@ -30,7 +30,7 @@ def linear_cross_entropy(
     """Mean over the targets other than -100 of the cross-entropy in nats of ``hidden @ weight.T + bias``.
 
     hidden (..., D) and weight (V, D) in the compute dtype, targets (...) int64; returns a 0-dim fp32 (fp64 for fp64),
-    0 where every target is -100. ``softcap`` c bends the logits to ``c * tanh(logits / c)`` (Gemma 2, arXiv 2408.00118).
+    0 where every target is -100. ``softcap`` c bends logits to ``c * tanh(logits / c)`` (Gemma 2, arXiv 2408.00118).
     """
     hidden, targets = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)
     inputs = (hidden, weight, bias)

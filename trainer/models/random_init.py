@@ -17,7 +17,7 @@ _BLOCK = 1 << 20
 
 
 class RandomRead:
-    """An `offload.state.Read`: 1-D fp32 on `device`, normal with standard deviation ``std(name)``, or 1 where it is None."""
+    """An `offload.state.Read`: fp32 on `device`, normal with standard deviation ``std(name)``, 1 where that is None."""
 
     def __init__(
         self,

@@ -1,0 +1,165 @@
+"""Any Hugging Face causal language model, cut into units like our own.
+
+The model is taken apart: its base (embedding, blocks, last norm) gives hidden states, and our head turns them into the
+loss through the model's output projection, so the whole logits matrix never exists.
+
+Invariant: `hf_names` gives each of our names its name in a Hugging Face checkpoint.
+"""
+
+import difflib
+import json
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from offload.state import Read
+from trainer.models.base import LanguageModel
+from trainer.models.hf_head import Head, logit_rule
+from trainer.models.hf_weights import InitRuleRead, SafetensorsRead
+from trainer.options import HFOptions
+
+
+class HFModel(LanguageModel):
+    def __init__(
+        self, options: HFOptions, *, vocab_size: int, seq_len: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """vocab_size: the tokenizer's; seq_len: the longest sequence. ValueError for what cannot be trained."""
+        super().__init__()
+        self.options = options
+        self.config = load_config(options)
+        _check(self.config, vocab_size, seq_len)
+        self.vocab_size = self.config.get_text_config().vocab_size
+        causal_lm = build_on_meta(self.config, dtype)
+        scale, softcap = logit_rule(causal_lm)
+        self.model = causal_lm.base_model
+        self.head = Head(causal_lm.get_output_embeddings(), scale, softcap, options.loss_chunk_tokens)
+        self.hf_names = self._match(causal_lm)
+        for module in self.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.to(device))
+        self._files = None if options.from_scratch else self._open(causal_lm.base_model_prefix)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        return self.head(self.model(input_ids=tokens).last_hidden_state, targets)
+
+    def units(self) -> list[nn.Module]:
+        embed = self.model.get_input_embeddings()
+        tied = embed.weight is self.head.output.weight
+        return [*([] if tied else [embed]), *self.blocks(), self.head]
+
+    def blocks(self) -> list[nn.Module]:
+        """The members of the list of modules that has the most parameters."""
+        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+        return list(max(lists, key=_num_parameters))
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """6 N + 6 L H E S, where N counts every parameter but the experts that a token does not visit."""
+        config = self.config.get_text_config()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        attention = config.num_hidden_layers * config.num_attention_heads * head_dim * seq_len
+        num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+        experts = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name) if num_experts else 0
+        idle = experts - experts * config.num_experts_per_tok // num_experts if num_experts else 0
+        return 6 * (_num_parameters(self) - idle + attention)
+
+    def initial(self, seed: int, device: torch.device) -> Read:
+        """The folder's weights, or random ones by the model's own rule, each a function of the seed and the name."""
+        if self._files is not None:
+            return self._files.on(device)
+        return InitRuleRead(build_on_meta(self.config, torch.float32), self.hf_names, seed, device)
+
+    def _match(self, causal_lm: transformers.PreTrainedModel) -> dict[str, list[str]]:
+        """The names in `causal_lm`, several where tied, of each parameter and saved buffer of this model."""
+        names = defaultdict(list)
+        for name, tensor in causal_lm.state_dict(keep_vars=True).items():
+            names[tensor].append(name)
+        ours = {tensor: name for name, tensor in reversed(self.state_dict(keep_vars=True).items())}
+        if lost := [names[tensor][0] for tensor in names if tensor not in ours]:
+            raise ValueError(f"model.path={self.options.path}: {_few(lost)} lie outside the base model and its output")
+        return {name: names[tensor] for tensor, name in ours.items()}
+
+    def _open(self, prefix: str) -> SafetensorsRead:
+        """The folder's weights, checked against the model; saved buffers are read at once."""
+        tensors = {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if name in self.hf_names}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        files = SafetensorsRead(Path(self.options.path), shapes, self.hf_names, prefix)
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, nn.Parameter):
+                tensor.copy_(files(name, "master", 0, tensor.numel()).view(tensor.shape))
+        return files
+
+
+def load_config(options: HFOptions) -> transformers.PreTrainedConfig:
+    """The folder's ``config.json`` with ``model.overrides`` in it."""
+    file = Path(options.path) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"model.path={options.path!r}: there is no {file}; give a Hugging Face model's local folder")
+    config = transformers.AutoConfig.from_pretrained(file.parent, local_files_only=True)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"model.path={options.path}: its weights are quantized, which cannot be trained")
+    changes = {name: _override(config, name, value) for name, value in options.overrides.items()}
+    try:  # a new config, not setattr: other fields may follow from those that change
+        return type(config).from_dict(json.loads(file.read_text()) | changes | {"use_cache": False})
+    except Exception as error:  # of many types, transformers' own among them
+        raise ValueError(f"model.overrides={options.overrides}: {error}") from error
+
+
+def _override(config: transformers.PreTrainedConfig, name: str, value: str) -> Any:
+    if not hasattr(config, name):
+        near = difflib.get_close_matches(name, config.to_dict(), n=1)
+        hint = f"; did you mean model.overrides.{near[0]}?" if near else ""
+        raise ValueError(f"model.overrides.{name}: a {type(config).__name__} has no such field{hint}")
+    return yaml.safe_load(value)
+
+
+def _check(config: transformers.PreTrainedConfig, vocab_size: int, seq_len: int) -> None:
+    text = config.get_text_config()
+    if text.vocab_size < vocab_size:
+        raise ValueError(
+            f"the model has {text.vocab_size} words, the tokenizer {vocab_size}: set data.tokenizer=<model.path>, "
+            f"or with model.from_scratch=true model.overrides.vocab_size={vocab_size}"
+        )
+    longest = getattr(text, "max_position_embeddings", None) or seq_len
+    if seq_len > longest:
+        raise ValueError(
+            f"train.seq_len={seq_len} is more than the model's max_position_embeddings={longest}; "
+            f"lower it, or set model.overrides.max_position_embeddings={seq_len} if its positions extend"
+        )
+    if getattr(text, "output_router_logits", False):
+        raise ValueError("the router's auxiliary loss is not trained: set model.overrides.output_router_logits=false")
+
+
+def build_on_meta(config: transformers.PreTrainedConfig, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The model that `config` describes: parameters on ``meta`` from their registration on, buffers real."""
+
+    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)
+    try:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    finally:
+        hook.remove()
+    if model.config._attn_implementation != "sdpa":
+        warnings.warn(
+            f"{type(model).__name__} has no fused attention: its attention takes memory quadratic in train.seq_len",
+            stacklevel=2,
+        )
+    return model
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
