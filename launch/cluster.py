@@ -54,7 +54,6 @@ def _start(crew: Crew) -> list[psutil.Process]:
             num_gpus=0 if crew.device == "cpu" else None,
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
-            _node_ip_address="127.0.0.1",
             **QUIET,
         )
     finally:

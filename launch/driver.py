@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from launch.checks import Crew, check, find_crew
 from launch.config import Config
 from launch.devices import this_machine
-from launch.worker import Failed, Failure, describe, take_cores
+from launch.worker import Failed, Failure, check_device, describe, take_cores
 
 EXIT_RESUMABLE = 75
 """``EX_TEMPFAIL`` of sysexits.h, "try again": what a batch system's requeue rule can look for."""
@@ -110,7 +110,8 @@ def _run_here(config: Config, crew: Crew, overrides: tuple[str, ...], stream: Te
     torch.set_num_threads(threads)
     show = Progress(config.train.steps, stream, config.logger.every_steps).show
     try:
-        trainer = Trainer(config.job(), emit=show, overrides=overrides, device=crew.device)
+        check_device(crew.device)
+        trainer = Trainer(config.job(), emit=show, overrides=overrides)
         stop.act = trainer.request_stop
         return _ended(trainer.train(), stop)
     except Exception as error:

@@ -11,11 +11,13 @@ import queue
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from launch.devices import count_cores
+from trainer.run import run_path
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -121,6 +123,7 @@ class Worker:
         self._threads = take_cores(device, threads, workers_on_node)
         import trainer.loop  # noqa: F401  # torch, the long part of the start
 
+        check_device(device)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._trainer: Any = None
         self._stop_reason: str | None = None
@@ -138,6 +141,7 @@ class Worker:
         """Join the process group, all ranks at once."""
         self._assignment = assignment
         try:
+            log_to(run_path(assignment.job) / "logs" / f"rank-{assignment.rank}.log")
             join(assignment, self._store)
         except Exception as error:
             return describe(error)
@@ -152,7 +156,7 @@ class Worker:
         torch.set_num_threads(self._threads)  # again, in the thread that trains: OpenMP counts them per thread
         try:
             told = self._assignment
-            self._trainer = Trainer(told.job, emit=self._events.put, overrides=told.overrides, device=told.device)
+            self._trainer = Trainer(told.job, emit=self._events.put, overrides=told.overrides)
             if self._stop_reason:
                 self._trainer.request_stop(self._stop_reason)
             result: dict[str, Any] = self._trainer.train()
@@ -186,6 +190,24 @@ def take_cores(device: str, threads: int | None, workers_on_node: int) -> int:
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return count
+
+
+def log_to(path: Path) -> None:
+    """Append what this process prints to a file of the run, C++ and crashes included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def check_device(device: str) -> None:
+    """ValueError when the driver counted on a GPU that torch cannot use."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"there is a GPU, but torch {torch.__version__} cannot use it: install another, or set launch.device=cpu"
+        )
 
 
 def join(assignment: Assignment, store: "Store | None") -> None:
