@@ -13,6 +13,7 @@ last one padded. Both are ranges of the flattened parameter: `Piece`s.
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -93,7 +94,7 @@ class DeepSpeedEngine:
     def forward_backward(self, *inputs: Tensor, scale: float, first: bool, last: bool) -> Tensor:
         """See `Engine`. ZeRO-1 reduces gradients after the last micro-batch, ZeRO-2 and 3 after each."""
         self._engine.set_gradient_accumulation_boundary(last)
-        loss = self._engine(*inputs)
+        loss: Tensor = self._engine(*inputs)
         # DeepSpeed averages over the ranks; the caller has already divided by their number.
         self._engine.backward(loss * (scale * dist.get_world_size()), scale_wrt_gas=False)
         return loss.detach()
@@ -101,7 +102,8 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def evaluate(self, *inputs: Tensor) -> Tensor:
         """See `Engine`."""
-        return self._engine(*inputs)
+        output: Tensor = self._engine(*inputs)
+        return output
 
     def step(self, lr: float, clip_norm: float | None) -> Tensor:
         """See `Engine`."""
@@ -119,8 +121,7 @@ class DeepSpeedEngine:
             start, state = self._state(name, param)
             for kind, tensor in state.items():
                 if tensor.numel():
-                    span = {"start": start, "stop": start + tensor.numel(), "shape": self._shape[name]}
-                    yield Piece(name=name, kind=kind, tensor=tensor.float(), **span)
+                    yield foreign.piece(name, kind, start, self._shape[name], tensor.float())
         yield from foreign.buffer_pieces(self.model)
 
     @torch.no_grad()
@@ -139,8 +140,9 @@ class DeepSpeedEngine:
 
     def state_bytes(self) -> dict[str, int]:
         """See `Engine`. Gradients as held after a backward; the buckets they pass through are not counted."""
-        held = [param.ds_tensor if self._stage == 3 else param for param in self.model.parameters()]
-        trained = [tensor for tensor, param in zip(held, self.model.parameters(), strict=True) if param.requires_grad]
+        params: list[Any] = list(self.model.parameters())
+        held = [param.ds_tensor if self._stage == 3 else param for param in params]
+        trained = [tensor for tensor, param in zip(held, params, strict=True) if param.requires_grad]
         parts = dist.get_world_size() if self._stage == 2 else 1
         moments = [tensor for state in self._inner.state.values() for tensor in state.values() if tensor.ndim]
         return {
@@ -153,12 +155,11 @@ class DeepSpeedEngine:
 
     def _partitions(self) -> list[Tensor]:
         """This rank's flat fp32 masters, one a group of parameters; the optimizer's state is kept by them."""
-        if self._stage == 3:
-            return self._zero.fp32_partitioned_groups_flat
-        return self._zero.single_partition_of_fp32_groups
+        zero3, zero12 = "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"
+        return list(getattr(self._zero, zero3 if self._stage == 3 else zero12))
 
     @torch.no_grad()
-    def _state(self, name: str, param: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
+    def _state(self, name: str, param: Any) -> tuple[int, dict[str, Tensor]]:
         """Where this rank's range of the parameter starts, and 1-D views of it by kind; see [Note: who holds what]."""
         kinds = foreign.moment_kinds(self._options) if param.requires_grad else ()
         if self._stage == 3:
@@ -175,7 +176,7 @@ class DeepSpeedEngine:
         views = {kind: state[kind].narrow(0, place.start, place.numel) for kind in kinds}
         return fragment.lp_fragment_address.start, {MASTER: fragment.hp_fragment, **views}
 
-    def _equal_range(self, name: str, param: nn.Parameter, kinds: Sequence[str]) -> tuple[int, dict[str, Tensor]]:
+    def _equal_range(self, name: str, param: Any, kinds: Sequence[str]) -> tuple[int, dict[str, Tensor]]:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         master = safe_get_local_fp32_param(param) if param.requires_grad else param.ds_tensor
@@ -191,7 +192,7 @@ class DeepSpeedEngine:
             return
         from deepspeed.utils import safe_get_local_fp32_param
 
-        params = list(self.model.parameters())
+        params: list[Any] = list(self.model.parameters())
         for param in params:
             if param.requires_grad:
                 param.ds_tensor.copy_(safe_get_local_fp32_param(param))
@@ -212,6 +213,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     except ImportError as error:
         raise ValueError(f"engine=deepspeed: {error}; install it with pip install 'atoll[deepspeed]'") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its calls into torch.distributed say so, at every step.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
     if device.type == "cpu":
         # Otherwise the first run compiles a C++ extension, on every rank at once, which only inference uses.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
@@ -247,6 +250,5 @@ def _materialize(module: nn.Module, device: torch.device, dtype: torch.dtype) ->
     """Give the parameters that are still on ``meta`` memory, in place, so that ties stay; the values come later."""
     for param in module.parameters():
         if param.is_meta:
-            torch.utils.swap_tensors(
-                param, nn.Parameter(torch.zeros(param.shape, dtype=dtype, device=device), param.requires_grad)
-            )
+            real = nn.Parameter(torch.zeros(param.shape, dtype=dtype, device=device), param.requires_grad)
+            torch.utils.swap_tensors(param, real)  # type: ignore[no-untyped-call]

@@ -88,12 +88,17 @@ def fill(view: Tensor, read: Read, name: str, kind: str, start: int) -> None:
         view.copy_(read(name, kind, start, start + view.numel()))
 
 
+def piece(name: str, kind: str, start: int, shape: Sequence[int], tensor: Tensor) -> Piece:
+    """The `Piece` that the 1-D `tensor` holds from element `start` on."""
+    stop = start + tensor.numel()
+    return Piece(name=name, kind=kind, start=start, stop=stop, shape=tuple(shape), tensor=tensor)
+
+
 def buffer_pieces(model: nn.Module) -> Iterator[Piece]:
     """The model's persistent buffers, the same on every rank; the first one writes them."""
     for name, buffer in _persistent_buffers(model):
         if dist.get_rank() == 0 and buffer.numel():
-            span = {"start": 0, "stop": buffer.numel(), "shape": tuple(buffer.shape)}
-            yield Piece(name=name, kind=BUFFER, tensor=buffer.view(-1), **span)
+            yield piece(name, BUFFER, 0, buffer.shape, buffer.view(-1))
 
 
 def load_buffers(model: nn.Module, read: Read) -> None:

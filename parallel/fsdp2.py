@@ -13,6 +13,7 @@ left to the root, whose parameters stay gathered from the start of forward to th
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -91,16 +92,17 @@ class FSDP2Engine:
 
     def forward_backward(self, *inputs: Tensor, scale: float, first: bool, last: bool) -> Tensor:
         """See `Engine`. Gradients are reduced after each micro-batch, but between replicas only after the last."""
-        self.model.set_requires_all_reduce(last)
-        self.model.set_reshard_after_backward(last or not self._keeps_gathered)
-        loss = self.model(*inputs)
-        (loss * scale).backward()
+        root = self._modules[0]
+        root.set_requires_all_reduce(last)
+        root.set_reshard_after_backward(last or not self._keeps_gathered)
+        loss: Tensor = self.model(*inputs)
+        (loss * scale).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     @torch.no_grad()
     def evaluate(self, *inputs: Tensor) -> Tensor:
         """See `Engine`."""
-        output = self.model(*inputs)
+        output: Tensor = self.model(*inputs)
         # Without a backward nobody gives back what was gathered, and a later update would not reach it.
         for module in self._modules:
             module.reshard()
@@ -126,8 +128,7 @@ class FSDP2Engine:
             for kind, shard in self._state(param).items():
                 low, high = (shard.numel() * index // replicas for index in (replica, replica + 1))
                 if low < high:
-                    span = {"start": start + low, "stop": start + high, "shape": tuple(param.shape)}
-                    yield Piece(name=name, kind=kind, tensor=shard[low:high], **span)
+                    yield foreign.piece(name, kind, start + low, param.shape, shard[low:high])
         yield from foreign.buffer_pieces(self.model)
 
     @torch.no_grad()
@@ -143,24 +144,23 @@ class FSDP2Engine:
     def state_bytes(self) -> dict[str, int]:
         """See `Engine`. Masters are the sharded parameters too; gathered copies count as ``buffers``, at their peak."""
         moments = [self._state(param) for param in self._trained]
-        whole = [sum(param.numel() for param in module.parameters()) for module in self._modules]
+        whole = [sum(param.numel() for param in module.parameters()) for module in cast(list[nn.Module], self._modules)]
         root = sum(param.numel() for param in self._params.values()) - sum(whole[1:])
         gathered = sum(whole[1:]) if self._keeps_gathered else sum(sorted(whole[1:])[-2:])
         return {
             "parameters": 0,
-            "gradients": foreign.size_bytes(param.to_local() for param in self._trained),
-            "master": foreign.size_bytes(param.to_local() for param in self._params.values()),
+            "gradients": foreign.size_bytes(_local(param) for param in self._trained),
+            "master": foreign.size_bytes(_local(param) for param in self._params.values()),
             "optimizer": foreign.size_bytes(t for state in moments for kind, t in state.items() if kind != MASTER),
             "buffers": (root + gathered) * self._dtype.itemsize,
         }
 
-    @torch.no_grad()
     def _state(self, param: nn.Parameter) -> dict[str, Tensor]:
         """This rank's shard of the parameter and its moments, each a 1-D view, by kind."""
-        state = {MASTER: param.to_local().view(-1)}
+        state = {MASTER: _local(param)}
         if param.requires_grad:
             kinds = foreign.moment_kinds(self._options)
-            state |= {kind: self._optimizer.state[param][kind].to_local().view(-1) for kind in kinds}
+            state |= {kind: _local(self._optimizer.state[param][kind]) for kind in kinds}
         return state
 
     def _start(self, param: nn.Parameter) -> int:
@@ -168,6 +168,13 @@ class FSDP2Engine:
         rows = param.shape[0]
         shard_rows = math.ceil(rows / self._mesh.size(-1))
         return min(self._mesh.get_local_rank(self._mesh.ndim - 1) * shard_rows, rows) * (param.numel() // max(rows, 1))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's shard, a 1-D view."""
+    assert isinstance(tensor, DTensor)
+    with torch.no_grad():
+        return tensor.to_local().view(-1)
 
 
 def _mesh(options: ParallelOptions, device: torch.device) -> DeviceMesh:
@@ -192,17 +199,17 @@ def _fully_shard(
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=options.placement not in _KEEP_GATHERED)
     # The root's backward comes right after its forward: giving back would only gather again.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    root, *sharded = cast(list[FSDPModule], [model, *alone])
     ahead = options.prefetch_units
-    for index, unit in enumerate(alone):
-        unit.set_modules_to_forward_prefetch(alone[index + 1 : index + 1 + ahead])
-        unit.set_modules_to_backward_prefetch(alone[max(index - ahead, 0) : index][::-1])
-    modules = [model, *alone]
-    for module in modules:
+    for index, each in enumerate(sharded):
+        each.set_modules_to_forward_prefetch(sharded[index + 1 : index + 1 + ahead])
+        each.set_modules_to_backward_prefetch(sharded[max(index - ahead, 0) : index][::-1])
+    for each in (root, *sharded):
         # Gradients are summed, the caller's scale makes the mean. Without the second call gloo would be asked for an
         # operation (multiply, then sum) that it does not have.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    return modules
+        each.set_gradient_divide_factor(1.0)
+        each.set_force_sum_reduction_for_comms(True)
+    return [root, *sharded]
 
 
 def _unshared(model: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module]:
