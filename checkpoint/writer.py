@@ -126,7 +126,7 @@ def _write_chunks(folder: Folder, here: str, staged: Staged) -> dict[str, Entry]
         data = staged.chunk(array, number)
         padding = bytes(array.chunk * array.item_bytes - len(data))
         crc = crc32c(data, padding)
-        # Written as zarr's codecs would, but from where the data lies: zarr's own path copies each chunk three times.
+        # Written as zarr's codecs would, but from where the data lies: zarr's own path copies each chunk twice.
         folder.write(path, data.data, padding + crc.to_bytes(CRC_BYTES, "little"))
         return path, Entry(len(data) + len(padding) + CRC_BYTES, crc)
 

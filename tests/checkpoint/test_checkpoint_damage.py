@@ -14,7 +14,7 @@ from checkpoint.crc import crc32c
 from checkpoint.layout import Commit, Entry
 from offload.state import Piece
 
-_TENSOR = torch.arange(3000.0)
+_TENSOR = torch.arange(3001.0)  # not a multiple of the chunks: the last one is padded
 _FILES = [
     "COMMIT",
     "meta.json",
@@ -38,7 +38,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = Checkpoints(str(folder), CheckpointOptions(chunk_bytes=4096))
     for step in (40, 60):
         pieces = [
-            Piece(name="w", kind=kind, start=0, stop=3000, shape=(3000,), tensor=_TENSOR + step)
+            Piece(name="w", kind=kind, start=0, stop=3001, shape=(3001,), tensor=_TENSOR + step)
             for kind in ("master", "exp_avg")
         ]
         store.save(step, pieces, {"rng": rng_state()}, {"step": step})
@@ -56,7 +56,7 @@ def damaged(good: Path, tmp_path: Path) -> Path:
 def _read_all(step_folder: Path, step: int = 60) -> CheckpointReader:
     reader = Checkpoints(str(step_folder.parent), CheckpointOptions()).open(step)
     for kind in ("master", "exp_avg"):
-        assert torch.equal(reader.read("w", kind, 0, 3000), _TENSOR + step)
+        assert torch.equal(reader.read("w", kind, 0, 3001), _TENSOR + step)
     reader.rank_state(0)
     reader.verify()
     return reader
@@ -179,7 +179,7 @@ def test_a_strangers_array_cannot_escape_or_confuse(damaged: Path, change: dict[
 
 @pytest.mark.parametrize(
     "change",
-    [{"start": 1}, {"stop": 2999}, {"shape": [1 << 40]}, {"shape": 3}, {"offset": 1}, {"offset": -1}, {"name": 3}],
+    [{"start": 1}, {"stop": 3000}, {"shape": [1 << 40]}, {"shape": 3}, {"offset": 1}, {"offset": -1}, {"name": 3}],
 )
 def test_a_strangers_piece_cannot_escape_or_confuse(damaged: Path, change: dict[str, object]):
     index = json.loads((damaged / "shards/00000/index.json").read_bytes())
