@@ -14,7 +14,7 @@ def materialize() -> Callable[[LanguageModel, Read], LanguageModel]:
 
 
 def fill(model: LanguageModel, read: Read) -> LanguageModel:
-    """Replace the parameters, on ``meta`` until now, by what `read` says, in the model's dtype; shared ones stay shared."""
+    """Replace the parameters, on ``meta`` until now, by what `read` says; shared ones stay shared."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in list(model.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
