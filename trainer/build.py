@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.engine import Engine
+from trainer.data import Corpus
 from trainer.job import Job
 from trainer.models import LanguageModel
 
@@ -66,3 +67,16 @@ def build_engine(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype
 
     mesh = Mesh.of(job.parallel.levels, rank=where.rank, world=where.world)
     return shard(model, mesh, Placement.of(job.parallel, mesh.num_levels), **common)
+
+
+def check_same_data(corpus: Corpus, where: Rank) -> None:
+    """ValueError where this rank's tokens are not those of rank 0: other files, or another interpreter's library."""
+    if where.world == 1:
+        return
+    fingerprints: list[str] = [""] * where.world
+    dist.all_gather_object(fingerprints, corpus.fingerprint)
+    if corpus.fingerprint != fingerprints[0]:
+        raise ValueError(
+            f"the data on rank {where.rank} is not that of rank 0: give every node the same files (data.paths) and, "
+            f"for data.source=stdlib, the same Python"
+        )

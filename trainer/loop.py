@@ -12,7 +12,8 @@ host never waits for the device.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from checkpoint import Checkpoints, rng_state, set_rng_state
 from offload.device import DeviceReader, peak_flops
-from trainer.build import Rank, build_engine, choose_dtype
+from trainer.build import Rank, build_engine, check_same_data, choose_dtype
 from trainer.data import open_corpus
 from trainer.evaluate import sample, validate
 from trainer.job import Job
@@ -64,8 +65,7 @@ class Trainer:
 
     def train(self) -> Event:
         """Train to the end or until told to stop. Returns the ``end`` event; its ``status`` is ``finished`` or ``stopped``."""
-        self._open()
-        with attention_backends(self.where.device):
+        with self._opened(), attention_backends(self.where.device):
             if self.step == 0:
                 self._validate()
             while self.step < self.job.train.steps and not self._stopping:
@@ -75,7 +75,7 @@ class Trainer:
                     self._validate()
                 if self._due(self.job.checkpoint.every_steps):
                     self._save()
-            return self._close()
+            return self._conclude()
 
     def train_step(self, step: int) -> Running:
         """One optimizer step: a forward and a backward of each of this rank's micro-batches, then the update."""
@@ -107,15 +107,29 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ start and end
 
-    def _open(self) -> None:
-        """Open the run and the data, build the model and the engine, and go to where the run stands."""
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        """Open the run and the data, build the model and the engine, and go to where the run stands; at last let go."""
         job, where = self.job, self.where
-        self.run = RunFolder(job, self.overrides)
-        if where.rank == 0:
-            for note in self.run.prepare():
-                self._tell(note)
-        self.corpus = open_corpus(job.data, job.train.seq_len, job.train.seed, say=self._tell)
-        torch.manual_seed(job.train.seed + where.rank)
+        with ExitStack() as cleanup:
+            self.run = RunFolder(job, self.overrides)
+            cleanup.callback(self.run.close)
+            if where.rank == 0:
+                for note in self.run.prepare():
+                    self._tell(note)
+            self._device = DeviceReader(where.device)
+            cleanup.callback(self._device.close)
+            self.corpus = open_corpus(job.data, job.train.seq_len, job.train.seed, say=self._tell)
+            check_same_data(self.corpus, where)
+            torch.manual_seed(job.train.seed + where.rank)
+            self._build()
+            self._resume()
+            self._clock = time.perf_counter()
+            yield
+
+    def _build(self) -> None:
+        """Make the model and the engine, and tell what was derived."""
+        job, where = self.job, self.where
         dtype, _ = choose_dtype(job.train.dtype, where.device)
         model = build_model(
             job.model,
@@ -124,28 +138,22 @@ class Trainer:
             dtype=dtype,
             device=where.device,
         )
-        num_params = sum(parameter.numel() for parameter in model.parameters())
         self._flops_per_token = model.flops_per_token(job.train.seq_len)
         self._peak_flops = peak_flops(where.device, dtype)
-        self._device = DeviceReader(where.device)
         self.engine = build_engine(job, model, where, dtype)
+        self._event({"type": "plan", "text": describe(job, where, self.corpus, model, self.engine)})
+        self.step = 0
+        self._saved_step = -1
+        self._stopping = False
         self._reports: deque[Running] = deque()
         self._lag = 1 if where.device.type == "cuda" else 0
-        self._stopping, self.step, self._saved_step = False, 0, -1
-        self._resume()
-        if where.rank == 0:
-            plan = describe(
-                job, where, self.corpus, self.engine, num_params=num_params, flops_per_token=self._flops_per_token
-            )
-            self._emit({"type": "plan", "text": plan})
-        self._clock = time.perf_counter()
 
     def _resume(self) -> None:
         """Load the checkpoint that ``run.resume`` names, if any. Rank 0 chooses it for all."""
-        where = self.where
+        job, where = self.job, self.where
         writers = dist.new_group(backend="gloo") if where.world > 1 else None
         self.checkpoints = Checkpoints(
-            self.run.checkpoint_url, self.job.checkpoint, where.rank, where.world, writers, self._tell
+            self.run.checkpoint_url, job.checkpoint, where.rank, where.world, writers, self._tell
         )
         chosen = torch.full((), -1)
         if where.rank == 0 and (step := self.run.resume_step(self.checkpoints.steps())) is not None:
@@ -155,39 +163,42 @@ class Trainer:
         if chosen < 0:
             return
         reader = self.checkpoints.open(int(chosen))
+        if reader.meta["data"] != self.corpus.fingerprint and job.run.on_change == "refuse":
+            raise ValueError(
+                f"the data is not what the run {job.run_name} was trained on until step {int(chosen)}: files behind "
+                f"data.source={job.data.source} have changed; bring them back, or go on with run.on_change=accept"
+            )
         self.engine.load(reader.read, moments=True)
         self.step = self._saved_step = self.engine.updates = reader.meta["step"]
         if reader.world == where.world:
             set_rng_state(reader.rank_state(where.rank))
         else:
-            torch.manual_seed(self.job.train.seed + where.rank + where.world * self.step)
+            torch.manual_seed(job.train.seed + where.rank + where.world * self.step)
         if where.rank == 0:
             self.run.truncate(self.step)
         self._tell(f"resumed from step {self.step} of {self.run.checkpoint_url}, written by {reader.world} ranks")
 
-    def _close(self) -> Event:
+    def _conclude(self) -> Event:
+        """Save what is not saved, say how it ended."""
         self._flush()
-        finished = self.step == self.job.train.steps
+        job, finished = self.job, self.step == self.job.train.steps
         if self._saved_step != self.step:
             if finished:
                 self._validate()
             self._save()
         self.checkpoints.wait()
-        if finished and self.job.train.sample_tokens:
-            text = sample(
-                self.engine, self.corpus, count=self.job.train.sample_tokens, seq_len=self.job.train.seq_len, seed=0
-            )
+        if finished and job.train.sample_tokens:
+            text = sample(self.engine, self.corpus, count=job.train.sample_tokens, seq_len=job.train.seq_len, seed=0)
             self._event({"type": "sample", "text": text})
-        name = self.job.run_name
         if finished:
             text = f"finished at step {self.step}: {self.run.path}; for another run set run.name="
         else:
             reason = self._stop_reason or "another rank was asked to stop"
-            text = f"stopped after step {self.step} of {self.job.train.steps} ({reason}); the same command resumes {name}"
+            text = f"stopped after step {self.step} of {job.train.steps} ({reason}); the same command resumes it"
+        if error := self.checkpoints.error():
+            text += f"\nits last steps are lost: {error}"
         end = {"type": "end", "status": "finished" if finished else "stopped", "step": self.step, "text": text}
         self._event(end)
-        if self.where.rank == 0:
-            self.run.close()
         return end
 
     # ------------------------------------------------------------------------------------------------ reports
@@ -246,7 +257,8 @@ class Trainer:
     def _save(self) -> None:
         """Copy the state; it is written while training goes on."""
         self._flush()
-        meta = {"step": self.step, "samples": self.step * self.job.train.global_batch_size, **self.run.provenance()}
+        samples = self.step * self.job.train.global_batch_size
+        meta = {"step": self.step, "samples": samples, "data": self.corpus.fingerprint, **self.run.provenance()}
         self.checkpoints.save(self.step, self.engine.pieces(), rng_state(), meta)
         self._saved_step = self.step
         self._clock = time.perf_counter()

@@ -5,12 +5,13 @@ from parallel.engine import Engine
 from trainer.build import Rank, choose_dtype
 from trainer.data import Corpus
 from trainer.job import Job
+from trainer.models import LanguageModel
 
 
-def describe(
-    job: Job, where: Rank, corpus: Corpus, engine: Engine, *, num_params: int, flops_per_token: int
-) -> str:
+def describe(job: Job, where: Rank, corpus: Corpus, model: LanguageModel, engine: Engine) -> str:
     """A few aligned lines: parameters, FLOPs, world, mesh and placement, micro-batches, bytes of state, dtype and why."""
+    num_params = sum(parameter.numel() for parameter in model.parameters())
+    flops = model.flops_per_token(job.train.seq_len)
     dtype, why = choose_dtype(job.train.dtype, where.device)
     micro, count = job.micro_batches(where.world)
     tokens = job.train.global_batch_size * job.train.seq_len
@@ -18,7 +19,7 @@ def describe(
     tier = "GPU" if where.device.type == "cuda" else "host"
     held = ", ".join(f"{kind} {_bytes(size)}" for kind, size in state.items() if size)
     rows = {
-        "model": f"{job.model.name}, {num_params / 1e6:,.2f} M parameters, {flops_per_token / 1e6:,.1f} MFLOPs a token",
+        "model": f"{job.model.name}, {num_params / 1e6:,.2f} M parameters, {flops / 1e6:,.1f} MFLOPs a token",
         "data": corpus.describe(),
         "world": f"{where.world} x {where.device.type}, {_mesh(job, where)}",
         "step": f"{tokens:,} tokens = {where.world} ranks x {count} micro-batches x {micro} sequences x {job.train.seq_len}",

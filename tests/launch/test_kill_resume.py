@@ -1,0 +1,91 @@
+"""`kill -9` of every process of a run at random moments; the same command again; every loss to the last bit."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+STEPS = 24
+SMALL = (
+    "model.dim=64 model.ffn_dim=160 model.num_layers=2 train.seq_len=64 train.global_batch_size=8 "
+    f"train.micro_batch_size=2 train.steps={STEPS} checkpoint.every_steps=3 train.eval_every_steps=7 train.eval_sequences=16 "
+    "train.sample_tokens=0 logger.tensorboard=false logger.plot=false launch.device=cpu"
+).split()
+# What a user's machine does between two steps anyway; without it a run is over before it can be killed.
+SLOWER = "train.seq_len=256"
+
+
+def command(root: Path, name: str, *overrides: str) -> list[str]:
+    atoll = Path(sys.executable).with_name("atoll")
+    return [str(atoll), "train", *SMALL, SLOWER, f"run.root={root}", f"run.name={name}", *overrides]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {record["step"]: record["loss"] for record in map(json.loads, lines)}
+
+
+def num_lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def kill_when(started: list[str], metrics: Path, step: int, delay_s: float) -> bool:
+    """Start a run and kill all of it `delay_s` after it logged `step`; False where it ended before."""
+    run = subprocess.Popen(started, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 90
+    while num_lines(metrics) <= step and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(delay_s)
+    assert time.monotonic() < deadline
+    if run.poll() is not None:
+        return False
+    driver = psutil.Process(run.pid)
+    family = [*driver.children(recursive=True), driver]
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family, timeout=20)
+    run.wait(20)
+    return True
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("workers", "kills"),
+    [
+        (1, 5),
+        pytest.param(2, 1, marks=pytest.mark.ray),
+        pytest.param(2, 5, marks=[pytest.mark.ray, pytest.mark.slow]),
+    ],
+)
+def test_killed_run_goes_on_to_the_last_bit(tmp_path: Path, workers: int, kills: int) -> None:
+    seed = random.randrange(1 << 30)
+    draw = random.Random(seed)
+    subprocess.run(command(tmp_path, "whole", f"launch.workers={workers}"), check=True, capture_output=True, timeout=120)
+    expected = losses(tmp_path / "whole")
+    assert sorted(expected) == list(range(STEPS))
+    again = command(tmp_path, "killed", f"launch.workers={workers}")
+    killed = 0
+    for step in sorted(draw.sample(range(STEPS - 2), kills)):
+        killed += kill_when(again, tmp_path / "killed" / "metrics.jsonl", step, draw.random() * 0.2)
+    assert killed, f"nothing was killed (seed {seed})"
+    subprocess.run(again, check=True, capture_output=True, timeout=120)
+    assert losses(tmp_path / "killed") == expected, f"seed {seed}, killed {killed} times"
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(200)
+def test_another_number_of_workers_and_placement_goes_on_within_rounding(tmp_path: Path) -> None:
+    subprocess.run(command(tmp_path, "whole", "launch.workers=1"), check=True, capture_output=True, timeout=120)
+    first = command(tmp_path, "moved", "launch.workers=1")
+    assert kill_when(first, tmp_path / "moved" / "metrics.jsonl", STEPS // 2, 0.05)
+    second = command(tmp_path, "moved", "launch.workers=2", "parallel=zero1")
+    done = subprocess.run(second, check=True, capture_output=True, text=True, timeout=120)
+    assert "resumed from step" in done.stdout
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "moved")
+    assert found.keys() == expected.keys()
+    assert all(found[step] == pytest.approx(loss, rel=1e-5) for step, loss in expected.items())
