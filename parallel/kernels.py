@@ -1,5 +1,6 @@
 """Triton kernels of the engine. Imported only on CUDA."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,3 +59,18 @@ def adamw_step(
         numel, lr, beta1, beta2, eps, 1 - lr * weight_decay, lr / (1 - beta1**updates), (1 - beta2**updates) ** 0.5,
         HAS_WEIGHT=weight is not None, HAS_SCALE=scale is not None, BLOCK=BLOCK,
     )  # fmt: skip
+
+
+@triton.jit
+def _sum_of_squares(values_ptr, sums_ptr, numel, BLOCK: tl.constexpr):
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(values_ptr + offset, offset < numel, other=0.0).to(tl.float32)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(values * values))
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    """Of a 1-D CUDA tensor of any floating dtype, 0-dim float64: blocks in fp32, their sum in fp64."""
+    block = 8192
+    sums = torch.empty(triton.cdiv(values.numel(), block), dtype=torch.float32, device=values.device)
+    _sum_of_squares[sums.shape](values, sums, values.numel(), BLOCK=block, num_warps=8)
+    return sums.sum(dtype=torch.float64)

@@ -113,6 +113,15 @@ class FusedAdamW:
                 )
 
 
+def sum_of_squares(values: Tensor) -> Tensor:
+    """Of a 1-D tensor, 0-dim float64."""
+    if values.device.type == "cuda":
+        from parallel import kernels
+
+        return kernels.sum_of_squares(values)
+    return torch.linalg.vector_norm(values, dtype=torch.float32).double() ** 2
+
+
 def _runs(flat: TrainableFlat) -> list[tuple[int, int, bool]]:
     """Neighbouring parameters that are updated alike, as ranges ``start, stop`` of the shard and whether they decay."""
     runs: list[tuple[int, int, bool]] = []

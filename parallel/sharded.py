@@ -82,6 +82,7 @@ class ShardedModel:
         self._first = self._last = True
 
         def make_unit(name: str, module: nn.Module, named: Named) -> Unit:
+            named = sorted(named, key=lambda item: item[1].ndim < 2)  # what decays side by side: fewer, longer runs
             train = [(name, p) for name, p in named if p.requires_grad]
             frozen = [(name, p) for name, p in named if not p.requires_grad]
             trainable = TrainableFlat(
@@ -153,8 +154,7 @@ class ShardedModel:
 
     def _grad_norm(self) -> Tensor:
         """2-norm of the mean gradient over all parameters, 0-dim fp32, after the final reduction."""
-        squares = [torch.linalg.vector_norm(_grad(flat), dtype=torch.float32).double() ** 2 for flat in self._trainable]
-        total = torch.stack(squares).sum()
+        total = torch.stack([optimizers.sum_of_squares(_grad(flat)) for flat in self._trainable]).sum()
         levels = self.mesh.num_levels
         if group := self.mesh.group(levels - self.placement.optim, levels):
             dist.all_reduce(total, group=group)

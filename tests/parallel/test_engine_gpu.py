@@ -150,3 +150,12 @@ def test_adamw_kernel_equals_torch(numel, grad_dtype) -> None:
         optimizer.step()
     assert (weight - reference.detach()).norm() / reference.detach().norm() < 1e-6
     assert torch.equal(out, weight.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numel", [1, 8191, (1 << 24) + 5])
+def test_sum_of_squares_equals_double_precision(numel, dtype) -> None:
+    from parallel.kernels import sum_of_squares
+
+    values = torch.randn(numel, device="cuda").to(dtype)
+    assert sum_of_squares(values).item() == pytest.approx(values.double().square().sum().item(), rel=1e-6)
