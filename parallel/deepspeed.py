@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from offload.state import MASTER, Piece, Read
 from parallel import foreign
+from parallel.optimizer import moment_kinds
 from parallel.options import OptimizerOptions, ParallelOptions
 
 _STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -161,7 +162,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def _state(self, name: str, param: Any) -> tuple[int, dict[str, Tensor]]:
         """Where this rank's range of the parameter starts, and 1-D views of it by kind; see [Note: who holds what]."""
-        kinds = foreign.moment_kinds(self._options) if param.requires_grad else ()
+        kinds = moment_kinds(self._options) if param.requires_grad else ()
         if self._stage == 3:
             return self._equal_range(name, param, kinds)
         if not param.requires_grad:

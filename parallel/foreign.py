@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from offload.state import Piece, Read
+from parallel.optimizer import moment_kinds
 from parallel.options import OptimizerOptions
 from parallel.sharded import BUFFER
 
@@ -35,13 +36,6 @@ def wrap_blocks(*, recompute: Sequence[nn.Module], compile: Sequence[nn.Module])
         module.forward = torch.compile(module.forward)
     for module in recompute:
         module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-
-
-def moment_kinds(options: OptimizerOptions) -> tuple[str, ...]:
-    """The kinds of optimizer state, as PyTorch names them."""
-    if options.name == "adamw":
-        return ("exp_avg", "exp_avg_sq")
-    return ("momentum_buffer",) if options.momentum else ()
 
 
 def decay_groups(params: Iterable[nn.Parameter], options: OptimizerOptions) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from offload.state import MASTER, Piece, Read
 from parallel import foreign
 from parallel.mesh import Mesh
+from parallel.optimizer import moment_kinds
 from parallel.options import OptimizerOptions, ParallelOptions
 
 _PLACEMENTS = ("ddp", "zero2", "zero3", "hsdp")
@@ -159,7 +160,7 @@ class FSDP2Engine:
         """This rank's shard of the parameter and its moments, each a 1-D view, by kind."""
         state = {MASTER: _local(param)}
         if param.requires_grad:
-            kinds = foreign.moment_kinds(self._options)
+            kinds = moment_kinds(self._options)
             state |= {kind: _local(self._optimizer.state[param][kind]) for kind in kinds}
         return state
 
