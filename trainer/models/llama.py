@@ -15,6 +15,7 @@ from offload.state import Read
 from trainer.models.base import LanguageModel
 from trainer.models.loss import linear_cross_entropy
 from trainer.models.random_init import RandomRead
+from trainer.models.swiglu import swiglu
 from trainer.options import LlamaOptions
 
 
@@ -114,8 +115,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(options.ffn_dim, options.dim, bias=False, **on_meta)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x)))
 
 
 class Head(nn.Module):
