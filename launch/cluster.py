@@ -5,9 +5,7 @@ All errors are ValueErrors that name what was asked and what is there.
 
 import os
 import signal
-import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -16,6 +14,7 @@ import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from launch.address import no_answer
 from launch.checks import Crew, Machine
 from launch.devices import count_cores
 from launch.options import LaunchOptions
@@ -72,10 +71,6 @@ def _stop(started: list[psutil.Process]) -> None:
 
 def _join(address: str, timeout_s: float) -> None:
     """Connect within `timeout_s`, in a thread that can be left behind: Ray itself may wait for minutes, or abort."""
-    deadline = time.monotonic() + timeout_s
-    target = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
-    if target != "auto":
-        _probe(address, target, timeout_s)
     failure: list[Exception] = []
 
     def connect() -> None:
@@ -86,41 +81,11 @@ def _join(address: str, timeout_s: float) -> None:
 
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
-    thread.join(max(1.0, deadline - time.monotonic()))
+    thread.join(timeout_s)
     if thread.is_alive():
-        raise ValueError(_no_answer(address, f"it did not let us join within launch.start_timeout_s={timeout_s:g}"))
+        raise ValueError(no_answer(address, f"it did not let us join within launch.start_timeout_s={timeout_s:g}"))
     if failure:
-        raise ValueError(_no_answer(address, str(failure[0]).strip().splitlines()[0])) from failure[0]
-
-
-def _probe(address: str, target: str, timeout_s: float) -> None:
-    """Ask for the greeting of an HTTP/2 server, which gRPC and so Ray is: a SETTINGS frame."""
-    host, _, port = target.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"launch.address={address!r}: write host:port, ray://host:port, or auto")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s) as connection:
-            if os.environ.get("RAY_USE_TLS", "0") == "1":
-                return  # greets only after a handshake with the cluster's certificates
-            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
-            greeting = connection.recv(9)
-    except TimeoutError as error:
-        raise ValueError(
-            _no_answer(address, f"nothing came back within launch.start_timeout_s={timeout_s:g}")
-        ) from error
-    except OSError as error:
-        raise ValueError(
-            _no_answer(address, os.strerror(error.errno) if error.errno and error.errno > 0 else str(error))
-        ) from error
-    if len(greeting) < 4 or greeting[3] != 4:
-        raise ValueError(_no_answer(address, "what answers there is not Ray"))
-
-
-def _no_answer(address: str, why: str) -> str:
-    return (
-        f"launch.address={address}: no Ray cluster answers there ({why}); "
-        f"start one (ray start --head), or leave launch.address out"
-    )
+        raise ValueError(no_answer(address, str(failure[0]).strip().splitlines()[0])) from failure[0]
 
 
 def machines() -> list[Machine]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TextIO
 
+from launch.address import probe
 from launch.checks import Crew, check, find_crew
 from launch.config import Config
 from launch.devices import this_machine
@@ -85,6 +86,7 @@ def run(config: Config, overrides: Sequence[str] = (), stream: TextIO | None = N
 
 def _run(config: Config, overrides: tuple[str, ...], stream: TextIO, stop: Stop) -> Report:
     if config.launch.address is not None:
+        probe(config.launch.address, config.launch.start_timeout_s)
         from launch.cluster import connected, machines
 
         with connected(config.launch, None):

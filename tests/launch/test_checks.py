@@ -1,0 +1,74 @@
+"""What the driver can know before anything starts."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.checks import Crew, Machine, check, find_crew
+from launch.config import Config
+from launch.options import LaunchOptions
+from parallel.options import ParallelOptions
+from trainer.options import RunOptions
+
+CPU = Machine("a", 8, 0)
+GPU = Machine("b", 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "machines", "crew"),
+    [
+        (LaunchOptions(), [CPU], Crew(2, 1, "cpu")),
+        (LaunchOptions(), [GPU], Crew(4, 1, "cuda")),
+        (LaunchOptions(device="cpu"), [GPU], Crew(2, 1, "cpu")),
+        (LaunchOptions(workers=1), [GPU], Crew(1, 1, "cuda")),
+        (LaunchOptions(workers=64), [CPU], Crew(64, 1, "cpu")),
+        (LaunchOptions(nodes=2, address="a:1"), [GPU, CPU, GPU], Crew(8, 2, "cuda")),
+        (LaunchOptions(nodes=3, address="a:1"), [CPU, CPU, CPU], Crew(3, 3, "cpu")),
+    ],
+)
+def test_workers_that_were_not_counted(options: LaunchOptions, machines: list[Machine], crew: Crew) -> None:
+    assert find_crew(options, machines) == crew
+
+
+@pytest.mark.parametrize(
+    ("options", "machines", "words"),
+    [
+        (LaunchOptions(workers=8), [GPU], "needs 8 GPUs on one node.*b with 8 CPUs and 4 GPUs"),
+        (LaunchOptions(workers=10, nodes=2, address="a:1"), [GPU, GPU], "needs 5 GPUs on each of 2 nodes"),
+        (LaunchOptions(nodes=3, address="a:1"), [GPU, GPU], "launch.nodes=3.*2 nodes"),
+        (LaunchOptions(device="cuda", address="a:1"), [CPU], "launch.device=cuda.*0 GPUs"),
+        (LaunchOptions(workers=20, address="a:1"), [CPU], "needs 20 CPUs"),
+    ],
+)
+def test_more_than_there_is(options: LaunchOptions, machines: list[Machine], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        find_crew(options, machines)
+
+
+@pytest.mark.parametrize(
+    ("crew", "levels"),
+    [
+        (Crew(4, 1, "cpu"), {"worker": 4}),
+        (Crew(4, 1, "cuda"), {"gpu": 4}),
+        (Crew(4, 2, "cuda"), {"node": 2, "gpu": 2}),
+    ],
+)
+def test_levels_come_from_the_placement(crew: Crew, levels: dict[str, int], tmp_path: Path) -> None:
+    config = check(Config(run=RunOptions(root=str(tmp_path))), crew)
+    assert config.parallel.levels == levels and list(config.parallel.levels) == list(levels)
+
+
+def test_levels_that_were_given_stay(tmp_path: Path) -> None:
+    levels = {"node": 2, "gpu": 2}
+    config = Config(run=RunOptions(root=str(tmp_path)), parallel=ParallelOptions(levels=levels))
+    assert check(config, Crew(4, 1, "cpu")).parallel.levels == levels
+    with pytest.raises(ValueError, match="node 2 x gpu 2.*launch.workers=8"):
+        check(config, Crew(8, 1, "cpu"))
+
+
+def test_a_run_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = replace(Config(), run=RunOptions(root=str(tmp_path / "file")))
+    with pytest.raises(ValueError, match=r"run\.root="):
+        check(config, Crew(2, 1, "cpu"))
