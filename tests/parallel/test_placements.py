@@ -16,7 +16,7 @@ def run_world(world: int, cases: list[dict]) -> list[dict]:
     """The answers of `worlds.py` to the cases, in their order."""
     done = subprocess.run(
         [sys.executable, HERE / "worlds.py", str(world)], input=json.dumps(cases), capture_output=True, text=True,
-        timeout=200, cwd=HERE.parent.parent, env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)},
+        timeout=280, cwd=HERE.parent.parent, env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -34,24 +34,35 @@ def presets(levels: dict, accumulations: tuple[int, ...] = (1, 4)) -> list[dict]
     ]
 
 
+CUBE = {"node": 2, "gpu": 2, "die": 2}
 WORLDS = {
     2: presets({}),
     3: presets({}),
-    4: presets({"node": 2, "gpu": 2}) + presets({}, (4,)),
-    8: presets({"node": 2, "gpu": 2, "die": 2})
+    4: presets({"node": 2, "gpu": 2}),
+    8: presets(CUBE, (4,)) + [{"levels": CUBE, "parallel": free(0, 1, 2), "accumulation": 2}],
+}
+THOROUGH = {
+    4: presets({}, (4,)),
+    8: presets(CUBE, (1,))
+    + presets({"node": 4, "gpu": 2}, (1,))
     + [
-        {"levels": {"node": 2, "gpu": 2, "die": 2}, "parallel": free(p, g, o), "accumulation": 2}
-        for p, g, o in ((0, 1, 2), (0, 0, 2), (1, 1, 2), (1, 3, 3), (2, 3, 3), (0, 1, 1), (1, 2, 2))
-    ]
-    + presets({"node": 4, "gpu": 2}, (1,)),
+        {"levels": CUBE, "parallel": free(*triple), "accumulation": 2}
+        for triple in ((0, 0, 2), (1, 1, 2), (1, 3, 3), (2, 3, 3), (0, 1, 1), (1, 2, 2))
+    ],
 }
 
 
-@pytest.mark.timeout(250)
-@pytest.mark.parametrize("world", WORLDS)
-def test_parameters_equal_those_of_one_process(world: int) -> None:
-    answers = run_world(world, WORLDS[world])
-    assert len(answers) == len(WORLDS[world])
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("world", "cases"),
+    [
+        *(pytest.param(world, cases, id=str(world)) for world, cases in WORLDS.items()),
+        *(pytest.param(w, cases, id=f"{w}-thorough", marks=pytest.mark.slow) for w, cases in THOROUGH.items()),
+    ],
+)
+def test_parameters_equal_those_of_one_process(world: int, cases: list[dict]) -> None:
+    answers = run_world(world, cases)
+    assert len(answers) == len(cases)
     far = [a for a in answers if not (a["difference"] < 1e-6 and a["norms"] < 1e-6)]
     assert not far, far
     assert all(a["alive"] == 0 for a in answers), "gathered weights were left over"
