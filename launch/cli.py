@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
 
     from launch.config import Config
 
-USAGE = """\
-atoll train [key=value ...]                    train; the same command again resumes
-atoll train --help                             all presets and keys
-atoll export run=<folder or name> to=<folder>  a checkpoint as safetensors; step=<n>: not the newest
+EXPORT_USAGE = "atoll export run=<folder or name> to=<new folder> [step=<number>] [dtype=fp32|bf16]"
+USAGE = f"""\
+atoll train [key=value ...]     train; the same command again resumes
+atoll train --help              all presets and keys
+{EXPORT_USAGE}
+                                write a checkpoint as a folder of safetensors that transformers loads
 atoll --version"""
 
 WRONG = 2
@@ -120,18 +123,17 @@ def _name_in_sweep(config: "Config") -> "Config":
 
 def export(args: list[str]) -> int:
     """Write a run's checkpoint as safetensors; the exit code."""
-    given = dict(arg.partition("=")[::2] for arg in args)
-    unknown = sorted(set(given) - {"run", "step", "to"})
+    given = {key.lstrip("-"): value for key, _, value in (arg.partition("=") for arg in args)}
+    unknown = given.keys() - {"run", "to", "step", "dtype"}
     if unknown or not given.get("run") or not given.get("to") or not given.get("step", "0").isdigit():
-        return _complain(
-            f"atoll export run=<folder or name> [step=<number>] to=<folder>; received: {' '.join(args) or 'nothing'}"
-        )
-    folder = Path(given["run"]) if Path(given["run"]).is_dir() else Path("runs") / given["run"]
-    from trainer.export import export as write
+        return _complain(f"received {' '.join(args) or 'nothing'}; write\n{EXPORT_USAGE}")
+    from checkpoint import CheckpointError
+    from launch.export import export as write
 
+    step = int(given["step"]) if "step" in given else None
     try:
-        print(write(folder, Path(given["to"]), step=int(given["step"]) if "step" in given else None))
-    except (ValueError, OSError) as error:
+        print(write(given["run"], given["to"], step=step, dtype=given.get("dtype", "fp32")))
+    except (ValueError, OSError, CheckpointError) as error:
         return _complain(str(error))
     return 0
 
@@ -139,7 +141,7 @@ def export(args: list[str]) -> int:
 def _user_folders(args: list[str]) -> list[Path]:
     """The folders of configs that are not ours: ``./conf`` and ``--config-dir``."""
     folders = [Path("conf")]
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
+    for arg, following in pairwise([*args, ""]):
         flag, _, value = arg.partition("=")
         if flag in ("--config-dir", "-cd"):
             folders.append(Path(value or following))

@@ -1,4 +1,4 @@
-"""Whatever is wrong with what was typed is one sentence on standard error, and exit code 2, before torch is imported."""
+"""Whatever is wrong with what was typed is one sentence on standard error, exit code 2, before torch is imported."""
 
 import time
 from pathlib import Path

@@ -1,0 +1,75 @@
+"""One worker trains in the driver's own process: ends, exit codes, and what it leaves."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = (
+    "launch.workers=1 launch.device=cpu model.dim=32 model.ffn_dim=64 model.num_layers=1 train.seq_len=64 "
+    "train.eval_sequences=8 train.sample_tokens=0 logger=none"
+).split()
+ENDLESS = [*SMALL, "train.steps=1000000"]
+
+
+def test_trains_without_ray(tmp_path: Path) -> None:
+    script = (
+        "import sys; from launch.cli import main\n"
+        f"try: main({['train', *SMALL, 'train.steps=3']})\n"
+        "except SystemExit as end: assert end.code == 0, end\n"
+        "assert 'ray' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "runs" / "tiny-stdlib" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 0), (signal.SIGTERM, 75)])
+def test_a_signal_ends_after_the_step(atoll_started, number: signal.Signals, exit_code: int) -> None:
+    run = atoll_started("train", *ENDLESS)
+    seen = [next(line for line in run.stdout if line.startswith("step 1/"))]
+    run.send_signal(number)
+    seen += run.stdout.readlines()
+    assert run.wait(30) == exit_code, seen
+    assert f"{number.name}: stopping after this step" in "".join(seen)
+    assert "the same command resumes" in seen[-1]
+
+
+def test_a_second_signal_ends_at_once(atoll_started) -> None:
+    run = atoll_started(
+        "train", *ENDLESS, "train.global_batch_size=65536", "train.micro_batch_size=16"
+    )  # a step of minutes
+    assert any(line.startswith("step 0/") for line in run.stdout)
+    run.send_signal(signal.SIGINT)
+    assert any("once more ends it at once" in line for line in run.stdout)
+    run.send_signal(signal.SIGINT)
+    assert "ended at once" in "".join(run.stdout)
+    assert run.wait(30) == 130
+
+
+def test_a_failure_says_the_rank_and_the_cause_first(atoll) -> None:
+    done = atoll("train", *SMALL, "data=text", "data.paths=[nothing/*.txt]")
+    assert done.returncode == 1
+    assert done.stderr.startswith("atoll: rank 0 on this machine: ") and "nothing/*.txt" in done.stderr.splitlines()[0]
+
+
+def test_a_sweep_gives_each_job_a_run(atoll, tmp_path: Path) -> None:
+    done = atoll("train", "--multirun", *SMALL, "train.steps=1,2")
+    assert done.returncode == 0, done.stderr
+    runs = [file.parent.name for file in (tmp_path / "runs").glob("*/metrics.jsonl")]
+    assert len(runs) == 2 and sum("train.steps=2" in name for name in runs) == 1
+
+
+def test_export(atoll, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    assert atoll("train", *SMALL, "train.steps=1", "run.name=a").returncode == 0
+    done = atoll("export", "run=a", "to=out")
+    assert done.returncode == 0, done.stderr
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.hidden_size == 32
+    again = atoll("export", "run=b", "to=out")
+    assert again.returncode == 2 and "runs/ holds a" in again.stderr
