@@ -12,7 +12,7 @@ from trainer.models.export import export_safetensors
 from trainer.options import HFOptions, LlamaOptions, ModelOptions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MODELS = {"LlamaOptions": LlamaOptions, "HFOptions": HFOptions}
+MODELS: dict[str, type[ModelOptions]] = {"LlamaOptions": LlamaOptions, "HFOptions": HFOptions}
 
 
 def export(run: str, to: str, *, step: int | None = None, dtype: str = "fp32") -> str:
