@@ -149,3 +149,37 @@ def test_generation_repeats_with_its_seed_and_slides_its_window(build):
     assert len(draw[0]) == 40 and draw[0] == draw[1] != draw[2]
     greedy = generate(model, [1, 2], 3, seq_len=32, temperature=0, seed=0)
     assert greedy[0] == model(torch.tensor([[1, 2]])).argmax()
+
+
+@pytest.mark.gpu
+def test_the_swiglu_kernel_equals_pytorch():
+    from trainer.models.swiglu_kernel import SwiGLU
+
+    gate_up = torch.randn(3, 5, 2 * 2100, device="cuda", requires_grad=True)
+    grad = torch.randn(3, 5, 2100, device="cuda")
+    gate, up = gate_up.chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    out = SwiGLU.apply(gate_up)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out, gate_up, grad), torch.autograd.grad(expected, gate_up, grad))
+
+
+@pytest.mark.gpu
+def test_a_compiled_bf16_model_on_a_gpu_agrees_with_fp32_on_a_cpu(materialize):
+    from trainer.models.attention import attention_backends
+
+    device = torch.device("cuda")
+    losses, gradients = [], []
+    for on, dtype in ((CPU, torch.float32), (device, torch.bfloat16)):
+        model = build_model(OPTIONS, vocab_size=50, seq_len=32, dtype=dtype, device=on)
+        read = model.initial(3, CPU)
+        materialize(model, lambda *piece: read(*piece).to(on))  # noqa: B023 used at once
+        with attention_backends(on):
+            for block in model.blocks() if on == device else []:
+                block.compile()
+            loss = model(*(t.to(on) for t in batch()))
+            loss.backward()
+        losses.append(loss.item())
+        gradients.append(model.get_parameter("layers.0.mlp.gate_up.weight").grad.float().cpu())
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()

@@ -151,10 +151,10 @@ def _cut(tensors: Iterator[Tensor], item_bytes: int, max_shard_bytes: int) -> It
 
 
 def _write_shards(read: Read, shards: list[list[Tensor]], folder: Path, dtype: torch.dtype) -> None:
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        values = {}
+        values: dict[str, torch.Tensor] = {}
         for t in shard:
             elements = read(t.name, MASTER, t.start, t.start + prod(t.shape))
             values[t.hf_name] = elements.to("cpu", dtype).reshape(t.shape).contiguous()
@@ -162,8 +162,8 @@ def _write_shards(read: Read, shards: list[list[Tensor]], folder: Path, dtype: t
         weight_map |= dict.fromkeys(values, file)
     if len(shards) > 1:
         total = sum(prod(t.shape) for shard in shards for t in shard) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        (folder / "model.safetensors.index.json").write_text(text + "\n")
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

@@ -38,7 +38,7 @@ class HFModel(LanguageModel):
         self.vocab_size = self.config.get_text_config().vocab_size
         causal_lm = build_on_meta(self.config, dtype)
         scale, softcap = logit_rule(causal_lm)
-        self.model = causal_lm.base_model
+        self.model: Any = causal_lm.base_model
         self.head = Head(causal_lm.get_output_embeddings(), scale, softcap, options.loss_chunk_tokens)
         self.hf_names = self._match(causal_lm)
         for module in self.modules():
@@ -47,7 +47,8 @@ class HFModel(LanguageModel):
         self._files = None if options.from_scratch else self._open(causal_lm.base_model_prefix)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        return self.head(self.model(input_ids=tokens).last_hidden_state, targets)
+        out: Tensor = self.head(self.model(input_ids=tokens).last_hidden_state, targets)
+        return out
 
     def units(self) -> list[nn.Module]:
         embed = self.model.get_input_embeddings()
@@ -57,7 +58,8 @@ class HFModel(LanguageModel):
     def blocks(self) -> list[nn.Module]:
         """The members of the list of modules that has the most parameters."""
         lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-        return list(max(lists, key=_num_parameters))
+        largest: nn.ModuleList = max(lists, key=_num_parameters)
+        return list(largest)
 
     def flops_per_token(self, seq_len: int) -> int:
         """6 N + 6 L H E S, where N counts every parameter but the experts that a token does not visit."""
@@ -67,7 +69,7 @@ class HFModel(LanguageModel):
         num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
         experts = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name) if num_experts else 0
         idle = experts - experts * config.num_experts_per_tok // num_experts if num_experts else 0
-        return 6 * (_num_parameters(self) - idle + attention)
+        return int(6 * (_num_parameters(self) - idle + attention))
 
     def initial(self, seed: int, device: torch.device) -> Read:
         """The folder's weights, or random ones by the model's own rule, each a function of the seed and the name."""
@@ -101,7 +103,7 @@ def load_config(options: HFOptions) -> transformers.PreTrainedConfig:
     file = Path(options.path) / "config.json"
     if not file.is_file():
         raise ValueError(f"model.path={options.path!r}: there is no {file}; give a Hugging Face model's local folder")
-    config = transformers.AutoConfig.from_pretrained(file.parent, local_files_only=True)
+    config: transformers.PreTrainedConfig = transformers.AutoConfig.from_pretrained(file.parent, local_files_only=True)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"model.path={options.path}: its weights are quantized, which cannot be trained")
     changes = {name: _override(config, name, value) for name, value in options.overrides.items()}
@@ -144,9 +146,9 @@ def build_on_meta(config: transformers.PreTrainedConfig, dtype: torch.dtype) -> 
             return None
         return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(to_meta)
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # it may return a parameter
     try:
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     finally:
         hook.remove()
     if model.config._attn_implementation != "sdpa":

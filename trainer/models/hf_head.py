@@ -71,7 +71,8 @@ def _own_logits(causal_lm: transformers.PreTrainedModel, hidden: Tensor, output:
         base.forward = lambda *_, **__: _BaseOutput(hidden)
     causal_lm.set_output_embeddings(output)
     try:
-        return causal_lm(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits
+        logits: Tensor = causal_lm(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits
+        return logits
     except Exception as error:  # whatever a forward that expects more of its base may raise
         raise ValueError(f"{type(causal_lm).__name__} is not supported: {error}") from error
     finally:

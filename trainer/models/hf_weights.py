@@ -3,6 +3,7 @@
 import json
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -47,13 +48,15 @@ class SafetensorsRead:
         rows = self._slice(name)
         shape = self._shapes[name]
         if not shape:
-            return rows[...].reshape(1)[start:stop].to(self._device, torch.float32)
+            scalar: Tensor = rows[...].reshape(1)[start:stop]
+            return scalar.to(self._device, torch.float32)
         row_size = max(prod(shape[1:]), 1)
         first = start // row_size
-        values = rows[first : -(-stop // row_size)].flatten()
-        return values[start - first * row_size : stop - first * row_size].to(self._device, torch.float32)
+        values: Tensor = rows[first : -(-stop // row_size)].flatten()
+        values = values[start - first * row_size : stop - first * row_size]
+        return values.to(self._device, torch.float32)
 
-    def _slice(self, name: str):
+    def _slice(self, name: str) -> Any:
         path, hf_name = self._places[name]
         return self._files[path].get_slice(hf_name)
 

@@ -6,6 +6,7 @@ v, ``gate_up`` those of gate and up; `trainer.models.export` takes them apart.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from trainer.options import LlamaOptions
 
 
 class Llama(LanguageModel):
+    cos: Tensor
+    sin: Tensor
+
     def __init__(
         self, options: LlamaOptions, *, vocab_size: int, seq_len: int, dtype: torch.dtype, device: torch.device
     ) -> None:
@@ -32,7 +36,7 @@ class Llama(LanguageModel):
                 f"model.vocab_size={options.vocab_size} is less than the tokenizer's {vocab_size}; "
                 f"set model.vocab_size={vocab_size} or more, or null to take the tokenizer's"
             )
-        on_meta = {"device": torch.device("meta"), "dtype": dtype}
+        on_meta: dict[str, Any] = {"device": torch.device("meta"), "dtype": dtype}
         self.embed = nn.Embedding(self.vocab_size, options.dim, **on_meta)
         self.layers = nn.ModuleList(Block(options, **on_meta) for _ in range(options.num_layers))
         self.head = Head(options, self.vocab_size, **on_meta)
@@ -47,10 +51,11 @@ class Llama(LanguageModel):
         if seq_len > len(self.cos):
             raise ValueError(f"{seq_len} tokens a sequence, the model was built for train.seq_len={len(self.cos)}")
         cos, sin = self.cos[:seq_len], self.sin[:seq_len]
-        x = self.embed(tokens)
+        x: Tensor = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, cos, sin)
-        return self.head(x, targets)
+        x = self.head(x, targets)
+        return x
 
     def units(self) -> list[nn.Module]:
         return [self.embed, *self.layers, self.head]
@@ -78,7 +83,7 @@ class Llama(LanguageModel):
 
 
 class Block(nn.Module):
-    def __init__(self, options: LlamaOptions, **on_meta) -> None:
+    def __init__(self, options: LlamaOptions, **on_meta: Any) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(options.dim, options.norm_eps, **on_meta)
         self.attention = Attention(options, **on_meta)
@@ -88,11 +93,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, S, D); cos, sin (S, E/2)."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.mlp(self.mlp_norm(x))
+        return x
 
 
 class Attention(nn.Module):
-    def __init__(self, options: LlamaOptions, **on_meta) -> None:
+    def __init__(self, options: LlamaOptions, **on_meta: Any) -> None:
         super().__init__()
         self.head_dim = options.head_dim
         self.heads = [options.num_heads, options.num_kv_heads, options.num_kv_heads]
@@ -101,27 +107,31 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=-2)  # (B, S, H or K, E)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        # v gets its own memory: a view would keep q and k as they were before their rotation until the backward.
+        q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # views: the kernels take any strides
         grouped = self.heads[0] != self.heads[1]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return self.out(y.transpose(1, 2).flatten(2))
+        x = self.out(y.transpose(1, 2).flatten(2))
+        return x
 
 
 class MLP(nn.Module):
-    def __init__(self, options: LlamaOptions, **on_meta) -> None:
+    def __init__(self, options: LlamaOptions, **on_meta: Any) -> None:
         super().__init__()
         self.gate_up = nn.Linear(options.dim, 2 * options.ffn_dim, bias=False, **on_meta)
         self.down = nn.Linear(options.ffn_dim, options.dim, bias=False, **on_meta)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))
+        x = self.gate_up(x)
+        x = self.down(swiglu(x))
+        return x
 
 
 class Head(nn.Module):
     """The last norm, the output projection and its loss: one unit, so its logits never leave it."""
 
-    def __init__(self, options: LlamaOptions, vocab_size: int, **on_meta) -> None:
+    def __init__(self, options: LlamaOptions, vocab_size: int, **on_meta: Any) -> None:
         super().__init__()
         self.chunk_tokens = options.loss_chunk_tokens
         self.norm = nn.RMSNorm(options.dim, options.norm_eps, **on_meta)
@@ -129,7 +139,8 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
-            return self.output(self.norm(x[:, -1]))
+            x = self.output(self.norm(x[:, -1]))
+            return x
         return linear_cross_entropy(self.norm(x), self.output.weight, targets, chunk_tokens=self.chunk_tokens)
 
 

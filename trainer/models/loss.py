@@ -10,6 +10,8 @@ Invariants: the softmax and the sum over tokens are in fp32 whatever the compute
 weight's gradient over chunks. The weight is read in the forward alone: it may be released before the backward.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -35,39 +37,49 @@ def linear_cross_entropy(
     hidden, targets = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)
     inputs = (hidden, weight, bias)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-    return _LinearCrossEntropy.apply(*inputs, targets, chunk_tokens, softcap, wanted)
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        *inputs, targets, chunk_tokens, softcap, wanted
+    )
+    return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk_tokens, softcap, wanted):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk_tokens: int,
+        softcap: float | None,
+        wanted: list[bool],
+    ) -> Tensor:
         precise = torch.promote_types(hidden.dtype, torch.float32)
         scale = 1 / (targets != IGNORED).sum().clamp(min=1).to(precise)  # stays on the device: no synchronization
         loss = torch.zeros((), dtype=precise, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        grad_weight = torch.zeros(weight.shape, dtype=precise, device=weight.device) if wanted[1] else None
-        grad_bias = torch.zeros(bias.shape, dtype=precise, device=bias.device) if wanted[2] else None
+        grad_weight = torch.zeros_like(weight, dtype=precise) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and wanted[2] else None
         for start in range(0, len(targets), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             logits = torch.nn.functional.linear(hidden[chunk], weight, bias)
             losses, grad_logits = cross_entropy(logits, targets[chunk], scale, softcap, any(wanted))
             loss += losses.sum()
-            if wanted[0]:
+            if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])
-            if wanted[1]:
+            if grad_weight is not None:
                 _add_product(grad_weight, grad_logits.t(), hidden[chunk])
-            if wanted[2]:
+            if grad_bias is not None:
                 grad_bias += grad_logits.sum(0, dtype=precise)
-        # Attributes, not save_for_backward: hooks on saved tensors would offload what is about to be used.
-        ctx.grads = [
-            g if g is None else g.to(x.dtype)
-            for g, x in zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias), strict=True)
-        ]
+        grads = (grad_hidden, grad_weight, grad_bias)
+        # An attribute, not save_for_backward: hooks on saved tensors would offload what is about to be used.
+        ctx.grads = [g if g is None else g.to(hidden.dtype) for g in grads]
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
         assert grads is not None, "the gradients were scaled in place by the first backward; there is no second"
         return *(g if g is None else g.mul_(grad_loss) for g in grads), None, None, None, None

@@ -1,5 +1,7 @@
 """The Triton kernel of `trainer.models.swiglu`. Imported only on CUDA."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 import torch
 import triton
 import triton.language as tl
