@@ -20,7 +20,10 @@ def gradients(function, gate_up: torch.Tensor, grad: torch.Tensor) -> tuple[torc
 
 @pytest.mark.parametrize("shape", [(2,), (3, 5, 14), (4, 4098)])
 def test_gradient_equals_autograd(shape) -> None:
-    gate_up, grad = torch.randn(shape, dtype=torch.float64), torch.randn(*shape[:-1], shape[-1] // 2, dtype=torch.float64)
+    gate_up, grad = (
+        torch.randn(shape, dtype=torch.float64),
+        torch.randn(*shape[:-1], shape[-1] // 2, dtype=torch.float64),
+    )
     for found, expected in zip(gradients(swiglu, gate_up, grad), gradients(reference, gate_up, grad), strict=True):
         torch.testing.assert_close(found, expected)
 
