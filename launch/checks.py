@@ -9,7 +9,7 @@ from launch.options import LaunchOptions
 from parallel.options import ParallelOptions
 from trainer.job import Job
 
-BASELINE_PLACEMENTS = {"fsdp2": ("ddp", "zero2", "zero3", "hsdp"), "deepspeed": ("ddp", "zero1", "zero2", "zero3")}
+BASELINE_PLACEMENTS = {"fsdp2": ("ddp", "zero2", "zero3", "hsdp"), "deepspeed": ("zero1", "zero2", "zero3")}
 """What one sharding for parameters, gradients and optimizer states (FSDP2), or a ZeRO stage, can express."""
 
 
