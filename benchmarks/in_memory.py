@@ -2,9 +2,9 @@
 
     python benchmarks/in_memory.py [--cases 3b:4096:4 3b:8192:4] [--repeats 2] [--profile]
 
-Each run is a process of its own, the two sides in turn. Both: bf16 compute, fp32 master AdamW, clipping 1.0, blocks compiled,
-cuDNN attention, no recomputation, random weights and tokens. Figures are the median of steps 3 to 12. Prints a table and writes
-benchmarks/results/in_memory.json.
+Each run is a process of its own, the two sides in turn. Both: bf16 compute, fp32 master AdamW, clipping 1.0, blocks
+compiled, cuDNN attention, no recomputation, random weights and tokens. Figures are the median of steps 3 to 12. Prints
+a table and writes benchmarks/results/in_memory.json.
 """
 
 import argparse
@@ -66,10 +66,12 @@ def ours(model: str, seq_len: int, batch: int, profile: str) -> None:
             with torch.profiler.profile() as trace:
                 step()
                 torch.cuda.synchronize()
-            Path(profile).write_text(trace.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=90))
+            averages = trace.key_averages()
+            Path(profile).write_text(averages.table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=90))
     median = statistics.median(times[2:])
     result = {
-        "engine": "atoll", "model": model, "params": num_params, "seq": seq_len, "batch": batch, "step_s": round(median, 4),
+        "engine": "atoll", "model": model, "params": num_params, "seq": seq_len, "batch": batch,
+        "step_s": round(median, 4),
         "model_TFLOPs": round(flops / median / 1e12, 1), "tokens_per_s": round(batch * seq_len / median),
         "gpu_peak_GiB": round(torch.cuda.max_memory_reserved() / 2**30, 1),
         "gpu_allocated_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1),

@@ -22,7 +22,7 @@ def rng_state() -> dict[str, Any]:
             "cached_gauss": float(cached_gauss),
         },
     }
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 

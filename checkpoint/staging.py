@@ -96,12 +96,12 @@ class Staging:
         buffer = self._buffers.pop(key, None)
         if buffer is not None and key in self._pinned:
             self._pinned.remove(key)
-            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())  # type: ignore[no-untyped-call]
+            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
 
 
 def _register(buffer: torch.Tensor) -> bool:
     """Page-lock `buffer` as it is: torch's own pinned allocator would round its size up to a power of two."""
-    result = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)  # type: ignore[no-untyped-call]
+    result = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
     if int(result) != 0:
         _log.warning(
             "page-locking %d bytes for checkpoints failed (%s): their copies are slower", buffer.nbytes, result

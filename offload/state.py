@@ -31,4 +31,4 @@ class Piece:
 
 
 Read = Callable[[str, str, int, int], torch.Tensor]
-"""``read(name, kind, start, stop)`` returns those elements as a 1-D CPU tensor. Raises KeyError when there is no such state."""
+"""``read(name, kind, start, stop)`` returns those elements as a 1-D tensor on any device, or raises KeyError."""

@@ -252,4 +252,4 @@ def _materialize(module: nn.Module, device: torch.device, dtype: torch.dtype) ->
     for param in module.parameters():
         if param.is_meta:
             real = nn.Parameter(torch.zeros(param.shape, dtype=dtype, device=device), param.requires_grad)
-            torch.utils.swap_tensors(param, real)  # type: ignore[no-untyped-call]
+            torch.utils.swap_tensors(param, real)

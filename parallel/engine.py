@@ -12,9 +12,11 @@ class Engine(Protocol):
     """One rank's share of a model in training. Every method but `pieces` and `state_bytes` is collective."""
 
     model: nn.Module
+    updates: int
+    """Optimizer steps taken; set it after `load` to go on from there."""
 
     def forward_backward(self, *inputs: Tensor, scale: float, first: bool, last: bool) -> Tensor:
-        """Run ``model(*inputs)`` (a 0-dim loss) and the backward of ``scale * loss``; returns the unscaled loss, detached.
+        """Run ``model(*inputs)`` (a 0-dim loss) and the backward of ``scale * loss``; returns the loss, detached.
 
         Gradients are summed over ranks and over the micro-batches from ``first`` to ``last``: the caller passes
         ``scale = 1 / (ranks * micro-batches)`` to get the mean.
@@ -24,7 +26,7 @@ class Engine(Protocol):
         """``model(*inputs)`` without gradients."""
 
     def step(self, lr: float, clip_norm: float | None) -> Tensor:
-        """Clip, update, and make the new weights visible. Returns the global gradient norm before clipping, 0-dim fp32."""
+        """Clip, update, and make the new weights visible. Returns the global gradient norm before clipping."""
 
     def pieces(self) -> Iterator[Piece]:
         """The ranges of state that this rank writes into a checkpoint: over all ranks, each element exactly once."""
@@ -33,5 +35,4 @@ class Engine(Protocol):
         """Fill the weights (and the optimizer's state, if `moments`) from `read`, each rank its own ranges."""
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes this rank holds for good, by kind: ``parameters``, ``gradients``, ``master``, ``optimizer``, ``buffers`` (gather ring)."""
-
+        """Bytes that this rank holds for good: ``parameters master optimizer``, and ``buffers`` (the gather ring)."""

@@ -97,7 +97,7 @@ class FSDP2Engine:
         root.set_requires_all_reduce(last)
         root.set_reshard_after_backward(last or not self._keeps_gathered)
         loss: Tensor = self.model(*inputs)
-        (loss * scale).backward()  # type: ignore[no-untyped-call]
+        (loss * scale).backward()
         return loss.detach()
 
     @torch.no_grad()

@@ -8,8 +8,8 @@ from torch import Tensor
 BLOCK = 1024
 
 
-@triton.jit
-def _adamw(
+@triton.jit  # type: ignore[untyped-decorator]
+def _adamw(  # type: ignore[no-untyped-def]
     master_ptr, exp_avg_ptr, exp_avg_sq_ptr, grad_ptr, weight_ptr, scale_ptr,
     numel, lr, beta1, beta2, eps, decay, step_size, root_correction2,
     HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
@@ -50,8 +50,8 @@ def adamw_step(
 ) -> None:
     """One AdamW update (arXiv 1711.05101, algorithm 2) of 1-D fp32 `master` and moments, in one pass over memory.
 
-    grad: fp32 or bf16; weight: None, or where the new weights go in their own dtype; scale: None, or a 0-dim fp32 CUDA tensor
-    that the gradient is multiplied by. 28 bytes an element with bf16 grad and weight.
+    grad: fp32 or bf16; weight: None, or where the new weights go in their own dtype; scale: None, or a 0-dim fp32 CUDA
+    tensor that the gradient is multiplied by. 28 bytes an element with bf16 grad and weight.
     """
     numel = master.numel()
     _adamw[(triton.cdiv(numel, BLOCK),)](
@@ -61,8 +61,8 @@ def adamw_step(
     )  # fmt: skip
 
 
-@triton.jit
-def _sum_of_squares(values_ptr, sums_ptr, numel, BLOCK: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def _sum_of_squares(values_ptr, sums_ptr, numel, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(values_ptr + offset, offset < numel, other=0.0).to(tl.float32)
     tl.store(sums_ptr + tl.program_id(0), tl.sum(values * values))

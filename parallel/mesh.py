@@ -22,14 +22,12 @@ class Mesh:
         self.rank = rank
         if not 0 <= rank < self.world:
             raise ValueError(f"rank {rank} is outside the mesh {self}, which has {self.world} ranks")
-        self.coordinates = tuple(
-            rank // math.prod(self.sizes[i + 1 :]) % size for i, size in enumerate(self.sizes)
-        )
+        self.coordinates = tuple(rank // math.prod(self.sizes[i + 1 :]) % size for i, size in enumerate(self.sizes))
         self._groups: dict[tuple[int, int], dist.ProcessGroup] = {}
 
     @classmethod
     def of(cls, levels: Mapping[str, int], *, rank: int, world: int) -> "Mesh":
-        """The mesh for `world` ranks; with no levels, one level of them all. ValueError when they do not multiply to `world`."""
+        """The mesh for `world` ranks; with none, one level of them all. ValueError where they do not multiply to it."""
         levels = dict(levels) or {"worker": world}
         if math.prod(levels.values()) != world:
             shown = " x ".join(f"{name} {size}" for name, size in levels.items())
@@ -51,9 +49,9 @@ class Mesh:
         return start, start + length
 
     def group(self, first: int, last: int) -> dist.ProcessGroup | None:
-        """The ranks that differ from this one in the levels ``first:last`` alone, in order; None when that is this rank only.
+        """The ranks that differ from this one in the levels ``first:last`` alone, in order; None where it is alone.
 
-        The first call for a pair is collective over the whole world: every rank asks for the same groups in the same order.
+        The first call for a pair is collective over the whole world: every rank asks for the same in the same order.
         """
         size = math.prod(self.sizes[first:last])
         if size == 1:

@@ -18,7 +18,7 @@ from parallel.unit import TrainableFlat
 
 class ShardOptimizer(Protocol):
     def update(self, lr: float, scale: Tensor | None, updates: int) -> None:
-        """Update master weights, moments and `owned` weights from ``scale * grad``, for the `updates`-th time (from 1)."""
+        """Update master, moments and `owned` from ``scale * grad``, for the `updates`-th time (from 1)."""
 
 
 def moment_kinds(options: OptimizerOptions) -> tuple[str, ...]:
@@ -56,7 +56,9 @@ class TorchOptimizer:
             groups.append({"params": [parameter for *_, parameter in views], "weight_decay": decay})
         if options.name == "adamw":
             betas = (options.beta1, options.beta2)
-            self._optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True)
+            self._optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                groups, lr=options.lr, betas=betas, eps=options.eps, fused=True
+            )
         else:
             self._optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, fused=True)
         for flat, o, parameter in self._views:
@@ -85,11 +87,9 @@ class TorchOptimizer:
 
 
 class FusedAdamW:
-    """AdamW in one pass over memory: gradient in, master weights and moments updated, weights in the compute dtype out."""
+    """AdamW in one pass over memory: gradient in, master and moments updated, weights in the compute dtype out."""
 
-    def __init__(
-        self, options: OptimizerOptions, flats: Sequence[TrainableFlat], kernel: Callable[..., None]
-    ) -> None:
+    def __init__(self, options: OptimizerOptions, flats: Sequence[TrainableFlat], kernel: Callable[..., None]) -> None:
         self._options, self._flats, self._kernel = options, flats, kernel
 
     def update(self, lr: float, scale: Tensor | None, updates: int) -> None:
@@ -119,7 +119,8 @@ def sum_of_squares(values: Tensor) -> Tensor:
         from parallel import kernels
 
         return kernels.sum_of_squares(values)
-    return torch.linalg.vector_norm(values, dtype=torch.float32).double() ** 2
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float32)
+    return norm.double().square()
 
 
 def _runs(flat: TrainableFlat) -> list[tuple[int, int, bool]]:

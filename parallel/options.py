@@ -11,8 +11,8 @@ class ParallelOptions:
     placement: str = "zero3"
     """``ddp zero1 zero2 zero3 hsdp hfsdp topo``, or ``free``: then ``params``, ``grads`` and ``optim`` say it."""
     levels: dict[str, int] = field(default_factory=dict)
-    """The levels of the interconnect and their sizes, slowest first: ``{node: 2, gpu: 4}``. The product is the number of
-    workers. Empty: read from where the workers were placed."""
+    """The levels of the interconnect and their sizes, slowest first: ``{node: 2, gpu: 4}``. They multiply to the
+    number of workers. Empty: read from where the workers were placed."""
     params: int | None = None
     """Over how many of the innermost levels parameters are sharded (``placement=free``). params <= grads <= optim."""
     grads: int | None = None
@@ -34,7 +34,9 @@ class ParallelOptions:
         triple = (self.params, self.grads, self.optim)
         if self.placement == "free":
             if None in triple:
-                raise ValueError("parallel.placement=free needs all of parallel.params, parallel.grads and parallel.optim")
+                raise ValueError(
+                    "parallel.placement=free needs all of parallel.params, parallel.grads and parallel.optim"
+                )
         elif triple != (None, None, None):
             raise ValueError(
                 f"parallel.params, parallel.grads and parallel.optim are only read with parallel.placement=free, "

@@ -27,7 +27,7 @@ class Placement:
     def __post_init__(self) -> None:
         if not 0 <= self.params <= self.grads <= self.optim:
             raise ValueError(
-                f"parallel.params={self.params} <= parallel.grads={self.grads} <= parallel.optim={self.optim} does not hold: "
+                f"parallel.params={self.params} <= parallel.grads={self.grads} <= parallel.optim={self.optim} must be: "
                 f"whoever updates a range must hold its gradient, and whoever reduces one must hold its weights"
             )
 
@@ -37,7 +37,9 @@ class Placement:
         if options.placement == "free":
             assert options.params is not None and options.grads is not None and options.optim is not None
             if options.optim > num_levels:
-                raise ValueError(f"parallel.optim={options.optim} is more than the {num_levels} levels of parallel.levels")
+                raise ValueError(
+                    f"parallel.optim={options.optim} is more than the {num_levels} levels of parallel.levels"
+                )
             return cls(options.params, options.grads, options.optim)
         every, inner, innermost = num_levels, max(1, num_levels - 1), 1
         return cls(

@@ -36,10 +36,11 @@ from torch.utils.checkpoint import checkpoint
 from offload.state import Piece, Read
 from parallel import optimizer as optimizers
 from parallel.collectives import BufferPool, Lane
+from parallel.cut import cut_units, move_without_memory
 from parallel.mesh import Mesh
 from parallel.options import OptimizerOptions, ParallelOptions
 from parallel.placement import Placement
-from parallel.unit import Flat, Named, TrainableFlat, Unit, without_memory
+from parallel.unit import Flat, Named, TrainableFlat, Unit
 
 BUFFER = "buffer"
 """Kind of state of a module's persistent buffers."""
@@ -92,8 +93,8 @@ class ShardedModel:
             return Unit(name, module, trainable, Flat(frozen, mesh, placement, dtype, device) if frozen else None)
 
         _create_groups(mesh, placement)
-        _move_without_memory(model, dtype, device)
-        cut, root = _cut(model, units)
+        move_without_memory(model, dtype, device)
+        cut, root = cut_units(model, units)
         self.units = [make_unit(name, module, named) for name, module, named in cut]
         self.root = make_unit("root", model, root) if root else None
         self._all = ([self.root] if self.root else []) + self.units
@@ -117,7 +118,7 @@ class ShardedModel:
         self._unreduced = [unit for unit in reversed(self._all) if unit.trainable]
         with self._handles():
             loss: Tensor = self.model(*inputs)
-        (loss * scale).backward()  # type: ignore[no-untyped-call]
+        (loss * scale).backward()
         for unit in self._unreduced:
             self._reduce(unit)
         self._unreduced = []
@@ -127,7 +128,8 @@ class ShardedModel:
 
     def evaluate(self, *inputs: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.model(*inputs)
+            loss: Tensor = self.model(*inputs)
+        return loss
 
     def step(self, lr: float, clip_norm: float | None) -> Tensor:
         self._reductions.finish()
@@ -303,7 +305,7 @@ class ShardedModel:
         if tensor.dtype != flat.shard.dtype:  # other bits of the same memory: a copy is the safe thing to keep
             return tensor.clone()
         unit.packed = True
-        return _Handle(unit, flat, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        return _Handle(unit, flat, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, saved: Tensor | _Handle) -> Tensor:
         if isinstance(saved, Tensor):
@@ -341,9 +343,9 @@ def shard(
     ValueError where units overlap or a parameter's dtype is not floating point.
     """
     for module in compile:
-        module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
+        module.forward = torch.compile(module.forward)
     for module in recompute:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     engine = ShardedModel(
         model, mesh, placement,
         units=units, optimizer=optimizer, options=options, dtype=dtype, device=device, recompute=recompute,
@@ -366,41 +368,6 @@ def _create_groups(mesh: Mesh, placement: Placement) -> None:
         mesh.group(0, levels - num)
         mesh.group(levels - num, levels)
     mesh.group(levels - placement.optim, levels - placement.params)
-
-
-def _move_without_memory(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace each parameter by one without memory, in the dtype and on the device that it computes with; ties stay."""
-    new: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, old in module.named_parameters(recurse=False, remove_duplicate=False):
-            if old not in new:
-                new[old] = nn.Parameter(without_memory(old.shape, dtype, device), old.requires_grad)
-            setattr(module, name, new[old])
-
-
-def _cut(model: nn.Module, units: Sequence[nn.Module]) -> tuple[list[tuple[str, nn.Module, Named]], Named]:
-    """Each unit's own parameters, and the root's: those of no unit or of several. Names are the model's."""
-    module_names = {module: name for name, module in model.named_modules()}
-    users: dict[nn.Parameter, set[nn.Module]] = {parameter: set() for parameter in model.parameters()}
-    inside: set[nn.Module] = set()
-    for unit in units:
-        if unit not in module_names:
-            raise ValueError(f"unit {type(unit).__name__} is not a submodule of the model")
-        if unit in inside:
-            raise ValueError(f"unit {module_names[unit]} lies inside another unit")
-        inside.update(unit.modules())
-        for parameter in unit.parameters():
-            users[parameter].add(unit)
-    for module in model.modules():
-        if module not in inside:
-            for parameter in module.parameters(recurse=False):
-                users[parameter].add(module)
-    own: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {unit: [] for unit in units}
-    root: list[tuple[str, nn.Parameter]] = []
-    for name, parameter in model.named_parameters():
-        first, *others = users[parameter]
-        (root if others or first not in own else own[first]).append((name, parameter))
-    return [(module_names[unit], unit, named) for unit, named in own.items() if named], root
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -31,7 +31,9 @@ def without_memory(shape: torch.Size, dtype: torch.dtype, device: torch.device) 
 class Flat:
     """One flat buffer: its layout, this rank's parameter range, and the gathered weights while there are any."""
 
-    def __init__(self, named: Named, mesh: Mesh, placement: Placement, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, named: Named, mesh: Mesh, placement: Placement, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.mesh, self.placement = mesh, placement
         self.parameters = [parameter for _, parameter in named]
         self.layout = Layout(named, mesh.world)
@@ -162,7 +164,7 @@ class TrainableFlat(Flat):
             yield from self.reduce_outer()
 
     def reduce_outer(self) -> Steps:
-        """After the last micro-batch: reduce-scatter `grad` over the levels of O outside G, and sum over the replicas."""
+        """After the last micro-batch: reduce-scatter `grad` over O outside G, and sum it over the replicas."""
         assert self.grad is not None
         if self.grad.is_cuda:  # made on the compute stream, which may hand the memory out again when we let it go
             self.grad.record_stream(torch.cuda.current_stream())

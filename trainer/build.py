@@ -1,6 +1,7 @@
 """From a job to the things that train it: the device, the dtype, the model and the engine."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ class Rank:
 
     @classmethod
     def current(cls) -> "Rank":
-        """From `torch.distributed` if a process group exists, else alone; on the current GPU if this process sees one."""
+        """From `torch.distributed` if a process group exists, else alone; on the current GPU if there is one."""
         gpu = torch.cuda.is_available()
         where = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         if dist.is_available() and dist.is_initialized():
@@ -45,7 +46,7 @@ def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
 def build_engine(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype) -> Engine:
     """The engine that `job.engine` names, around `model`, with its first weights. Collective."""
     compiles = where.device.type == "cuda" if job.model.compile is None else job.model.compile
-    common = {
+    common: dict[str, Any] = {
         "units": model.units(),
         "initial": model.initial(job.train.seed, where.device),
         "optimizer": job.optimizer,

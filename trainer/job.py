@@ -36,14 +36,14 @@ class Job:
         return self.run.name or f"{self.model.name}-{self.data.name}"
 
     def micro_batches(self, world: int) -> tuple[int, int]:
-        """Sequences in a micro-batch and micro-batches a step on each of `world` ranks; ValueError where they do not divide."""
+        """Sequences in a micro-batch, and micro-batches a step on each rank; ValueError where they do not divide."""
         size = self.train.global_batch_size
         if size % world:
-            raise ValueError(f"train.global_batch_size={size} must be divisible by the number of workers, launch.workers={world}")
+            raise ValueError(f"train.global_batch_size={size} must be divisible by the workers, launch.workers={world}")
         micro = self.train.micro_batch_size or size // world
         if size // world % micro:
             raise ValueError(
-                f"train.global_batch_size={size} over launch.workers={world} leaves {size // world} sequences a worker, "
+                f"train.global_batch_size={size} over launch.workers={world} is {size // world} sequences a worker, "
                 f"which must be divisible by train.micro_batch_size={micro}"
             )
         return micro, size // world // micro

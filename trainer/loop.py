@@ -64,7 +64,7 @@ class Trainer:
         self._stop_reason = reason
 
     def train(self) -> Event:
-        """Train to the end or until told to stop. Returns the ``end`` event; its ``status`` is ``finished`` or ``stopped``."""
+        """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished`` or ``stopped``."""
         with self._opened(), attention_backends(self.where.device):
             if self.step == 0:
                 self._validate()

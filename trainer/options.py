@@ -39,7 +39,9 @@ class LlamaOptions(ModelOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"model.num_heads={self.num_heads} must be divisible by model.num_kv_heads={self.num_kv_heads}")
+            raise ValueError(
+                f"model.num_heads={self.num_heads} must be divisible by model.num_kv_heads={self.num_kv_heads}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim}: rotary embeddings need an even number")
 

@@ -6,10 +6,11 @@ from trainer.build import Rank, choose_dtype
 from trainer.data import Corpus
 from trainer.job import Job
 from trainer.models import LanguageModel
+from trainer.progress import size
 
 
 def describe(job: Job, where: Rank, corpus: Corpus, model: LanguageModel, engine: Engine) -> str:
-    """A few aligned lines: parameters, FLOPs, world, mesh and placement, micro-batches, bytes of state, dtype and why."""
+    """Aligned lines: parameters, FLOPs, world, mesh and placement, micro-batches, bytes of state, dtype and why."""
     num_params = sum(parameter.numel() for parameter in model.parameters())
     flops = model.flops_per_token(job.train.seq_len)
     dtype, why = choose_dtype(job.train.dtype, where.device)
@@ -17,13 +18,13 @@ def describe(job: Job, where: Rank, corpus: Corpus, model: LanguageModel, engine
     tokens = job.train.global_batch_size * job.train.seq_len
     state = engine.state_bytes()
     tier = "GPU" if where.device.type == "cuda" else "host"
-    held = ", ".join(f"{kind} {_bytes(size)}" for kind, size in state.items() if size)
+    held = ", ".join(f"{kind} {size(held)}" for kind, held in state.items() if held)
     rows = {
         "model": f"{job.model.name}, {num_params / 1e6:,.2f} M parameters, {flops / 1e6:,.1f} MFLOPs a token",
         "data": corpus.describe(),
         "world": f"{where.world} x {where.device.type}, {_mesh(job, where)}",
-        "step": f"{tokens:,} tokens = {where.world} ranks x {count} micro-batches x {micro} sequences x {job.train.seq_len}",
-        "state": f"{_bytes(sum(state.values()))} a rank in {tier} memory ({held})",
+        "step": f"{tokens:,} tokens = {where.world} ranks x {count} micro-batches x {micro} x {job.train.seq_len}",
+        "state": f"{size(sum(state.values()))} a rank in {tier} memory ({held})",
         "dtype": f"{str(dtype).removeprefix('torch.')}: {why}",
     }
     return "\n".join(f"{name:>6}  {text}" for name, text in rows.items())
@@ -35,11 +36,3 @@ def _mesh(job: Job, where: Rank) -> str:
     mesh = Mesh.of(job.parallel.levels, rank=where.rank, world=where.world)
     placement = Placement.of(job.parallel, mesh.num_levels)
     return f"mesh {mesh}, {job.parallel.placement}: {placement.describe(mesh.names)}"
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"

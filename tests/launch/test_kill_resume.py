@@ -13,8 +13,8 @@ import pytest
 STEPS = 24
 SMALL = (
     "model.dim=64 model.ffn_dim=160 model.num_layers=2 train.seq_len=64 train.global_batch_size=8 "
-    f"train.micro_batch_size=2 train.steps={STEPS} checkpoint.every_steps=3 train.eval_every_steps=7 train.eval_sequences=16 "
-    "train.sample_tokens=0 logger.tensorboard=false logger.plot=false launch.device=cpu"
+    f"train.micro_batch_size=2 train.steps={STEPS} checkpoint.every_steps=3 train.eval_every_steps=7 "
+    "train.eval_sequences=16 train.sample_tokens=0 logger.tensorboard=false logger.plot=false launch.device=cpu"
 ).split()
 # What a user's machine does between two steps anyway; without it a run is over before it can be killed.
 SLOWER = "train.seq_len=256"
@@ -65,7 +65,9 @@ def kill_when(started: list[str], metrics: Path, step: int, delay_s: float) -> b
 def test_killed_run_goes_on_to_the_last_bit(tmp_path: Path, workers: int, kills: int) -> None:
     seed = random.randrange(1 << 30)
     draw = random.Random(seed)
-    subprocess.run(command(tmp_path, "whole", f"launch.workers={workers}"), check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        command(tmp_path, "whole", f"launch.workers={workers}"), check=True, capture_output=True, timeout=120
+    )
     expected = losses(tmp_path / "whole")
     assert sorted(expected) == list(range(STEPS))
     again = command(tmp_path, "killed", f"launch.workers={workers}")

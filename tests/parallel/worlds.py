@@ -2,7 +2,7 @@
 
     python worlds.py WORLD < cases.json
 
-A case is ``{"levels": {...}, "parallel": {...}, "accumulation": 4, …}``; the answer is a JSON object a line, from rank 0.
+A case is ``{"levels": {...}, "parallel": {...}, "accumulation": 4, …}``; rank 0 answers with a JSON object a line.
 """
 
 import json
@@ -182,7 +182,10 @@ def resumed(case: dict) -> dict:
     second.updates = first.updates
     train(second, case | case["then"], range(STEPS // 2, STEPS))
     a, b = gathered(second), gathered(whole)
-    return {"difference": max(distance(a[key].float(), b[key].float()) for key in b), "bitwise": all(torch.equal(a[k], b[k]) for k in b)}
+    return {
+        "difference": max(distance(a[key].float(), b[key].float()) for key in b),
+        "bitwise": all(torch.equal(a[k], b[k]) for k in b),
+    }
 
 
 def run(rank: int, world: int, cases: list[dict], init: str) -> None:

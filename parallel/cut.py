@@ -1,0 +1,43 @@
+"""How a model becomes units: whose parameters are whose, and parameters that have no memory of their own yet."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from parallel.unit import Named, without_memory
+
+
+def move_without_memory(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Replace each parameter by one without memory, in the dtype and on the device that it computes with; ties stay."""
+    new: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module.named_parameters(recurse=False, remove_duplicate=False):
+            if old not in new:
+                new[old] = nn.Parameter(without_memory(old.shape, dtype, device), old.requires_grad)
+            setattr(module, name, new[old])
+
+
+def cut_units(model: nn.Module, units: Sequence[nn.Module]) -> tuple[list[tuple[str, nn.Module, Named]], Named]:
+    """Each unit's own parameters, and the root's: those of no unit or of several. Names are the model's."""
+    module_names = {module: name for name, module in model.named_modules()}
+    users: dict[nn.Parameter, set[nn.Module]] = {parameter: set() for parameter in model.parameters()}
+    inside: set[nn.Module] = set()
+    for unit in units:
+        if unit not in module_names:
+            raise ValueError(f"unit {type(unit).__name__} is not a submodule of the model")
+        if unit in inside:
+            raise ValueError(f"unit {module_names[unit]} lies inside another unit")
+        inside.update(unit.modules())
+        for parameter in unit.parameters():
+            users[parameter].add(unit)
+    for module in model.modules():
+        if module not in inside:
+            for parameter in module.parameters(recurse=False):
+                users[parameter].add(module)
+    own: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {unit: [] for unit in units}
+    root: list[tuple[str, nn.Parameter]] = []
+    for name, parameter in model.named_parameters():
+        first, *others = users[parameter]
+        (root if others or first not in own else own[first]).append((name, parameter))
+    return [(module_names[unit], unit, named) for unit, named in own.items() if named], root
