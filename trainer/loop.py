@@ -43,9 +43,9 @@ class Running:
 
     step: int
     lr: float
-    summed: Tensor
-    """(2,): the mean loss, and how many ranks were asked to stop."""
-    grad_norm: Tensor
+    values: Tensor
+    """(3,) fp32 on the host: the mean loss, how many ranks were asked to stop, the gradient norm; valid after `ready`."""
+    ready: torch.cuda.Event | None
 
 
 class Trainer:
@@ -90,10 +90,10 @@ class Trainer:
             )
         lr = learning_rate(job.optimizer, step, job.train.steps)
         grad_norm = self.engine.step(lr, job.train.clip_norm)
-        summed = torch.stack((loss / (world * count), torch.full_like(loss, bool(self._stop_reason))))
+        values = torch.stack((loss / (world * count), torch.full_like(loss, bool(self._stop_reason)), grad_norm))
         if world > 1:
-            dist.all_reduce(summed)
-        return Running(step, lr, summed, grad_norm)
+            dist.all_reduce(values[:2])
+        return Running(step, lr, *to_host(values))
 
     def _batch(self, first_sample: int, count: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets, each (count, S) int64 on the device."""
@@ -214,7 +214,9 @@ class Trainer:
 
     def _log(self, done: Running) -> None:
         """Wait for a step and say what came of it. FloatingPointError where the loss is not a number, on every rank."""
-        loss, stops = done.summed.tolist()
+        if done.ready:
+            done.ready.synchronize()
+        loss, stops, grad_norm = done.values.tolist()
         now = time.perf_counter()
         step_s, self._clock = now - self._clock, now
         self._stopping = self._stopping or stops > 0
@@ -230,7 +232,7 @@ class Trainer:
         metrics = {
             "step": done.step,
             "loss": loss,
-            "grad_norm": done.grad_norm.item(),
+            "grad_norm": grad_norm,
             "lr": done.lr,
             "tokens": (done.step + 1) * step_tokens,
             "tokens_per_s": step_tokens / step_s,
@@ -269,3 +271,13 @@ class Trainer:
     def _event(self, event: Event) -> None:
         if self.where.rank == 0:
             self._emit(event)
+
+
+def to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """`values` on the host, and the event after which they are there. Reading a CUDA tensor would wait for all that was
+    issued since; this waits for what came before alone."""
+    if values.device.type == "cpu":
+        return values, None
+    host = torch.empty_like(values, device="cpu", pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    return host, torch.cuda.current_stream().record_event()
