@@ -44,7 +44,7 @@ class Running:
     step: int
     lr: float
     values: Tensor
-    """(3,) fp32 on the host: the mean loss, how many ranks were asked to stop, the gradient norm; valid after `ready`."""
+    """(3,) fp32 on the host once `ready`: the mean loss, how many ranks were asked to stop, the gradient norm."""
     ready: torch.cuda.Event | None
 
 
