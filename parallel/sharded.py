@@ -137,6 +137,7 @@ class ShardedModel:
         norm = self._grad_norm()
         scale = None if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
         self.updates += 1
+        self._finish_refresh()
         self.optimizer.update(lr, scale, self.updates)
         for flat in self._trainable:
             flat.grad = None
@@ -171,6 +172,13 @@ class ShardedModel:
             for buffer in self._buffers.values():
                 dist.broadcast(buffer, src=0)
 
+    def _finish_refresh(self) -> None:
+        """Before owned weights change: one still under way, of a unit not used since, would carry the old ones on."""
+        for flat in self._trainable:
+            if flat.refreshing:
+                flat.refreshing.finish()
+                flat.refreshing = None
+
     # ------------------------------------------------------------------------------------------------ state
 
     def pieces(self) -> Iterator[Piece]:
@@ -185,6 +193,7 @@ class ShardedModel:
                 )
 
     def load(self, read: Read, *, moments: bool) -> None:
+        self._finish_refresh()
         for unit in self._all:
             for flat in unit.flats:
                 flat.load(read, moments=moments)

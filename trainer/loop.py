@@ -46,6 +46,8 @@ class Running:
     values: Tensor
     """(3,) fp32 on the host once `ready`: the mean loss, how many ranks were asked to stop, the gradient norm."""
     ready: torch.cuda.Event | None
+    issue_s: float
+    """What the host spent on it; the device may have taken longer."""
 
 
 class Trainer:
@@ -79,7 +81,7 @@ class Trainer:
 
     def train_step(self, step: int) -> Running:
         """One optimizer step: a forward and a backward of each of this rank's micro-batches, then the update."""
-        job, world = self.job, self.where.world
+        start, job, world = time.perf_counter(), self.job, self.where.world
         micro, count = job.micro_batches(world)
         first_sample = step * job.train.global_batch_size + self.where.rank * micro * count
         loss = torch.zeros((), device=self.where.device)
@@ -93,7 +95,7 @@ class Trainer:
         values = torch.stack((loss / (world * count), torch.full_like(loss, bool(self._stop_reason)), grad_norm))
         if world > 1:
             dist.all_reduce(values[:2])
-        return Running(step, lr, *to_host(values))
+        return Running(step, lr, *to_host(values), issue_s=time.perf_counter() - start)
 
     def _batch(self, first_sample: int, count: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets, each (count, S) int64 on the device."""
@@ -218,7 +220,7 @@ class Trainer:
             done.ready.synchronize()
         loss, stops, grad_norm = done.values.tolist()
         now = time.perf_counter()
-        step_s, self._clock = now - self._clock, now
+        step_s, self._clock = max(now - self._clock, done.issue_s), now
         self._stopping = self._stopping or stops > 0
         if not math.isfinite(loss):
             raise FloatingPointError(

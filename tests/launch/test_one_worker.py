@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 SMALL = (
-    "launch.workers=1 launch.device=cpu model.dim=32 model.ffn_dim=64 model.num_layers=1 train.seq_len=64 "
-    "train.eval_sequences=8 train.sample_tokens=0 logger=none"
+    "launch.workers=1 launch.device=cpu model.dim=32 model.num_heads=2 model.ffn_dim=64 model.num_layers=1 "
+    "train.seq_len=64 train.eval_sequences=8 train.sample_tokens=0 logger=none"
 ).split()
 ENDLESS = [*SMALL, "train.steps=1000000"]
 

@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.ray
 
 SMALL = (
-    "launch.device=cpu model.dim=32 model.ffn_dim=64 model.num_layers=1 train.seq_len=64 "
+    "launch.device=cpu model.dim=32 model.num_heads=2 model.ffn_dim=64 model.num_layers=1 train.seq_len=64 "
     "train.eval_sequences=8 train.sample_tokens=0 logger=none"
 ).split()
 ENDLESS = [*SMALL, "launch.workers=2", "train.steps=1000000"]

@@ -68,6 +68,12 @@ def test_parameters_equal_those_of_one_process(world: int, cases: list[dict]) ->
     assert all(a["alive"] == 0 for a in answers), "gathered weights were left over"
 
 
+def test_parameters_equal_those_of_ddp() -> None:
+    cases = [{"check": "ddp", "parallel": {"placement": placement}} for placement in ("ddp", "zero2", "zero3")]
+    far = [a for a in run_world(2, cases) if not a["difference"] < 1e-6]
+    assert not far, far
+
+
 def test_variants_equal_one_process() -> None:
     """Untied, recomputed, compiled, no clipping, prefetching more or nothing, evaluation in between, SGD."""
     base = {"parallel": {"placement": "zero3"}, "accumulation": 2}
@@ -103,13 +109,13 @@ def test_state_moves_between_placements() -> None:
     """The second half of a training under another placement; under the same one it is equal to the last bit."""
     base = {"check": "resumed", "levels": {"node": 2, "gpu": 2}, "parallel": {"placement": "topo"}, "accumulation": 2}
     cases = [
-        base | {"then": {}},
+        *[base | {"then": {}}] * 4,  # again and again: what a race spoils, it spoils now and then
         base | {"then": {"parallel": {"placement": "ddp"}}},
         base | {"then": {"levels": {}, "parallel": {"placement": "zero3"}}},
         base | {"bf16": True, "then": {}},
     ]
     answers = run_world(4, cases)
-    assert [a["bitwise"] for a in answers][0::3] == [True, True], answers
+    assert all(a["bitwise"] for a in answers if a["case"]["then"] == {}), answers
     assert all(a["difference"] < 1e-5 for a in answers), answers
 
 

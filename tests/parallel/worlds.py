@@ -170,6 +170,29 @@ def equality(case: dict) -> dict:
     }  # fmt: skip
 
 
+def against_ddp(case: dict) -> dict:
+    """The same training by torch's DistributedDataParallel, rank for rank the same micro-batches."""
+    engine = build(case)
+    train(engine, case, range(STEPS))
+    model, options = make(case), OptimizerOptions()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if (p.ndim >= 2) == decays], "weight_decay": options.weight_decay * decays}
+        for decays in (True, False)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(options.beta1, options.beta2), eps=options.eps)
+    ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for step in range(STEPS):
+        rows = batch(step).chunk(world)[rank]
+        ddp(rows[:, :-1], rows[:, 1:]).backward()
+        nn.utils.clip_grad_norm_(trained, case.get("clip", 0.5))
+        optimizer.step()
+        optimizer.zero_grad()
+    state = gathered(engine)
+    return {"difference": max(distance(state[n, MASTER], p.detach()) for n, p in model.named_parameters())}
+
+
 def resumed(case: dict) -> dict:
     """Half of the steps, the state carried over to another placement, the other half: against all in one go."""
     whole = build(case)
@@ -194,7 +217,7 @@ def run(rank: int, world: int, cases: list[dict], init: str) -> None:
         "gloo", init_method=f"file://{init}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     for case in cases:
-        result = {"equality": equality, "resumed": resumed}[case.get("check", "equality")](case)
+        result = {"equality": equality, "resumed": resumed, "ddp": against_ddp}[case.get("check", "equality")](case)
         if rank == 0:
             print(json.dumps({"case": case, **result}), flush=True)
     dist.destroy_process_group()

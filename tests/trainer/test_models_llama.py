@@ -152,19 +152,6 @@ def test_generation_repeats_with_its_seed_and_slides_its_window(build):
 
 
 @pytest.mark.gpu
-def test_the_swiglu_kernel_equals_pytorch():
-    from trainer.models.swiglu_kernel import SwiGLU
-
-    gate_up = torch.randn(3, 5, 2 * 2100, device="cuda", requires_grad=True)
-    grad = torch.randn(3, 5, 2100, device="cuda")
-    gate, up = gate_up.chunk(2, dim=-1)
-    expected = torch.nn.functional.silu(gate) * up
-    out = SwiGLU.apply(gate_up)
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(torch.autograd.grad(out, gate_up, grad), torch.autograd.grad(expected, gate_up, grad))
-
-
-@pytest.mark.gpu
 def test_a_compiled_bf16_model_on_a_gpu_agrees_with_fp32_on_a_cpu(materialize):
     from trainer.models.attention import attention_backends
 

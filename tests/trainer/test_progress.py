@@ -2,6 +2,7 @@ import fcntl
 import io
 import os
 import pty
+import select
 import struct
 import termios
 import time
@@ -28,8 +29,12 @@ class Terminal:
         self.stream: TextIO = os.fdopen(slave, "w", encoding="utf-8")
 
     def text(self) -> str:
+        """All that was written; a terminal may hand it over in parts."""
         self.stream.flush()
-        return os.read(self.master, 1 << 16).decode()
+        parts = []
+        while select.select([self.master], [], [], 0.2)[0]:
+            parts.append(os.read(self.master, 1 << 16))
+        return b"".join(parts).decode()
 
     def close(self) -> None:
         self.stream.close()
