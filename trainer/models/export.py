@@ -65,6 +65,11 @@ def export_safetensors(
 
 def llama_config(options: LlamaOptions, vocab_size: int, seq_len: int) -> dict[str, Any]:
     """``config.json`` of the Hugging Face model that `options` describe."""
+    if options.dim % options.num_heads:
+        raise ValueError(
+            f"transformers takes only a Llama whose model.dim={options.dim} is divisible by "
+            f"model.num_heads={options.num_heads}; this one can be trained and resumed, not exported"
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
