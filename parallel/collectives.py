@@ -7,8 +7,8 @@ generator that yields wherever it would wait. A `Lane` runs it:
 - on CUDA at once, on a side stream that first waits for the compute stream. The host never blocks; `Chain.finish` makes
   the compute stream wait for the chain. Because every chain waits for the compute stream before it starts, memory that
   compute has let go of may be written by a later chain without further events.
-- on CPU by asynchronous gloo work. A chain moves on only in `Lane.start` and `Chain.finish`, which every rank calls in
-  the same order: moving on whenever work happens to be done would let two ranks issue collectives of one group in
+- on CPU by asynchronous gloo work. A chain moves on only in `launch` and `finish`, which every rank calls in the same
+  order: moving on whenever work happens to be done would let two ranks issue collectives of one group in
   different orders.
 """
 
@@ -95,22 +95,32 @@ class Chain:
 
 
 class Lane:
-    """Runs chains beside compute, in order, at most `depth` unfinished."""
+    """Where chains run beside compute: a side stream on CUDA, gloo's threads on CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def launch(self, steps: Steps) -> Chain:
+        """Start a chain; whoever needs its result finishes it."""
+        return Chain(steps, self._stream)
+
+
+class Queue(Lane):
+    """A lane whose chains are finished in order, at most `depth` of them under way. Each launch moves the others on."""
 
     def __init__(self, device: torch.device, depth: int) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        super().__init__(device)
         self._depth = depth
         self._under_way: deque[Chain] = deque()
 
-    def start(self, steps: Steps) -> Chain:
+    def launch(self, steps: Steps) -> Chain:
         for chain in self._under_way:
             if not chain.done:
                 chain.advance()
         while self._under_way and (self._under_way[0].done or len(self._under_way) >= self._depth):
             self._under_way.popleft().finish()
-        chain = Chain(steps, self._stream)
-        self._under_way.append(chain)
-        return chain
+        self._under_way.append(super().launch(steps))
+        return self._under_way[-1]
 
     def finish(self) -> None:
         """Finish every chain, the oldest first."""

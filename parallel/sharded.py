@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from offload.state import Piece, Read
 from parallel import optimizer as optimizers
-from parallel.collectives import BufferPool, Lane
+from parallel.collectives import BufferPool, Lane, Queue
 from parallel.cut import cut_units, move_without_memory
 from parallel.mesh import Mesh
 from parallel.options import OptimizerOptions, ParallelOptions
@@ -78,7 +78,7 @@ class ShardedModel:
         """Optimizer steps taken; set it after `load` to go on from there."""
         self._prefetch = options.prefetch_units
         self._slots, self._staging = BufferPool(device), BufferPool(device)
-        self._gathers, self._reductions = Lane(device, depth=4), Lane(device, depth=2)
+        self._gathers, self._reductions = Lane(device), Queue(device, depth=2)
         self._owners: dict[int, tuple[Unit, Flat]] = {}  # storage of gathered weights -> whose they are
         self._first = self._last = True
 
@@ -167,7 +167,7 @@ class ShardedModel:
         """Start bringing the new weights to where they are used; a unit waits for its own before it computes."""
         for flat in self._trainable:
             if flat.refreshes:
-                flat.refreshing = self._gathers.start(flat.refresh())
+                flat.refreshing = self._gathers.launch(flat.refresh())
         if self.mesh.world > 1:
             for buffer in self._buffers.values():
                 dist.broadcast(buffer, src=0)
@@ -227,7 +227,8 @@ class ShardedModel:
     def _before_forward(self, unit: Unit, position: int) -> None:
         self._use(unit)
         for following in self.units[position + 1 : position + 1 + self._prefetch]:
-            self._start_gather(following)
+            if following.sharded:
+                self._start_gather(following)
 
     def _after_forward(self, unit: Unit, position: int, output: Any) -> None:
         if not torch.is_grad_enabled():
@@ -264,11 +265,11 @@ class ShardedModel:
         if flat.scatters:
             whole = self._staging.take(flat.layout.size, flat.reduce_dtype, ring=2)
             flat.collect(whole, add=False)
-            self._staging.give(whole, self._reductions.start(flat.reduce_inner(whole, first=first, last=last)))
+            self._staging.give(whole, self._reductions.launch(flat.reduce_inner(whole, first=first, last=last)))
         else:
             flat.accumulate(first=first, last=last)
             if last and not flat.alone:
-                self._reductions.start(flat.reduce_outer())
+                self._reductions.launch(flat.reduce_outer())
 
     # ------------------------------------------------------------------------------------------------ weights
 
@@ -287,7 +288,7 @@ class ShardedModel:
                 flat.refreshing = None
             if flat.full is None:
                 full = self._slots.take(flat.layout.size, flat.shard.dtype)
-                flat.gathering = self._gathers.start(flat.gather(full))
+                flat.gathering = self._gathers.launch(flat.gather(full))
                 flat.attach(full)
                 self._owners[full.untyped_storage().data_ptr()] = unit, flat
 
