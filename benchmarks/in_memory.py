@@ -10,12 +10,10 @@ a table and writes benchmarks/results/in_memory.json.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -112,6 +110,7 @@ def main() -> None:
         ours(args.ours[0], int(args.ours[1]), int(args.ours[2]), args.profile)
         return
     import torch
+    from report import write_report
 
     rows = []
     for case in args.cases:
@@ -129,14 +128,8 @@ def main() -> None:
             ratio = statistics.median(r["ours"]["model_TFLOPs"] / r["baseline"]["model_TFLOPs"] for r in pairs)
             memory = statistics.median(r["ours"]["gpu_peak_GiB"] - r["baseline"]["gpu_peak_GiB"] for r in pairs)
             print(f"{case:12} throughput {ratio:.3f} x the baseline, {memory:+.1f} GiB of GPU memory", flush=True)
-    report = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": "python " + " ".join(sys.argv),
-        "rows": rows,
-    }
-    Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+    hardware = f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores"
+    write_report(args.out, hardware, rows)
 
 
 if __name__ == "__main__":

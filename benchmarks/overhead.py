@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
+from report import write_report  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard  # noqa: E402
@@ -159,14 +159,8 @@ def main() -> None:
             f"{row['workers']:>7} {row['baseline']:>10} {1e3 * row['baseline_step_s']:7.1f} {row['placement']:>9} "
             f"{1e3 * row['step_s']:7.1f} {row['ratio']:6.3f} {low:7.3f} {high:7.3f} {row['target']:6.2f}"
         )
-    report = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, load average {load:.1f} at the start",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": "python " + " ".join(sys.argv),
-        "rows": rows,
-    }
-    Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+    hardware = f"{platform.machine()}, {os.cpu_count()} cores, load average {load:.1f} at the start"
+    write_report(args.out, hardware, rows)
 
 
 if __name__ == "__main__":

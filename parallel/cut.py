@@ -1,9 +1,11 @@
-"""How a model becomes units: whose parameters are whose, and parameters that have no memory of their own yet."""
+"""How a model becomes units: whose parameters are whose, without memory of their own yet, and how blocks run."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from parallel.unit import Named, without_memory
 
@@ -41,3 +43,14 @@ def cut_units(model: nn.Module, units: Sequence[nn.Module]) -> tuple[list[tuple[
         first, *others = users[parameter]
         (root if others or first not in own else own[first]).append((name, parameter))
     return [(module_names[unit], unit, named) for unit, named in own.items() if named], root
+
+
+def wrap_blocks(*, recompute: Sequence[nn.Module], compile: Sequence[nn.Module]) -> None:
+    """Compile and recompute the forward of these modules, inside the hooks that gather their parameters.
+
+    What is recomputed is the compiled block.
+    """
+    for module in compile:
+        module.forward = torch.compile(module.forward)
+    for module in recompute:
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from offload.state import MASTER, Piece, Read
 from parallel import foreign
+from parallel.cut import wrap_blocks
 from parallel.optimizer import moment_kinds
 from parallel.options import OptimizerOptions, ParallelOptions
 
@@ -68,7 +69,7 @@ class DeepSpeedEngine:
         self.model = model
         self._numel = {name: param.numel() for name, param in model.named_parameters()}
         self._shape = {name: tuple(param.shape) for name, param in model.named_parameters()}
-        foreign.wrap_blocks(recompute=recompute, compile=compile)
+        wrap_blocks(recompute=recompute, compile=compile)
         groups = foreign.decay_groups(model.parameters(), optimizer)
         config = _config(self._stage, options, dtype, clip_norm, sum(self._numel.values()))
         for module in [*units, model]:

@@ -1,18 +1,16 @@
-"""What the engines built on other libraries (FSDP2, DeepSpeed) have in common: PyTorch's own optimizer, its state named
-as in a checkpoint, and the wrapping of blocks. Nothing here is used by the native engine.
+"""What the engines built on other libraries (FSDP2, DeepSpeed) have in common: PyTorch's own optimizer, and its state
+named as in a checkpoint. Nothing here is used by the native engine.
 
 Invariant: the optimizer's state exists from the start, as zeros, so that what is held, saved and loaded never depends
 on whether a step was taken.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from offload.state import Piece, Read
 from parallel.optimizer import moment_kinds
@@ -25,17 +23,6 @@ def single_process_group(device: torch.device) -> None:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-
-
-def wrap_blocks(*, recompute: Sequence[nn.Module], compile: Sequence[nn.Module]) -> None:
-    """Compile and recompute the forward of these modules, inside the hooks that gather their parameters.
-
-    In the native engine's order: what is recomputed is the compiled block.
-    """
-    for module in compile:
-        module.forward = torch.compile(module.forward)
-    for module in recompute:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def decay_groups(params: Iterable[nn.Parameter], options: OptimizerOptions) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from offload.state import MASTER, Piece, Read
 from parallel import foreign
+from parallel.cut import wrap_blocks
 from parallel.mesh import Mesh
 from parallel.optimizer import moment_kinds
 from parallel.options import OptimizerOptions, ParallelOptions
@@ -69,7 +70,7 @@ class FSDP2Engine:
         self._dtype, self._options = dtype, optimizer
         self._keeps_gathered = options.placement in _KEEP_GATHERED
         self._mesh = _mesh(options, device)
-        foreign.wrap_blocks(recompute=recompute, compile=compile)
+        wrap_blocks(recompute=recompute, compile=compile)
         for param in model.parameters():
             param.data = param.data.float()
         self._modules = _fully_shard(model, units, self._mesh, options, dtype)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from parallel.layout import Overlap
+from parallel.layout import ALIGN, Overlap
 from parallel.options import OptimizerOptions
 from parallel.unit import TrainableFlat
 
@@ -130,7 +130,7 @@ def _runs(flat: TrainableFlat) -> list[tuple[int, int, bool]]:
         if not flat.received[o.index]:
             continue
         stop, decays = o.offset + o.stop - o.start, len(o.entry.shape) >= 2
-        if runs and runs[-1][2] == decays and o.offset - runs[-1][1] < 128:  # only padding between them
+        if runs and runs[-1][2] == decays and o.offset - runs[-1][1] < ALIGN:  # only padding between them
             runs[-1] = (runs[-1][0], stop, decays)
         else:
             runs.append((o.offset, stop, decays))

@@ -24,19 +24,17 @@ holds back those behind it until the backward ends.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 from offload.state import Piece, Read
 from parallel import optimizer as optimizers
 from parallel.collectives import BufferPool, Lane, Queue
-from parallel.cut import cut_units, move_without_memory
+from parallel.cut import cut_units, move_without_memory, wrap_blocks
 from parallel.mesh import Mesh
 from parallel.options import OptimizerOptions, ParallelOptions
 from parallel.placement import Placement
@@ -175,9 +173,7 @@ class ShardedModel:
     def _finish_refresh(self) -> None:
         """Before owned weights change: one still under way, of a unit not used since, would carry the old ones on."""
         for flat in self._trainable:
-            if flat.refreshing:
-                flat.refreshing.finish()
-                flat.refreshing = None
+            flat.finish_refresh()
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -277,15 +273,11 @@ class ShardedModel:
         """Have the unit's weights in place for what this thread or stream does next."""
         self._start_gather(unit)
         for flat in unit.flats:
-            if flat.gathering:
-                flat.gathering.finish()
-                flat.gathering = None
+            flat.finish_gather()
 
     def _start_gather(self, unit: Unit) -> None:
         for flat in unit.flats:
-            if flat.refreshing:
-                flat.refreshing.finish()
-                flat.refreshing = None
+            flat.finish_refresh()
             if flat.full is None:
                 full = self._slots.take(flat.layout.size, flat.shard.dtype)
                 flat.gathering = self._gathers.launch(flat.gather(full))
@@ -295,9 +287,7 @@ class ShardedModel:
     def _release(self, unit: Unit) -> None:
         for flat in unit.flats:
             if flat.sharded and flat.full is not None:
-                if flat.gathering:
-                    flat.gathering.finish()
-                    flat.gathering = None
+                flat.finish_gather()
                 del self._owners[flat.full.untyped_storage().data_ptr()]
                 self._slots.give(flat.full)
                 flat.release()
@@ -350,12 +340,9 @@ def shard(
     dtype: of compute, float32 or bfloat16; master weights and optimizer states are always float32.
     recompute, compile: modules whose forward is recomputed in the backward, or compiled by ``torch.compile``.
 
-    ValueError where units overlap or a parameter's dtype is not floating point.
+    ValueError where a unit is not part of the model, or lies inside another.
     """
-    for module in compile:
-        module.forward = torch.compile(module.forward)
-    for module in recompute:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    wrap_blocks(recompute=recompute, compile=compile)
     engine = ShardedModel(
         model, mesh, placement,
         units=units, optimizer=optimizer, options=options, dtype=dtype, device=device, recompute=recompute,

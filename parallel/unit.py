@@ -73,6 +73,18 @@ class Flat:
         if source is self.shard:  # every level has one member
             out.copy_(source)
 
+    def finish_gather(self) -> None:
+        """Have the gathered weights in place, if they are on their way."""
+        if self.gathering:
+            self.gathering.finish()
+            self.gathering = None
+
+    def finish_refresh(self) -> None:
+        """Have the new weights in the shard, if they are on their way."""
+        if self.refreshing:
+            self.refreshing.finish()
+            self.refreshing = None
+
     def pieces(self) -> Iterator[Piece]:
         """What this rank checkpoints: replicas share the work, each an equal part of the common range."""
         yield from self._pieces(MASTER, self.shard, self.start)
