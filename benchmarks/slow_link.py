@@ -43,6 +43,7 @@ from slow_link_engines import ENGINES, JOBS  # noqa: E402
 
 Row = dict[str, Any]
 PORT = 29500
+SMOKE = ["atoll-zero3", "atoll-topo", "fsdp2-repaired", "hsdp-bf16", "ddp-bf16", "deepspeed-hpz"]
 _PAYLOAD = 1448 / 1514
 """Of a frame at 1500 bytes MTU: what the shapers count and the interfaces, seeing unsegmented bursts, do not."""
 
@@ -199,7 +200,14 @@ class Bench:
                 world.close()
 
     def _cells(self, mesh: str, network: Network) -> Iterator[Cell]:
-        names = [name for name in self.args.engines if len(network.levels) >= ENGINES[name].min_levels]
+        names = []
+        for name in self.args.engines:
+            if missing := ENGINES[name].missing():
+                _say(f"{mesh} {name}: left out: this version has no parallel.{', parallel.'.join(missing)}")
+            elif len(network.levels) < ENGINES[name].min_levels:
+                _say(f"{mesh} {name}: left out: it needs {ENGINES[name].min_levels} levels")
+            else:
+                names.append(name)
         for job, name in itertools.product(self.args.job, names):
             for overlap in ENGINES[name].overlaps:
                 yield Cell(mesh, job, name, overlap)
@@ -372,17 +380,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rates", nargs="+", type=float, default=[50.0, 200.0, 400.0, 1000.0])
     parser.add_argument("--ratio", type=float, default=4.0, help="how much faster the links of each level inside are")
     parser.add_argument("--accumulation", nargs="+", type=int, default=[1, 4, 16])
-    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES, metavar="NAME",
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, metavar="NAME",
                         help=", ".join(ENGINES))  # fmt: skip
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0, help="to spend on timing each row, if a step allows")
     parser.add_argument("--longest", type=float, default=20.0, help="seconds on the wire; a longer step is left out")
     parser.add_argument("--resume", action="store_true", help="keep the rows of --out and measure the others")
-    parser.add_argument("--smoke", action="store_true", help="every engine once, quickly, into a temporary file")
+    parser.add_argument("--smoke", action="store_true", help="one engine of each kind, quickly, into a temporary file")
     parser.add_argument("--out", default=str(HERE / "results" / "slow_link.json"))
     args = parser.parse_args()
+    args.engines = args.engines or (SMOKE if args.smoke else list(ENGINES))
     if args.smoke:
-        args.rates, args.accumulation, args.rounds, args.seconds = [400.0], [1, 2], 1, 0.1
+        args.rates, args.accumulation, args.rounds, args.seconds = [1000.0], [2], 1, 0.1
         args.out = str(Path(tempfile.mkdtemp(prefix="slow_link_")) / "smoke.json")
     for mesh in args.mesh:
         parse_levels(mesh)

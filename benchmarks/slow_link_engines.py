@@ -14,14 +14,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, foreign, shard
-from parallel.collectives import Chain, Lane, Steps
 from trainer.models import build_model
 from trainer.options import LlamaOptions
 
@@ -111,9 +109,7 @@ class Atoll:
     def __init__(
         self, model: nn.Module, levels: Mapping[str, int], *, overlap: bool, dtype: torch.dtype, **options: Any
     ) -> None:
-        if unknown := set(options) - {field.name for field in dataclasses.fields(ParallelOptions)}:
-            raise NotImplementedError(f"this version has no parallel.{', parallel.'.join(sorted(unknown))}")
-        parallel = ParallelOptions(levels=dict(levels), prefetch_units=1 if overlap else 0, **options)
+        parallel = ParallelOptions(levels=dict(levels), overlap=overlap, **options)
         self._world = dist.get_world_size()
         mesh = Mesh.of(parallel.levels, rank=dist.get_rank(), world=self._world)
         weights = {name: param.detach().clone().flatten() for name, param in model.named_parameters()}
@@ -122,9 +118,6 @@ class Atoll:
             units=model.units(), initial=lambda name, kind, start, stop: weights[name][start:stop],
             optimizer=OPTIMIZER, options=parallel, dtype=dtype, device=CPU,
         )  # fmt: skip
-        if not overlap:
-            for name in ("_gathers", "_reductions"):
-                setattr(self.engine, name, _Blocking(getattr(self.engine, name)))
 
     def micro_batch(self, inputs: tuple[Tensor, ...], *, index: int, num: int) -> Tensor:
         scale, first, last = 1 / (self._world * num), index == 0, index == num - 1
@@ -138,21 +131,6 @@ class Atoll:
 
     def optimizer_bytes(self) -> int:
         return self.engine.state_bytes()["optimizer"]
-
-
-class _Blocking:
-    """A lane or queue on which every chain is over before compute goes on: what overlap is worth."""
-
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
-
-    def launch(self, steps: Steps) -> Chain:
-        chain = self._lane.launch(steps)
-        chain.finish()
-        return chain
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._lane, name)
 
 
 class _Foreign:
@@ -211,7 +189,7 @@ class FSDP2(_Foreign):
             mesh = init_device_mesh("cpu", (world,))
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
         for unit in units:
-            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard and not keep)
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False if keep else reshard)
             if repaired:
                 unit.set_custom_reduce_scatter(_AllToAll())
         fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -235,13 +213,20 @@ class FSDP2(_Foreign):
         return loss.detach()
 
 
+def _bf16_hook(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """What PyTorch's ``bf16_compress_hook`` does; DDP refuses that one by name where there is no NCCL."""
+    buffer, world = bucket.buffer(), dist.get_world_size()
+    work = dist.all_reduce(buffer.to(torch.bfloat16).div_(world), async_op=True)
+    return work.get_future().then(lambda future: buffer.copy_(future.value()[0]))
+
+
 class DDP(_Foreign):
     """Buckets of 4 MB (the default of 25 holds most of these models), gradients as views of them, ``no_sync``."""
 
     def __init__(self, model: nn.Module, *, bf16: bool = False) -> None:
         self.model = DistributedDataParallel(model, bucket_cap_mb=4, gradient_as_bucket_view=True)
         if bf16:
-            self.model.register_comm_hook(None, default_hooks.bf16_compress_hook)
+            self.model.register_comm_hook(None, _bf16_hook)
         self.set_optimizer(list(model.parameters()))
 
     def micro_batch(self, inputs: tuple[Tensor, ...], *, index: int, num: int) -> Tensor:
@@ -303,13 +288,20 @@ class Engine:
     min_levels: int = 2
     own_world: bool = False
     """Keeps state of its own in the process: gets ranks that no other engine has used."""
+    options: tuple[str, ...] = ()
+    """Of `ParallelOptions`, that it sets."""
+
+    def missing(self) -> list[str]:
+        """The options that this version does not have."""
+        known = {field.name for field in dataclasses.fields(ParallelOptions)}
+        return [name for name in self.options if name not in known]
 
 
 def _atoll(placement: str, tolerance: float = EXACT, dtype: torch.dtype = torch.float32, **options: Any) -> Engine:
     def build(model: nn.Module, levels: Mapping[str, int], overlap: bool) -> Side:
         return Atoll(model, levels, overlap=overlap, dtype=dtype, placement=placement, **options)
 
-    return Engine(build, tolerance, overlaps=(True, False))
+    return Engine(build, tolerance, overlaps=(True, False), options=("overlap", *options))
 
 
 def _fsdp2(tolerance: float = EXACT, **options: Any) -> Engine:
