@@ -143,7 +143,7 @@ class Network:
         sizes = tuple(self.levels.values())
         position = tuple(self.levels).index(level)
         other = math.prod(sizes[position + 1 : -1]) if position < len(sizes) - 1 else 0
-        here = [sys.executable, "-I", "-S", str(Path(__file__).resolve())]
+        here = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), "--parent", str(os.getpid())]
         receiver = subprocess.Popen(
             self.command(other, *here, "--receive", str(seconds)), stdout=subprocess.PIPE, text=True
         )
@@ -199,12 +199,15 @@ def remove_stale() -> None:
     for path in NETNS.glob(f"{PREFIX}-*"):
         if match := re.fullmatch(rf"{PREFIX}-(\d+)-(\d+)-\w+", path.name):
             if _start_time(int(match[1])) != match[2]:
-                _run("ip", "netns", "del", path.name)
+                try:
+                    _run("ip", "netns", "del", path.name)
+                except RuntimeError:
+                    if path.exists():  # else another run was faster
+                        raise
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends, however it does."""
-    parent = os.getppid()
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, which started it, ends, however it does. Call it first."""
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         raise SystemExit("the starting process has ended")
@@ -286,9 +289,10 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[400.0], help="Mbit/s, one a linked level")
     parser.add_argument("--receive", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--send", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.receive or args.send:
-        die_with_parent()
+        die_with(args.parent)
         _receive(args.receive) if args.receive else _send(args.send[0], float(args.send[1]))
         return
     with Network(parse_levels(args.mesh)) as network:

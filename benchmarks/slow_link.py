@@ -79,7 +79,7 @@ class World:
         network.set_rates({})
         for rank in range(world):
             read, write = os.pipe()
-            command = [sys.executable, str(HERE / "slow_link_worker.py"), "--rank", rank, "--world", world]
+            command = [sys.executable, str(HERE / "slow_link_worker.py"), os.getpid(), "--rank", rank, "--world", world]
             command += ["--address", network.address(0), "--port", PORT, "--answers", write]
             self._processes.append(subprocess.Popen(
                 network.command(rank // network.ranks_per_node, *map(str, command)), stdin=subprocess.PIPE,

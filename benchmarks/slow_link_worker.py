@@ -25,9 +25,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from namespaces import die_with  # noqa: E402
+
+if __name__ == "__main__":  # before the imports that take seconds
+    die_with(int(sys.argv[1]))
+
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from namespaces import die_with_parent  # noqa: E402
 from slow_link_engines import ENGINES, JOBS, OPTIMIZER, Side  # noqa: E402
 
 from parallel import foreign  # noqa: E402
@@ -111,11 +115,11 @@ class Rank:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parent", type=int, help="process id of the driver")
     for name in ("rank", "world", "port", "answers"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--address", required=True, help="of rank 0")
     args = parser.parse_args()
-    die_with_parent()
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)  # many pairs
     with os.fdopen(args.answers, "w") as answers:
