@@ -103,7 +103,12 @@ def _check_levels(options: ParallelOptions, crew: Crew) -> ParallelOptions:
             f"parallel.levels ({shown}) multiply to {math.prod(levels.values())}, but launch.workers={crew.workers}; "
             f"change one of them"
         )
-    Placement.of(options, len(levels))
+    placement = Placement.of(options, len(levels))
+    if options.quantizes:
+        from parallel.mesh import Mesh
+        from parallel.transport import Transport
+
+        Transport.of(options, Mesh(levels), placement)
     return replace(options, levels=levels)
 
 
@@ -116,6 +121,11 @@ def _check_engine(job: Job, parallel: ParallelOptions) -> None:
         raise ValueError(
             f"parallel.placement={parallel.placement} needs engine=native; "
             f"engine={job.engine} has {', '.join(possible)}"
+        )
+    if parallel.quantizes:
+        raise ValueError(
+            f"parallel.quantize, weights_format and grads_format need engine=native; engine={job.engine} does not read "
+            f"them"
         )
     if job.engine == "deepspeed" and parallel.levels:
         raise ValueError("parallel.levels is not read by engine=deepspeed; leave it empty, or set engine=native")

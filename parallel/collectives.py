@@ -43,10 +43,15 @@ def reduce_scatter(flat: Tensor, group: Group) -> Generator[dist.Work, None, Ten
         return out
     # gloo's own reduce_scatter moves as much as an all-reduce; an all-to-all and a local sum move half
     received = torch.empty_like(flat)
-    work = dist.all_to_all_single(_bytes(received), _bytes(flat), group=group, async_op=True)
-    assert work is not None
-    yield work
+    yield from all_to_all(received, flat, group)
     return received.view(n, -1).sum(0)
+
+
+def all_to_all(out: Tensor, flat: Tensor, group: Group) -> Steps:
+    """Part i of ``flat`` (n * k) goes to rank i; ``out`` (n * k) has what each rank sent here."""
+    work = dist.all_to_all_single(_bytes(out), _bytes(flat), group=group, async_op=out.device.type == "cpu")
+    if work is not None:
+        yield work
 
 
 def all_reduce(flat: Tensor, group: Group) -> Steps:
@@ -95,21 +100,29 @@ class Chain:
 
 
 class Lane:
-    """Where chains run beside compute: a side stream on CUDA, gloo's threads on CPU."""
+    """Where chains run beside compute: a side stream on CUDA, gloo's threads on CPU. Without `overlap` each is finished
+    at once, on the compute stream.
+    """
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device, *, overlap: bool = True) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and overlap else None
+        self._overlap = overlap
+        self.scratch = BufferPool(device)
+        """Memory for chains of this lane alone, between their steps: one stream or thread, so no events are needed."""
 
     def launch(self, steps: Steps) -> Chain:
         """Start a chain; whoever needs its result finishes it."""
-        return Chain(steps, self._stream)
+        chain = Chain(steps, self._stream)
+        if not self._overlap:
+            chain.finish()
+        return chain
 
 
 class Queue(Lane):
     """A lane whose chains are finished in order, at most `depth` of them under way. Each launch moves the others on."""
 
-    def __init__(self, device: torch.device, depth: int) -> None:
-        super().__init__(device)
+    def __init__(self, device: torch.device, depth: int, *, overlap: bool = True) -> None:
+        super().__init__(device, overlap=overlap)
         self._depth = depth
         self._under_way: deque[Chain] = deque()
 

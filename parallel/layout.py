@@ -42,16 +42,19 @@ class Overlap:
 
 
 class Layout:
-    """The entries of one flat buffer, padded so that any level of `world` ranks cuts it evenly."""
+    """The entries of one flat buffer, padded so that `world` ranks cut it into whole blocks of `block` elements."""
 
-    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], world: int) -> None:
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], world: int, block: int = ALIGN) -> None:
         self.entries: list[Entry] = []
         end = 0
         for name, parameter in named:
             self.entries.append(Entry(name, parameter.shape, parameter.numel(), end))
             end += -(-parameter.numel() // ALIGN) * ALIGN
-        self.size = -(-end // (ALIGN * world)) * ALIGN * world
-        self.has_gaps = sum(entry.numel for entry in self.entries) != self.size
+        block = max(block, ALIGN)  # powers of two: a multiple of both
+        self.size = -(-end // (block * world)) * block * world
+        self.numel = sum(entry.numel for entry in self.entries)
+        """Elements without the padding."""
+        self.has_gaps = self.numel != self.size
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Each parameter as a view of the whole flat buffer."""

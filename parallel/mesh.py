@@ -40,6 +40,10 @@ class Mesh:
     def __str__(self) -> str:
         return " x ".join(f"{name} {size}" for name, size in zip(self.names, self.sizes, strict=True))
 
+    def wide(self, level: int) -> bool:
+        """Whether the level has more than one member, so that data crosses it."""
+        return self.sizes[level] > 1
+
     def shard(self, size: int, num_levels: int) -> tuple[int, int]:
         """This rank's ``start, stop`` of `size` elements sharded over the innermost `num_levels` levels."""
         start, length = 0, size

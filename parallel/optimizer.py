@@ -81,7 +81,7 @@ class TorchOptimizer:
             group["lr"] = lr
         self._optimizer.step()
         for flat in self._flats:
-            if flat.owned is not flat.master:
+            if flat.owned is not None and flat.owned is not flat.master:
                 flat.owned.copy_(flat.master)
         self._optimizer.zero_grad()
 
@@ -102,7 +102,7 @@ class FusedAdamW:
                     flat.moments["exp_avg"][part],
                     flat.moments["exp_avg_sq"][part],
                     flat.grad[part],
-                    None if flat.owned is flat.master else flat.owned[part],
+                    None if flat.owned is None or flat.owned is flat.master else flat.owned[part],
                     scale,
                     lr=lr,
                     beta1=self._options.beta1,

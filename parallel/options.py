@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 PLACEMENTS = ("ddp", "zero1", "zero2", "zero3", "hsdp", "hfsdp", "topo", "free")
 DTYPES = ("fp32", "bf16")
+QUANTIZE = ("none", "outer", "all")
+WEIGHTS_FORMATS = ("exact", "int8")
+GRADS_FORMATS = ("exact", "int8", "int4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +24,25 @@ class ParallelOptions:
     """The same for optimizer states and the fp32 master weights."""
     prefetch_units: int = 1
     """How many units are gathered ahead of the one that computes; this many plus one are alive at once."""
+    overlap: bool = True
+    """Whether transfers run beside compute. ``false`` waits for each at once: slower, for measuring."""
     reduce_dtype: str = "fp32"
-    """Dtype in which gradients cross the links and are summed: ``fp32`` or ``bf16``."""
+    """Dtype in which gradients cross the links and are summed where they are exact: ``fp32`` or ``bf16``."""
+    quantize: str = "none"
+    """Levels over which weights travel as INT8 and gradients as INT4: ``none``, ``outer`` (the slowest) or ``all``."""
+    weights_format: dict[str, str] = field(default_factory=dict)
+    """By level, over ``quantize``: ``exact`` or ``int8``, as in ``{node: int8}``."""
+    grads_format: dict[str, str] = field(default_factory=dict)
+    """By level, over ``quantize``: ``exact``, ``int8`` or ``int4``."""
+    weights_block: int = 256
+    """Elements that share a scale: a power of two from 32 to 4096."""
+    grads_block: int = 128
+    """The same for gradients."""
+    error_feedback: bool = False
+    """Whether what quantization takes from a gradient is added to the next step's. Costs 4 bytes an element sent."""
+    exact: list[str] = field(default_factory=list)
+    """Name patterns (``*.router.*``) of parameters that are never quantized. Those of fewer than two dimensions and
+    frozen ones never are."""
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
@@ -42,9 +62,31 @@ class ParallelOptions:
                 f"parallel.params, parallel.grads and parallel.optim are only read with parallel.placement=free, "
                 f"not with parallel.placement={self.placement}"
             )
+        if self.quantize not in QUANTIZE:
+            raise ValueError(f"parallel.quantize={self.quantize!r}: choose one of {', '.join(QUANTIZE)}")
+        for key, formats, allowed in (
+            ("weights_format", self.weights_format, WEIGHTS_FORMATS),
+            ("grads_format", self.grads_format, GRADS_FORMATS),
+        ):
+            for level, format in formats.items():
+                if format not in allowed:
+                    raise ValueError(f"parallel.{key}.{level}={format!r}: choose one of {', '.join(allowed)}")
+        for key, block in (("weights_block", self.weights_block), ("grads_block", self.grads_block)):
+            if not 32 <= block <= 4096 or block & (block - 1):
+                raise ValueError(f"parallel.{key}={block}: choose a power of two from 32 to 4096")
+        if self.error_feedback and not self.quantizes:
+            raise ValueError(
+                "parallel.error_feedback=true corrects quantized gradients, and none are: set parallel.quantize or "
+                "parallel.grads_format"
+            )
         for name, size in self.levels.items():
             if size < 1:
                 raise ValueError(f"parallel.levels.{name}={size}: a level has at least one member")
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any level may be quantized."""
+        return self.quantize != "none" or bool(self.weights_format) or bool(self.grads_format)
 
 
 @dataclass(frozen=True, kw_only=True)

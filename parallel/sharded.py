@@ -38,6 +38,7 @@ from parallel.cut import cut_units, move_without_memory, wrap_blocks
 from parallel.mesh import Mesh
 from parallel.options import OptimizerOptions, ParallelOptions
 from parallel.placement import Placement
+from parallel.transport import Transport
 from parallel.unit import Flat, Named, TrainableFlat, Unit
 
 BUFFER = "buffer"
@@ -76,7 +77,9 @@ class ShardedModel:
         """Optimizer steps taken; set it after `load` to go on from there."""
         self._prefetch = options.prefetch_units
         self._slots, self._staging = BufferPool(device), BufferPool(device)
-        self._gathers, self._reductions = Lane(device), Queue(device, depth=2)
+        self._gathers = Lane(device, overlap=options.overlap)
+        self._reductions = Queue(device, depth=2, overlap=options.overlap)
+        self.transport = Transport.of(options, mesh, placement)
         self._owners: dict[int, tuple[Unit, Flat]] = {}  # storage of gathered weights -> whose they are
         self._first = self._last = True
 
@@ -84,10 +87,16 @@ class ShardedModel:
             named = sorted(named, key=lambda item: item[1].ndim < 2)  # what decays side by side: fewer, longer runs
             train = [(name, p) for name, p in named if p.requires_grad]
             frozen = [(name, p) for name, p in named if not p.requires_grad]
-            trainable = TrainableFlat(
-                train, mesh, placement, dtype, device,
-                kinds=optimizers.moment_kinds(optimizer), reduce_dtype=_DTYPES[options.reduce_dtype],
-            ) if train else None  # fmt: skip
+            quantized = [(name, p) for name, p in train if self.transport.allows(name, p.ndim)]
+            exact = [(name, p) for name, p in train if not self.transport.allows(name, p.ndim)]
+            trainable = [
+                TrainableFlat(
+                    named, mesh, placement, dtype, device,
+                    kinds=optimizers.moment_kinds(optimizer), reduce_dtype=_DTYPES[options.reduce_dtype],
+                    transport=transport,
+                )
+                for named, transport in ((quantized, self.transport), (exact, None)) if named
+            ]  # fmt: skip
             return Unit(name, module, trainable, Flat(frozen, mesh, placement, dtype, device) if frozen else None)
 
         _create_groups(mesh, placement)
@@ -96,7 +105,8 @@ class ShardedModel:
         self.units = [make_unit(name, module, named) for name, module, named in cut]
         self.root = make_unit("root", model, root) if root else None
         self._all = ([self.root] if self.root else []) + self.units
-        self._trainable = [unit.trainable for unit in self._all if unit.trainable]
+        self._trainable = [flat for unit in self._all for flat in unit.trainable]
+        _check_blocks(self._trainable)
         self.optimizer = optimizers.build(optimizer, self._trainable)
         persistent = model.state_dict(keep_vars=True)
         self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
@@ -112,7 +122,7 @@ class ShardedModel:
         self._first, self._last = first, last
         for unit in self._all:
             unit.packed = unit in self._recomputed
-            unit.num_pending = len(unit.trainable.parameters) if unit.trainable else 0
+            unit.num_pending = unit.num_trainable
         self._unreduced = [unit for unit in reversed(self._all) if unit.trainable]
         with self._handles():
             loss: Tensor = self.model(*inputs)
@@ -138,6 +148,7 @@ class ShardedModel:
         self._finish_refresh()
         self.optimizer.update(lr, scale, self.updates)
         for flat in self._trainable:
+            flat.publish()
             flat.grad = None
             flat.received = [False] * len(flat.received)
         self._refresh()
@@ -165,7 +176,7 @@ class ShardedModel:
         """Start bringing the new weights to where they are used; a unit waits for its own before it computes."""
         for flat in self._trainable:
             if flat.refreshes:
-                flat.refreshing = self._gathers.launch(flat.refresh())
+                flat.refreshing = self._gathers.launch(flat.refresh(self._gathers.scratch))
         if self.mesh.world > 1:
             for buffer in self._buffers.values():
                 dist.broadcast(buffer, src=0)
@@ -201,23 +212,25 @@ class ShardedModel:
     def state_bytes(self) -> dict[str, int]:
         flats, trainable = [flat for unit in self._all for flat in unit.flats], self._trainable
         separate = [flat for flat in trainable if flat.master is not flat.owned]
+        pools = self._slots, self._staging, self._gathers.scratch, self._reductions.scratch
         return {
             "parameters": sum(flat.shard.nbytes for flat in flats),
             "master": sum(flat.master.nbytes for flat in separate),
             "optimizer": sum(moment.nbytes for flat in trainable for moment in flat.moments.values()),
-            "buffers": self._slots.size_bytes + self._staging.size_bytes,
+            "residuals": sum(residual.nbytes for flat in trainable for residual in flat.residuals.values()),
+            "buffers": sum(pool.size_bytes for pool in pools),
         }
 
     # ------------------------------------------------------------------------------------------------ units
 
     def _watch(self, unit: Unit, position: int) -> None:
         """Register the hooks that gather, release and reduce a unit; `position` is -1 for the root."""
-        if unit.sharded or (unit.trainable and unit.trainable.refreshes):
+        if unit.sharded or unit.refreshes:
             unit.module.register_forward_pre_hook(lambda *_: self._before_forward(unit, position))
         if unit.sharded:
             unit.module.register_forward_hook(lambda *args: self._after_forward(unit, position, args[-1]))
-        if unit.trainable:
-            for parameter in unit.trainable.parameters:
+        for flat in unit.trainable:
+            for parameter in flat.parameters:
                 parameter.register_post_accumulate_grad_hook(lambda _: self._after_gradient(unit))
 
     def _before_forward(self, unit: Unit, position: int) -> None:
@@ -256,16 +269,17 @@ class ShardedModel:
 
     def _reduce(self, unit: Unit) -> None:
         """Move a unit's gradients on, as far as this micro-batch asks."""
-        flat, first, last = unit.trainable, self._first, self._last
-        assert flat is not None
-        if flat.scatters:
-            whole = self._staging.take(flat.layout.size, flat.reduce_dtype, ring=2)
-            flat.collect(whole, add=False)
-            self._staging.give(whole, self._reductions.launch(flat.reduce_inner(whole, first=first, last=last)))
-        else:
-            flat.accumulate(first=first, last=last)
-            if last and not flat.alone:
-                self._reductions.launch(flat.reduce_outer())
+        first, last, scratch = self._first, self._last, self._reductions.scratch
+        for flat in unit.trainable:
+            if flat.scatters:
+                whole = self._staging.take(flat.layout.size, flat.reduce_dtype, ring=2)
+                flat.collect(whole, add=False)
+                chain = self._reductions.launch(flat.reduce_inner(whole, scratch, first=first, last=last))
+                self._staging.give(whole, chain)
+            else:
+                flat.accumulate(first=first, last=last)
+                if last and not flat.alone:
+                    self._reductions.launch(flat.reduce_outer(scratch))
 
     # ------------------------------------------------------------------------------------------------ weights
 
@@ -279,8 +293,8 @@ class ShardedModel:
         for flat in unit.flats:
             flat.finish_refresh()
             if flat.full is None:
-                full = self._slots.take(flat.layout.size, flat.shard.dtype)
-                flat.gathering = self._gathers.launch(flat.gather(full))
+                full = self._slots.take(flat.layout.size, flat.dtype)
+                flat.gathering = self._gathers.launch(flat.gather(full, self._gathers.scratch))
                 flat.attach(full)
                 self._owners[full.untyped_storage().data_ptr()] = unit, flat
 
@@ -302,7 +316,7 @@ class ShardedModel:
         if owner is None:
             return tensor
         unit, flat = owner
-        if tensor.dtype != flat.shard.dtype:  # other bits of the same memory: a copy is the safe thing to keep
+        if tensor.dtype != flat.dtype:  # other bits of the same memory: a copy is the safe thing to keep
             return tensor.clone()
         unit.packed = True
         return _Handle(unit, flat, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
@@ -354,6 +368,23 @@ def shard(
 def _grad(flat: TrainableFlat) -> Tensor:
     assert flat.grad is not None, "step() needs a forward_backward(last=True) before it"
     return flat.grad
+
+
+def _check_blocks(flats: Sequence[TrainableFlat]) -> None:
+    """ValueError where a block is larger than any rank's part of any buffer: quantization would send mostly padding."""
+    quantized = [flat for flat in flats if flat.transport and flat.transport.quantizes]
+    if not quantized:
+        return
+    largest = max(quantized, key=lambda flat: flat.layout.numel)
+    transport, part = largest.transport, largest.layout.numel / largest.mesh.world
+    assert transport is not None
+    for key, formats in (("weights_block", transport.weights), ("grads_block", transport.grads)):
+        for format in formats:
+            if format and format.block > part:
+                raise ValueError(
+                    f"parallel.{key}={format.block} is larger than a shard: of the largest unit's "
+                    f"{largest.layout.numel} elements each of {largest.mesh.world} ranks has {part:.0f}; lower it"
+                )
 
 
 def _create_groups(mesh: Mesh, placement: Placement) -> None:

@@ -1,26 +1,33 @@
 """A unit: parameters that are gathered, computed and released together, and this rank's ranges of their state.
 
-A unit has at most two flat buffers, one of the parameters that train and one of the frozen ones. Of the whole buffer
+A unit has up to three flat buffers: of the parameters that train and may be quantized, of the others that train, and of
+the frozen ones. Of the whole buffer
 
-- `Flat.shard` holds the parameter range (P) in the compute dtype, always; after an update it is refreshed from the
-  ranks that own it (`TrainableFlat.refresh`).
+- `Flat.shard` holds the parameter range (P), always, in the compute dtype or packed ([Note: quantized weights]); after
+  an update it is refreshed from the ranks that own it (`TrainableFlat.refresh`).
 - `Flat.full` holds all of it while the unit is gathered. The model's parameters are views of it.
 - `TrainableFlat.master` and `moments` hold the optimizer's range (O) in fp32; `grad` the gradient range (G) while
-  micro-batches accumulate and the optimizer's range once they are reduced. In fp32 compute `master` is part of `shard`.
+  micro-batches accumulate and the optimizer's range once they are reduced. In fp32 compute `master` is part of `shard`,
+  unless weights are quantized.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from offload.state import MASTER, Piece, Read
-from parallel.collectives import Chain, Steps, all_gather, all_reduce, reduce_scatter
-from parallel.layout import Layout
+from parallel.collectives import BufferPool, Chain, Steps, all_gather, all_reduce
+from parallel.layout import ALIGN, Layout
 from parallel.mesh import Mesh
 from parallel.placement import Placement
+from parallel.quantize import dequantize, quantize
+from parallel.transport import Hop, Transport, replicate_sum, scatter_sum
 
 Named = Sequence[tuple[str, nn.Parameter]]
+RESIDUAL = "residual"
+"""Kind of state of what error feedback carries from one step to the next."""
 
 
 def without_memory(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -32,13 +39,19 @@ class Flat:
     """One flat buffer: its layout, this rank's parameter range, and the gathered weights while there are any."""
 
     def __init__(
-        self, named: Named, mesh: Mesh, placement: Placement, dtype: torch.dtype, device: torch.device
+        self,
+        named: Named,
+        mesh: Mesh,
+        placement: Placement,
+        dtype: torch.dtype,
+        device: torch.device,
+        block: int = ALIGN,
     ) -> None:
-        self.mesh, self.placement = mesh, placement
+        self.mesh, self.placement, self.dtype = mesh, placement, dtype
         self.parameters = [parameter for _, parameter in named]
-        self.layout = Layout(named, mesh.world)
+        self.layout = Layout(named, mesh.world, block)
         self.start, self.stop = mesh.shard(self.layout.size, placement.params)
-        self.shard = torch.zeros(self.stop - self.start, dtype=dtype, device=device)
+        self.shard = self._make_shard(device)
         self.sharded = mesh.group(mesh.num_levels - placement.params, mesh.num_levels) is not None
         self.full: Tensor | None = None
         self.gathering: Chain | None = None
@@ -48,6 +61,9 @@ class Flat:
             self.release()
         else:
             self.attach(self.shard)
+
+    def _make_shard(self, device: torch.device) -> Tensor:
+        return torch.zeros(self.stop - self.start, dtype=self.dtype, device=device)
 
     def attach(self, full: Tensor) -> None:
         """Make the parameters views of `full`."""
@@ -61,17 +77,27 @@ class Flat:
         for parameter, released in zip(self.parameters, self._released, strict=True):
             parameter.data = released
 
-    def gather(self, out: Tensor) -> Steps:
+    def gather(self, out: Tensor, scratch: BufferPool) -> Steps:
         """All-gather the parameter shards into `out`, the slowest level first: it then carries the least."""
-        mesh, source = self.mesh, self.shard
-        for level in range(mesh.num_levels - self.placement.params, mesh.num_levels):
-            if group := mesh.group(level, level + 1):
-                start, stop = mesh.shard(self.layout.size, mesh.num_levels - 1 - level)
-                target = out[start:stop]
+        yield from self._gather_exact(self.shard, out, self.mesh.num_levels - self.placement.params)
+
+    def _gather_exact(self, source: Tensor, out: Tensor, first: int) -> Steps:
+        """All-gather `source`, this rank's range inside the level before `first`, over the levels from there on."""
+        arrived = yield from self._spread(source, first, self.mesh.num_levels, lambda start, stop: out[start:stop])
+        if arrived is source:  # every level has one member
+            out.copy_(source)
+
+    def _spread(
+        self, source: Tensor, first: int, last: int, place: Callable[[int, int], Tensor]
+    ) -> Generator[dist.Work, None, Tensor]:
+        """All-gather `source` over the levels ``first:last``, the slowest first, each into ``place(start, stop)`` for
+        elements ``start:stop`` of the flat buffer. Returns what arrived last."""
+        for level in range(first, last):
+            if group := self.mesh.group(level, level + 1):
+                target = place(*self.mesh.shard(self.layout.size, self.mesh.num_levels - 1 - level))
                 yield from all_gather(target, source, group)
                 source = target
-        if source is self.shard:  # every level has one member
-            out.copy_(source)
+        return source
 
     def finish_gather(self) -> None:
         """Have the gathered weights in place, if they are on their way."""
@@ -119,26 +145,124 @@ class TrainableFlat(Flat):
         *,
         kinds: Sequence[str],
         reduce_dtype: torch.dtype,
+        transport: Transport | None = None,
     ) -> None:
-        super().__init__(named, mesh, placement, dtype, device)
-        self.reduce_dtype = reduce_dtype
-        self.optim_start, self.optim_stop = mesh.shard(self.layout.size, placement.optim)
-        self.owned = self.shard[self.optim_start - self.start : self.optim_stop - self.start]
-        """The part of `shard` that this rank updates."""
-        self.master = self.owned if dtype == torch.float32 else torch.zeros_like(self.owned, dtype=torch.float32)
+        """transport: in which format each level carries it; None: exact on all."""
+        levels = mesh.num_levels
+        self.reduce_dtype, self.transport = reduce_dtype, transport
+        route = range(levels - placement.optim, levels)
+        quantized = [level for level in route if transport and transport.weights[level]]
+        self._packed_until = max(quantized, default=-1)
+        """The innermost level that weights cross packed; -1 for none."""
+        self._format = transport.weights[self._packed_until] if transport and quantized else None
+        super().__init__(named, mesh, placement, dtype, device, transport.block if transport else ALIGN)
+        inside = slice(self.optim_start - self.start, self.optim_stop - self.start)
+        self.packed: Tensor | None = None
+        """This rank's optimizer range, packed; part of `shard` where that is packed."""
+        self.owned: Tensor | None = None
+        """The part of `shard` that this rank's optimizer writes; None where the weights are packed afterwards."""
+        if not self._format:
+            self.owned = self.shard[inside]
+        elif self._packed_shard:
+            self.packed = self._packed_place(self.shard, self.start)(self.optim_start, self.optim_stop)
+        else:
+            self.packed = torch.zeros(self._packed_bytes(self._chunk), dtype=torch.uint8, device=device)
+        if self.owned is not None and dtype == torch.float32:
+            self.master = self.owned
+        else:
+            self.master = torch.zeros(self._chunk, device=device)
         self.moments = {kind: torch.zeros_like(self.master) for kind in kinds}
+        self.residuals: dict[int, Tensor] = {}
+        """By level, what quantization took from the gradients sent there: the error feedback, fp32."""
+        if transport and transport.error_feedback:
+            for level in reversed(range(levels)):
+                if transport.grads[level]:
+                    start, stop = mesh.shard(self.layout.size, levels - 1 - level)
+                    self.residuals[level] = torch.zeros(stop - start, device=device)
         self.grad: Tensor | None = None
-        self.scatters = mesh.group(mesh.num_levels - placement.grads, mesh.num_levels) is not None
+        self.scatters = mesh.group(levels - placement.grads, levels) is not None
         """Whether gradients leave this rank after every micro-batch."""
-        self.alone = mesh.group(0, mesh.num_levels) is None
+        self.alone = mesh.group(0, levels) is None
         self.received = [False] * len(self.parameters)
         """Which parameters got a gradient in this step."""
 
     @property
+    def _packed_shard(self) -> bool:
+        return self._packed_until >= self.mesh.num_levels - self.placement.params
+
+    @property
     def refreshes(self) -> bool:
-        """Whether others update part of this rank's parameter shard."""
+        """Whether others update part of this rank's parameter shard, or it is to be dequantized."""
         mesh, placement = self.mesh, self.placement
-        return mesh.group(mesh.num_levels - placement.optim, mesh.num_levels - placement.params) is not None
+        others = mesh.group(mesh.num_levels - placement.optim, mesh.num_levels - placement.params) is not None
+        return others or (self._format is not None and not self._packed_shard)
+
+    # ------------------------------------------------------------------------------------------------ weights
+
+    def _make_shard(self, device: torch.device) -> Tensor:
+        self.optim_start, self.optim_stop = self.mesh.shard(self.layout.size, self.placement.optim)
+        self._chunk = self.optim_stop - self.optim_start
+        if not self._packed_shard:
+            return super()._make_shard(device)
+        return torch.zeros(self._packed_bytes(self.stop - self.start), dtype=torch.uint8, device=device)
+
+    def _packed_bytes(self, numel: int) -> int:
+        """Of whole optimizer ranges, each packed for itself."""
+        assert self._format is not None
+        return numel // self._chunk * self._format.packed_bytes(self._chunk)
+
+    def _packed_place(self, packed: Tensor, origin: int) -> Callable[[int, int], Tensor]:
+        """Where elements ``start:stop`` of the flat buffer lie in `packed`, whose first one is `origin`."""
+        return lambda start, stop: packed[self._packed_bytes(start - origin) : self._packed_bytes(stop - origin)]
+
+    def publish(self) -> None:
+        """After the master weights changed, and before the `refresh` that carries them on: pack what travels packed."""
+        if self.packed is not None:
+            assert self._format is not None
+            quantize(self.master, self._format, self.packed)
+
+    def refresh(self, scratch: BufferPool) -> Steps:
+        """All-gather the updated weights from the ranks of O into the parameter shards, the slowest level first."""
+        first, last = self.mesh.num_levels - self.placement.optim, self.mesh.num_levels - self.placement.params
+
+        def place(start: int, stop: int) -> Tensor:
+            return self.shard[start - self.start : stop - self.start]
+
+        if self.owned is not None:
+            yield from self._spread(self.owned, first, last, place)
+        elif self._packed_shard:
+            assert self.packed is not None
+            yield from self._spread(self.packed, first, last, self._packed_place(self.shard, self.start))
+        else:
+            assert self.packed is not None
+            target = yield from self._unpack(self.packed, first, place, scratch)
+            yield from self._spread(target, self._packed_until + 1, last, place)
+
+    def gather(self, out: Tensor, scratch: BufferPool) -> Steps:
+        first = self.mesh.num_levels - self.placement.params
+        if not self._packed_shard:
+            yield from self._gather_exact(self.shard, out, first)
+        else:
+            target = yield from self._unpack(self.shard, first, lambda start, stop: out[start:stop], scratch)
+            yield from self._spread(
+                target, self._packed_until + 1, self.mesh.num_levels, lambda start, stop: out[start:stop]
+            )
+
+    def _unpack(
+        self, source: Tensor, first: int, place: Callable[[int, int], Tensor], scratch: BufferPool
+    ) -> Generator[dist.Work, None, Tensor]:
+        """All-gather `source` packed, from level `first` through the last quantized one, and dequantize what arrived to
+        its place, which is returned."""
+        assert self._format is not None
+        start, stop = self.mesh.shard(self.layout.size, self.mesh.num_levels - 1 - self._packed_until)
+        buffer = scratch.take(self._packed_bytes(stop - start), torch.uint8)
+        packed = yield from self._spread(source, first, self._packed_until + 1, self._packed_place(buffer, start))
+        target = place(start, stop)
+        dequantize(packed, self._format, target, chunks=(stop - start) // self._chunk)
+        scratch.give(buffer)
+        return target
+
+    # ------------------------------------------------------------------------------------------------ gradients
 
     def collect(self, into: Tensor, *, add: bool) -> None:
         """Move the parameters' gradients into a whole flat buffer."""
@@ -155,17 +279,17 @@ class TrainableFlat(Flat):
     def accumulate(self, *, first: bool, last: bool) -> None:
         """Collect gradients that no rank shares yet: into `grad`, over the whole buffer."""
         if first:
-            dtype = torch.float32 if not last else self.shard.dtype if self.alone else self.reduce_dtype
+            dtype = torch.float32 if not last else self.dtype if self.alone else self.reduce_dtype
             self.grad = torch.empty(self.layout.size, dtype=dtype, device=self.shard.device)
         assert self.grad is not None
         self.collect(self.grad, add=not first)
 
-    def reduce_inner(self, flat: Tensor, *, first: bool, last: bool) -> Steps:
+    def reduce_inner(self, flat: Tensor, scratch: BufferPool, *, first: bool, last: bool) -> Steps:
         """Reduce-scatter a micro-batch's gradients over the levels of G, fastest first, and add them to `grad`."""
-        levels, piece = self.mesh.num_levels, flat
-        for level in range(levels - 1, levels - 1 - self.placement.grads, -1):
-            if group := self.mesh.group(level, level + 1):
-                piece = yield from reduce_scatter(piece, group)
+        levels = self.mesh.num_levels
+        piece = yield from scatter_sum(
+            flat, self._hops(levels - self.placement.grads, levels), self.reduce_dtype, scratch
+        )
         if not first:
             assert self.grad is not None
             self.grad.add_(piece)
@@ -173,56 +297,78 @@ class TrainableFlat(Flat):
             dtype = self.reduce_dtype if last else torch.float32
             self.grad = piece.to(dtype, copy=piece is flat)
         if last:
-            yield from self.reduce_outer()
+            yield from self.reduce_outer(scratch)
 
-    def reduce_outer(self) -> Steps:
+    def reduce_outer(self, scratch: BufferPool) -> Steps:
         """After the last micro-batch: reduce-scatter `grad` over O outside G, and sum it over the replicas."""
         assert self.grad is not None
         if self.grad.is_cuda:  # made on the compute stream, which may hand the memory out again when we let it go
             self.grad.record_stream(torch.cuda.current_stream())
-        levels, piece = self.mesh.num_levels, self.grad.to(self.reduce_dtype)
-        for level in range(levels - 1 - self.placement.grads, levels - 1 - self.placement.optim, -1):
-            if group := self.mesh.group(level, level + 1):
-                piece = yield from reduce_scatter(piece, group)
-        if group := self.mesh.group(0, levels - self.placement.optim):
+        replicas = self.mesh.num_levels - self.placement.optim
+        hops = self._hops(replicas, self.mesh.num_levels - self.placement.grads)
+        piece = yield from scatter_sum(self.grad, hops, self.reduce_dtype, scratch)
+        hops = self._hops(0, replicas)
+        if any(hop.format for hop in hops):
+            piece = yield from replicate_sum(piece, hops, scratch)
+        elif group := self.mesh.group(0, replicas):
+            piece = piece.to(self.reduce_dtype)
             yield from all_reduce(piece, group)
         self.grad = piece
 
-    def refresh(self) -> Steps:
-        """All-gather the updated weights from the ranks of O into the parameter shards, the slowest level first."""
-        mesh, source = self.mesh, self.owned
-        for level in range(mesh.num_levels - self.placement.optim, mesh.num_levels - self.placement.params):
-            if group := mesh.group(level, level + 1):
-                start, stop = mesh.shard(self.layout.size, mesh.num_levels - 1 - level)
-                target = self.shard[start - self.start : stop - self.start]
-                yield from all_gather(target, source, group)
-                source = target
+    def _hops(self, first: int, last: int) -> list[Hop]:
+        """The levels ``first:last`` of more than one member, the fastest first."""
+        transport, hops = self.transport, []
+        for level in reversed(range(first, last)):
+            if group := self.mesh.group(level, level + 1):
+                hops.append(Hop(group, transport.grads[level] if transport else None, self.residuals.get(level)))
+        return hops
+
+    # ------------------------------------------------------------------------------------------------ state
 
     def pieces(self) -> Iterator[Piece]:
         for kind, tensor in {MASTER: self.master, **self.moments}.items():
             yield from self._pieces(kind, tensor, self.optim_start)
+        for name, residual in self._named_residuals():
+            length = residual.numel()
+            yield Piece(name=name, kind=RESIDUAL, start=0, stop=length, shape=(length,), tensor=residual)
 
     def load(self, read: Read, *, moments: bool) -> None:
-        """Fill the master weights, and the optimizer's state if `moments`; `refresh` must follow."""
+        """Fill the master weights, and the optimizer's state if `moments`; `refresh` must follow.
+
+        The error feedback belongs to one mesh: on another it starts again from nothing.
+        """
         for kind, tensor in {MASTER: self.master, **(self.moments if moments else {})}.items():
             self._load(kind, tensor, self.optim_start, read)
-        if self.master is not self.owned:
+        for name, residual in self._named_residuals() if moments else ():
+            try:
+                residual.copy_(read(name, RESIDUAL, 0, residual.numel()))
+            except KeyError:
+                residual.zero_()
+        if self.owned is not None and self.owned is not self.master:
             self.owned.copy_(self.master)
+        self.publish()
+
+    def _named_residuals(self) -> Iterator[tuple[str, Tensor]]:
+        """Each rank's are its own, so rank and mesh are part of the name."""
+        mesh = "x".join(map(str, self.mesh.sizes))
+        for level, residual in self.residuals.items():
+            yield (
+                f"{self.layout.entries[0].name}.{mesh}.level{level}.of{residual.numel()}.rank{self.mesh.rank}",
+                residual,
+            )
 
 
 class Unit:
-    """A module and its one or two flat buffers."""
+    """A module and its flat buffers."""
 
-    def __init__(self, name: str, module: nn.Module, trainable: TrainableFlat | None, frozen: Flat | None) -> None:
+    def __init__(self, name: str, module: nn.Module, trainable: Sequence[TrainableFlat], frozen: Flat | None) -> None:
         self.name, self.module = name, module
-        self.trainable, self.frozen = trainable, frozen
-        self.flats: list[Flat] = [flat for flat in (trainable, frozen) if flat is not None]
+        self.trainable, self.frozen = tuple(trainable), frozen
+        self.flats: list[Flat] = [*trainable, *([frozen] if frozen else [])]
+        self.num_trainable = sum(len(flat.parameters) for flat in trainable)
         self.sharded = any(flat.sharded for flat in self.flats)
+        self.refreshes = any(flat.refreshes for flat in trainable)
         self.num_pending = 0
         """Parameters whose gradient this backward has not brought yet."""
         self.packed = False
         """Whether the backward will ask for this unit's weights."""
-
-    @property
-    def gathered(self) -> bool:
-        return all(flat.full is not None for flat in self.flats)

@@ -2,6 +2,7 @@
 
 from parallel import Mesh, Placement
 from parallel.engine import Engine
+from parallel.transport import Transport
 from trainer.build import Rank, choose_dtype
 from trainer.data import Corpus
 from trainer.job import Job
@@ -23,6 +24,7 @@ def describe(job: Job, where: Rank, corpus: Corpus, model: LanguageModel, engine
         "model": f"{job.model.name}, {num_params / 1e6:,.2f} M parameters, {flops / 1e6:,.1f} MFLOPs a token",
         "data": corpus.describe(),
         "world": f"{where.world} x {where.device.type}, {_mesh(job, where)}",
+        **_transport(job, where),
         "step": f"{tokens:,} tokens = {where.world} ranks x {count} micro-batches x {micro} x {job.train.seq_len}",
         "state": f"{size(sum(state.values()))} a rank in {tier} memory ({held})",
         "dtype": f"{str(dtype).removeprefix('torch.')}: {why}",
@@ -33,6 +35,18 @@ def describe(job: Job, where: Rank, corpus: Corpus, model: LanguageModel, engine
 def _mesh(job: Job, where: Rank) -> str:
     if job.engine != "native":
         return f"engine {job.engine}, {job.parallel.placement}"
-    mesh = Mesh.of(job.parallel.levels, rank=where.rank, world=where.world)
-    placement = Placement.of(job.parallel, mesh.num_levels)
+    mesh, placement = _placed(job, where)
     return f"mesh {mesh}, {job.parallel.placement}: {placement.describe(mesh.names)}"
+
+
+def _transport(job: Job, where: Rank) -> dict[str, str]:
+    """What is quantized on its way, if anything was asked to be."""
+    if not job.parallel.quantizes:
+        return {}
+    mesh, placement = _placed(job, where)
+    return {"links": Transport.of(job.parallel, mesh, placement).describe(mesh.names)}
+
+
+def _placed(job: Job, where: Rank) -> tuple[Mesh, Placement]:
+    mesh = Mesh.of(job.parallel.levels, rank=where.rank, world=where.world)
+    return mesh, Placement.of(job.parallel, mesh.num_levels)

@@ -211,13 +211,41 @@ def resumed(case: dict) -> dict:
     }
 
 
+def quantized(case: dict) -> dict:
+    """How far training with quantized transport is from a plain process, and whether all ranks compute with one model."""
+    engine = build(case)
+    norms = train(engine, case, range(STEPS))
+    state, reference = gathered(engine), plain(case)
+    used = {}
+    for unit in engine._all:
+        engine._use(unit)
+        used |= {n: p.detach().clone() for n, p in engine.model.named_parameters() if p.numel() and not p.isnan().any()}
+        engine._release(unit)
+    every: list = [None] * dist.get_world_size()
+    dist.all_gather_object(every, used)
+    masters = {name: state[name, MASTER] for name in used}
+    return {
+        "names": sorted(used),
+        "one_model": all(torch.equal(theirs[n], used[n]) for theirs in every for n in used),
+        "from_master": max(distance(used[n].float(), masters[n]) for n in used),
+        "exact": [n for n in used if torch.equal(used[n].float(), masters[n])],
+        "difference": max(distance(state[n, MASTER], reference[n]) for n in reference if n != "norms"),
+        "norms": distance(torch.stack(norms), reference["norms"]),
+        "residuals": engine.state_bytes()["residuals"],
+        "alive": len(engine._owners),
+    }
+
+
+CHECKS = {"equality": equality, "resumed": resumed, "ddp": against_ddp, "quantized": quantized}
+
+
 def run(rank: int, world: int, cases: list[dict], init: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{init}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     for case in cases:
-        result = {"equality": equality, "resumed": resumed, "ddp": against_ddp}[case.get("check", "equality")](case)
+        result = CHECKS[case.get("check", "equality")](case)
         if rank == 0:
             print(json.dumps({"case": case, **result}), flush=True)
     dist.destroy_process_group()
