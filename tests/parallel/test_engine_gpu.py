@@ -29,6 +29,9 @@ class SelfMesh(Mesh):
     def group(self, first: int, last: int) -> dist.ProcessGroup | None:
         return dist.group.WORLD if last > first else None
 
+    def wide(self, level: int) -> bool:
+        return True
+
 
 @pytest.fixture
 def nccl(tmp_path):
@@ -120,6 +123,22 @@ def test_equals_a_plain_loop_with_collectives_on_streams(nccl, placement, accumu
     assert found[0] == pytest.approx(expected[0], rel=tolerance)
     for a, b in zip(found[1], expected[1], strict=True):
         assert (a - b).norm() / b.norm() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("placement", ["ddp", "zero1", "zero3", "hsdp", "topo"])
+def test_quantized_on_streams_is_near_a_plain_loop_and_repeats(nccl, placement, overlap, dtype) -> None:
+    """Every gather, reduction and refresh packed, and the same bits again: a race between streams would show."""
+    mesh = SelfMesh({"node": 1, "gpu": 1})
+    options = {"quantize": "all", "weights_block": 128, "error_feedback": True, "overlap": overlap}
+    expected = losses(plain, dtype, 2)
+    found, again = (losses(sharded(placement, mesh, **options), dtype, 2) for _ in range(2))
+    assert found[0] == again[0] and all(map(torch.equal, found[1], again[1]))
+    assert found[0] != expected[0]
+    assert found[0] == pytest.approx(expected[0], rel=0.02)
+    for a, b in zip(found[1], expected[1], strict=True):
+        assert (a - b).norm() / b.norm() < 0.05
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

@@ -5,7 +5,6 @@ import pytest
 from parallel import Mesh, ParallelOptions, Placement
 from parallel.quantize import Format
 from parallel.transport import Transport
-
 from tests.parallel.test_placements import CUBE, PRESETS, free, run_world
 
 SMALL = {"weights_block": 32, "grads_block": 32}  # the toy's matrices have about 900 elements

@@ -212,7 +212,7 @@ def resumed(case: dict) -> dict:
 
 
 def quantized(case: dict) -> dict:
-    """How far training with quantized transport is from a plain process, and whether all ranks compute with one model."""
+    """How far quantized transport takes training from a plain process, and whether all ranks compute with one model."""
     engine = build(case)
     norms = train(engine, case, range(STEPS))
     state, reference = gathered(engine), plain(case)
