@@ -1,4 +1,4 @@
-"""SIGKILLs a writer again and again and looks at what it left. Run by test_shared.py, in a process of its own: it forks.
+"""SIGKILLs a writer again and again and looks at what it left. Run by test_shared.py, in its own process, as it forks.
 
     python segment_killer.py FOLDER NUM_SLOTS KILLS
 
