@@ -1,0 +1,164 @@
+"""What ``atoll plan`` prints: does it fit, how long is a step, what limits it. Needs neither a GPU nor Ray.
+
+The figures are those of `parallel.cost` and `parallel.simulate` for the placement that is configured, or for the one
+that ``parallel=auto`` picks.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from launch.config import Config
+from parallel.choose import Candidate, Choice, choose, preset_of
+from parallel.cost import KINDS, Plan, estimate
+from parallel.machine import Machine
+from parallel.mesh import Mesh
+from parallel.placement import Placement
+from parallel.simulate import simulate
+from parallel.transport import Transport
+from parallel.workload import Workload
+
+HEADROOM = 0.92
+"""The part of a tier's memory that a plan may fill: the rest is the driver's, the allocator's and the collectives'."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and what it was made for."""
+
+    work: Workload
+    machine: Machine
+    candidate: Candidate
+    choice: Choice | None
+    """Where ``parallel=auto`` chose it."""
+    cap_bytes: float
+    flops_per_token: int
+    """Model FLOPs, without recomputation."""
+
+
+def plan(
+    config: Config,
+    machine: Machine,
+    *,
+    auto: bool = False,
+    quantize: Sequence[str] = ("none",),
+    cap_gib: float | None = None,
+) -> Planned:
+    """Plan a job on a machine.
+
+    auto: pick the placement instead of taking ``config.parallel``'s; quantize: the values of ``parallel.quantize`` that
+    may be picked. cap_gib: memory a rank; None: 92% of the machine's. ValueError where nothing fits, or where the
+    levels are not the machine's.
+    """
+    world = config.launch.workers or 1
+    levels = config.parallel.levels or machine.levels(world) or {"worker": world}
+    mesh = Mesh.of(levels, rank=0, world=world)
+    work, flops = read_workload(config, machine, world)
+    memory = machine.memory.get(machine.tier, math.inf)
+    cap_bytes = HEADROOM * memory if cap_gib is None else cap_gib * 2**30
+    choice = None
+    if auto:
+        choice = choose(work, mesh, machine, cap_bytes=cap_bytes, quantize=quantize)
+        candidate = choice.best
+    else:
+        options = config.parallel
+        placement = Placement.of(options, mesh.num_levels)
+        made = Plan(mesh, placement, Transport.of(options, mesh, placement))
+        candidate = Candidate(made, options.quantize, estimate(work, made, machine), simulate(work, made, machine))
+    return Planned(work, machine, candidate, choice, cap_bytes, flops)
+
+
+def read_workload(config: Config, machine: Machine, world: int) -> tuple[Workload, int]:
+    """The job's numbers, from its model on ``meta``, and its model FLOPs a token."""
+    from trainer.data.tokenizer import open_tokenizer
+    from trainer.models import build_model
+
+    micro, count = config.micro_batches(world)
+    train, options = config.train, config.parallel
+    bf16 = train.dtype == "bf16" or (train.dtype == "auto" and machine.tier == "gpu")
+    model = build_model(
+        config.model,
+        vocab_size=open_tokenizer(config.data.tokenizer).vocab_size,
+        seq_len=train.seq_len,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        device=torch.device("meta"),
+    )
+    kinds = 2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0)
+    work = Workload.read(
+        model,
+        seq_len=train.seq_len,
+        micro_batch_size=micro,
+        micro_batches=count,
+        compute_bytes=2 if bf16 else 4,
+        reduce_bytes=2 if options.reduce_dtype == "bf16" else 4,
+        moments=kinds,
+        prefetch_units=options.prefetch_units,
+        recompute=config.offload.activations == "recompute",
+        loss_chunk_tokens=config.model.loss_chunk_tokens,
+        exact=options.exact,
+    )
+    return replace(work, overlap=options.overlap), model.flops_per_token(train.seq_len)
+
+
+def show(planned: Planned) -> str:
+    """The plan as text: a table of memory, a table of levels, and what limits the step."""
+    candidate, machine, work = planned.candidate, planned.machine, planned.work
+    made, cost, simulation = candidate.plan, candidate.cost, candidate.simulation
+    assert simulation is not None
+    mesh = made.mesh
+    named = preset_of(made.placement, mesh.num_levels) or "free"
+    rate = work.tokens * work.micro_batches / simulation.step_s
+    model_rate = rate * planned.flops_per_token
+    lines = [
+        f"machine    {machine.name}, {mesh.world:,} ranks: {mesh}",
+        f"placement  {named}: {made.placement.describe(mesh.names)}",
+        f"transport  {made.transport.describe(mesh.names)}",
+        f"step       {work.micro_batches} micro-batches of {work.tokens:,} tokens a rank",
+        "",
+        *_memory_rows(planned),
+        "",
+        *_level_rows(planned),
+        "",
+        f"step       {_seconds(simulation.step_s)} ({_seconds(cost.step_s)} by the closed form): compute "
+        f"{_seconds(simulation.compute_s)}, waiting {_seconds(simulation.step_s - simulation.compute_s)}",
+        f"speed      {rate:,.0f} tokens/s a rank, {model_rate / 1e12:.1f} TFLOP/s a rank, "
+        f"{rate * mesh.world:,.0f} tokens/s in all",
+        f"bottleneck {simulation.bottleneck}",
+    ]
+    if planned.choice:
+        lines.append(f"chosen     {planned.choice.why}; {planned.choice.fitting} of {planned.choice.total} fit")
+    return "\n".join(lines)
+
+
+def _memory_rows(planned: Planned) -> list[str]:
+    machine, cost = planned.machine, planned.candidate.cost
+    rows = [f"{'memory a rank':24}{machine.tier + ', GiB':>12}"]
+    rows += [f"  {kind:22}{cost.memory[kind] / 2**30:12.3f}" for kind in KINDS]
+    total, cap = cost.memory_bytes, planned.cap_bytes
+    fits = "" if math.isinf(cap) else f"  of {cap / 2**30:.1f}"
+    over = f": does NOT fit, {(total - cap) / 2**30:.1f} GiB too much" if total > cap else ""
+    return [*rows, f"  {'in all':22}{total / 2**30:12.3f}{fits}{over}"]
+
+
+def _level_rows(planned: Planned) -> list[str]:
+    """Per level: bytes a rank sends by phase, what a member of the level sends, and how long the level is busy."""
+    candidate, mesh = planned.candidate, planned.candidate.plan.mesh
+    sent, simulation = candidate.cost.sent, candidate.simulation
+    assert simulation is not None
+    heads = ("gather", "reduce", "once a step", "a rank", "a member", "busy")
+    rows = [f"{'sent a step, GB':16}" + "".join(f"{head:>13}" for head in heads)]
+    for i, name in enumerate(mesh.names):
+        once = sum(sent[phase][i] for phase in ("reduce_last", "refresh", "control"))
+        total = sum(by_level[i] for by_level in sent.values())
+        member = total * math.prod(mesh.sizes[i + 1 :])
+        values = [sent["gather"][i], sent["reduce"][i], once, total, member]
+        rows.append(
+            f"  {name:14}" + "".join(f"{v / 1e9:13.4g}" for v in values) + f"{_seconds(simulation.levels_s[name]):>13}"
+        )
+    return rows
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -1,0 +1,255 @@
+"""What a step costs: bytes and seconds per phase and level, and memory a rank, in closed form.
+
+Two models of time share the seconds of single collectives (`Clock`): `estimate` here, a few additions that rank
+hundreds of candidates, and `parallel.simulate`, which plays the engine's schedule. docs/cost-model.md explains both.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from parallel.machine import Machine
+from parallel.mesh import Mesh
+from parallel.placement import Placement
+from parallel.traffic import EXACT, Chain, Move, Traffic
+from parallel.transport import Transport
+from parallel.workload import UnitCost, Workload
+
+KINDS = ("parameters", "gradients", "optimizer states", "communication buffers", "activations")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A point of the space that is searched: what is sharded how far, and what crosses how."""
+
+    mesh: Mesh
+    placement: Placement
+    transport: Transport = EXACT
+
+
+class Clock:
+    """Seconds of one rank's collectives, computation and passes over memory on a machine."""
+
+    def __init__(self, machine: Machine, mesh: Mesh, work: Workload) -> None:
+        self._machine, self._work = machine, work
+        self._links = [
+            machine.link(name) if size > 1 else None for name, size in zip(mesh.names, mesh.sizes, strict=True)
+        ]
+        self._below = [math.prod(mesh.sizes[i + 1 :]) for i in range(mesh.num_levels)]
+        self._slow = machine.slowest_of(mesh.world) / machine.compute
+        self.slows_compute = [link.slows_compute if link else 0.0 for link in self._links]
+        self.slowed_by_compute = [link.slowed_by_compute if link else 0.0 for link in self._links]
+
+    def wait(self, move: Move) -> float:
+        """What a collective takes beside its bytes."""
+        link = self._links[move.level]
+        assert link is not None
+        return link.wait_s(move.kind, move.steps)
+
+    def transfer(self, move: Move) -> tuple[int, float]:
+        """The level that holds the collective back, and the seconds its bytes take there."""
+        worst, longest = move.level, 0.0
+        for level, (link, sent) in enumerate(zip(self._links, move.sent, strict=True)):
+            if link is None or not sent:
+                continue
+            # a ring's neighbours lie unevenly: a link of one rank's own carries the ring's all, a node's link its share
+            sent = move.edge if move.kind == "all_reduce" and not link.shared else sent
+            seconds = sent / link.rate(move.kind, self._below[level])
+            if seconds > longest:
+                worst, longest = level, seconds
+        return worst, longest
+
+    def move(self, move: Move) -> float:
+        return self.memory(move.before) + self.wait(move) + self.transfer(move)[1] + self.memory(move.after)
+
+    def chain(self, chain: Chain) -> float:
+        return sum(map(self.move, chain))
+
+    def memory(self, size_bytes: float) -> float:
+        return size_bytes / self._machine.memory_rate
+
+    def forward(self, unit: UnitCost) -> float:
+        return unit.forward_flops * self._work.tokens * self._slow + (0.0 if unit.is_root else self._machine.unit_s)
+
+    def backward(self, unit: UnitCost) -> float:
+        again = self.forward(unit) if unit.recompute else 0.0
+        own = unit.backward_flops * self._work.tokens * self._slow + (0.0 if unit.is_root else self._machine.unit_s)
+        return own + again
+
+
+@dataclass(frozen=True)
+class Estimate:
+    step_s: float
+    phases: dict[str, float]
+    """Seconds of the step that each phase adds: forward, backward, reduce (its tail), update, refresh (its head)."""
+    compute_s: float
+    levels_s: dict[str, float]
+    """Seconds that each level is busy."""
+    sent: dict[str, list[float]]
+    """Bytes a rank sends in a step, by phase and level."""
+    memory: dict[str, float]
+    """Bytes a rank, by `KINDS`."""
+
+    @property
+    def memory_bytes(self) -> float:
+        return sum(self.memory.values())
+
+
+def estimate(work: Workload, plan: Plan, machine: Machine) -> Estimate:
+    """The cost of a step of `work` under `plan` on `machine`, in closed form.
+
+    A phase takes as long as its busiest resource (compute, the lane of gathers, the lane of reductions, a level's
+    link), and what cannot hide: the first gather, the last reduction, the first refresh. ValueError where the mesh has
+    levels that the machine has no links for.
+    """
+    traffic = traffic_of(work, plan, machine)
+    clock = Clock(machine, plan.mesh, work)
+    gloo, n = machine.backend == "gloo", work.micro_batches
+    row, root = work.row, work.root
+    units = [(unit, traffic.unit(unit)) for unit in work.all]
+    levels = [0.0] * plan.mesh.num_levels
+
+    def lane(chains: list[Chain], times: float = 1.0) -> tuple[float, float]:
+        """Seconds of the chains beside compute, and of what the host has to wait for: on gloo, all but the first move
+        of a chain start when the result is asked for."""
+        beside = shown = 0.0
+        for chain in chains:
+            for i, move in enumerate(chain):
+                level, seconds = clock.transfer(move)
+                levels[level] += times * (clock.wait(move) + seconds)
+                if gloo and i:
+                    shown += clock.move(move)
+                else:
+                    beside += clock.move(move)
+        return beside, shown
+
+    forward_c = sum(clock.forward(unit) for unit in row)
+    first = [c for unit, t in units[: 2 if root else 1] for c in t.gather]
+    rest = [c for unit, t in units[2 if root else 1 :] for c in t.gather]
+    again = [c for unit, t in units[:-1] if unit.gathers_backward and not unit.is_root for c in t.gather]
+    head, head_shown = lane(first, n)
+    forward_g, forward_shown = lane(rest, n)
+    backward_g, backward_shown = lane(again, n)
+    collect = sum(clock.memory(t.elements * (work.compute_bytes + work.reduce_bytes)) for _, t in units)
+    backward_c = sum(clock.backward(unit) for unit in row) + collect + backward_shown
+
+    def backward(chains: list[Chain]) -> float:
+        if not work.overlap:
+            return backward_c + backward_g + sum(map(clock.chain, chains))
+        lane_s = sum(map(clock.chain, chains))
+        busy = Counter[int]()
+        for chain in [*again, *chains]:
+            for move in chain:
+                level, seconds = clock.transfer(move)
+                busy[level] += seconds  # type: ignore[assignment]
+        return max(backward_c, backward_g, lane_s, *busy.values())
+
+    inner = [c for _, t in units for c in t.reduce]
+    end = units[: 2 if root else 1]  # their reductions begin when nothing is left to compute
+    every = [c for _, t in units[len(end) :] for c in t.last]
+    lane(inner, n)
+    lane([c for _, t in units for c in t.reduce_last])
+    refreshes = [c for _, t in units for c in t.refresh]
+    refresh_s, refresh_shown = lane(refreshes)
+    ahead = sum(clock.chain(c) for c in units[0][1].refresh)
+
+    if work.overlap:
+        hidden = forward_g + (clock.forward(row[-1]) if rest else 0.0)
+        forward = head + head_shown + max(forward_c + forward_shown, hidden)
+        first_forward = head + head_shown + max(forward_c + forward_shown + refresh_shown, hidden + refresh_s)
+        first_forward = max(first_forward, forward + ahead)
+        tail = sum(clock.chain(c) for _, t in end for c in t.last)
+    else:
+        forward = head + head_shown + forward_c + forward_g + forward_shown
+        first_forward = forward + refresh_s + refresh_shown
+        tail = sum(clock.chain(c) for _, t in end for c in t.last)
+    update = update_s(work, traffic, clock) + machine.step_s + sum(map(clock.move, traffic.control()))
+    phases = {
+        "forward": n * forward,
+        "backward": (n - 1) * backward(inner) + backward(every),
+        "reduce": tail,
+        "update": update,
+        "refresh": first_forward - forward,
+    }
+    return Estimate(
+        step_s=sum(phases.values()),
+        phases=phases,
+        compute_s=n * (forward_c + sum(clock.backward(unit) for unit in row)),
+        levels_s=dict(zip(plan.mesh.names, levels, strict=True)),
+        sent=traffic.sent_bytes(),
+        memory=memory(work, traffic),
+    )
+
+
+def traffic_of(work: Workload, plan: Plan, machine: Machine) -> Traffic:
+    return Traffic(work, plan.mesh, plan.placement, plan.transport, gloo=machine.backend == "gloo")
+
+
+def update_s(work: Workload, traffic: Traffic, clock: Clock) -> float:
+    """The norm and the optimizer's pass over memory, and packing the new weights."""
+    total = 0.0
+    for unit in work.units:
+        for numel, trained, packs in traffic.flats(unit):
+            if trained:
+                out = work.compute_bytes if traffic.master_apart(packs) else 0
+                packing = 5 if packs and traffic.weights_format else 0
+                per_element = 4 + 4 + (4 + 4 * work.moments) * 2 + out + packing
+                total += unit.count * traffic.shard(numel, traffic.placement.optim) * per_element
+    return clock.memory(total)
+
+
+def memory(work: Workload, traffic: Traffic) -> dict[str, float]:
+    """Bytes a rank at the step's peak, by `KINDS`: what the engine allocates, and an estimate of the activations."""
+    place = traffic.placement
+    sizes = dict.fromkeys(KINDS, 0.0)
+    alone = traffic.mesh.world == 1
+    one = work.reduce_bytes if not alone else work.compute_bytes
+    grad_bytes = 4 if work.micro_batches > 1 else one
+    for unit in work.units:
+        for numel, trained, packs in traffic.flats(unit):
+            part, owned = traffic.shard(numel, place.params), traffic.shard(numel, place.optim)
+            packed = packs and traffic.shard_packed
+            held = traffic.packed_weights(part, owned) if packed else work.compute_bytes * part
+            sizes["parameters"] += unit.count * held
+            if trained:
+                apart = 4 if traffic.master_apart(packs) else 0
+                sizes["gradients"] += unit.count * grad_bytes * traffic.shard(numel, place.grads)
+                sizes["optimizer states"] += unit.count * (apart + 4 * work.moments) * owned
+    sizes["gradients"] += work.compute_bytes * max((u.trained for u in work.units), default=0)  # one unit's, as made
+    sizes["communication buffers"] = sum(buffers(work, traffic).values())
+    kept = sum((u.input_bytes if u.recompute else u.activation_bytes) * u.count for u in work.units)
+    widest = max((u.activation_bytes for u in work.units if u.recompute), default=0.0)
+    sizes["activations"] = work.tokens * (kept + widest) + max((u.fixed_bytes for u in work.units), default=0.0)
+    return sizes
+
+
+def buffers(work: Workload, traffic: Traffic) -> dict[str, float]:
+    """Bytes of gathered units, of the ring of whole gradients, and of what collectives hold while under way."""
+    gathered: Counter[int] = Counter()
+    staged: set[int] = set()
+    if traffic.sharded(traffic.placement.params):
+        row = [[numel for numel, _, _ in traffic.flats(unit)] for unit in work.row]
+        always = Counter(numel for numel, _, _ in traffic.flats(work.root)) if work.root else Counter()
+        for i in range(len(row)):
+            window = Counter(numel for flats in row[i : i + 1 + work.prefetch_units] for numel in flats)
+            gathered |= window + always
+    reduces = traffic.sharded(traffic.placement.grads)
+    largest = 0
+    scratch: dict[float, int] = {}
+    for unit in work.units:
+        for numel, trained, packs in traffic.flats(unit):
+            if not trained:
+                continue
+            if reduces:
+                staged.add(numel)
+            largest = max(largest, numel)
+            for size, count in traffic.scratch(numel).items() if packs else ():
+                scratch[size] = max(scratch.get(size, 0), count)
+    whole = sum(numel * count for numel, count in gathered.items())
+    packed = sum(size * count for size, count in scratch.items())
+    under_way = packed + (work.reduce_bytes * largest if reduces and traffic.gloo else 0.0)
+    return {
+        "gathered": float(work.compute_bytes * whole),
+        "staging": float(2 * work.reduce_bytes * sum(staged)),
+        "under way": under_way,
+    }

@@ -1,0 +1,202 @@
+"""What a step computes and holds, unit by unit, in plain numbers: 175 billion parameters cost nothing here.
+
+`Workload.read` takes the numbers from a model on ``meta``.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Protocol, cast
+
+from torch import nn
+
+from parallel.cut import cut_units
+from parallel.layout import ALIGN
+from parallel.unit import Named
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitCost:
+    """One unit, or `count` equal ones in a row. Elements are counted as they lie in the flat buffer, see `aligned`."""
+
+    name: str
+    count: int = 1
+    matrices: int = 0
+    """Trained elements of two or more dimensions."""
+    vectors: int = 0
+    """Trained elements that cross exactly, whatever is quantized: of fewer dimensions, or named in parallel.exact."""
+    frozen: int = 0
+    forward_flops: float = 0.0
+    """A token."""
+    backward_flops: float = 0.0
+    activation_bytes: float = 0.0
+    """A token: what the backward keeps where the unit is not recomputed."""
+    input_bytes: float = 0.0
+    """A token: what it keeps where it is."""
+    fixed_bytes: float = 0.0
+    """Workspace while the unit runs, whatever the micro-batch."""
+    gathers_backward: bool = True
+    """Whether the backward asks for the weights; an embedding's does not."""
+    recompute: bool = False
+    is_root: bool = False
+    """Parameters outside all units or of several: gathered from the start of the forward to the end of the backward."""
+
+    @property
+    def trained(self) -> int:
+        return self.matrices + self.vectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    units: tuple[UnitCost, ...]
+    """In the order they run; the root, if any, first."""
+    tokens: int
+    """Of a micro-batch on one rank."""
+    micro_batches: int = 1
+    """A step on one rank."""
+    compute_bytes: int = 2
+    """Of an element of the compute dtype."""
+    reduce_bytes: int = 4
+    """Of an element in which gradients cross: ``parallel.reduce_dtype``."""
+    moments: int = 2
+    """fp32 optimizer states an element."""
+    num_parameters: int = 0
+    """Tensors that train: a flag of each crosses a step, 1 byte."""
+    buffer_bytes: int = 0
+    """Persistent buffers, broadcast once a step."""
+    prefetch_units: int = 1
+    overlap: bool = True
+    """False: every collective is waited for where it starts."""
+
+    @property
+    def root(self) -> UnitCost | None:
+        return self.units[0] if self.units and self.units[0].is_root else None
+
+    @property
+    def row(self) -> list[UnitCost]:
+        """The units that run, one by one, without the root."""
+        return [unit for unit in self.units if not unit.is_root for _ in range(unit.count)]
+
+    @property
+    def all(self) -> list[UnitCost]:
+        return ([self.root] if self.root else []) + self.row
+
+    @property
+    def numel(self) -> int:
+        return sum((unit.trained + unit.frozen) * unit.count for unit in self.units)
+
+    @property
+    def step_flops(self) -> float:
+        """Of one rank and step, recomputation included."""
+        return self.tokens * self.micro_batches * sum(
+            u.count * (u.forward_flops * (2 if u.recompute else 1) + u.backward_flops) for u in self.units
+        )  # fmt: skip
+
+    @classmethod
+    def read(
+        cls,
+        model: nn.Module,
+        *,
+        seq_len: int,
+        micro_batch_size: int,
+        micro_batches: int,
+        compute_bytes: int,
+        reduce_bytes: int,
+        moments: int = 2,
+        prefetch_units: int = 1,
+        recompute: bool = False,
+        loss_chunk_tokens: int = 2048,
+        exact: Sequence[str] = (),
+    ) -> "Workload":
+        """The numbers of a language model (`Readable`) whose parameters are on ``meta``.
+
+        FLOPs of a block are its share of `flops_per_token`, so experts that a token does not visit and attention count
+        as they do there. Activations of a block are the inputs and outputs of its linear layers: what a Llama whose
+        other operations are fused keeps (arXiv 2407.12117, sec. 3); an eager model keeps more. The head is taken to
+        make its gradients in the forward (`trainer.models.loss`), a chunk of logits at a time.
+        """
+        readable = cast(Readable, model)
+        modules = readable.units()
+        named, root = cut_units(model, modules)
+        blocks = set(readable.blocks())
+        sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name, _, _ in named}
+        in_blocks = sum(sizes[name] for name, module, _ in named if module in blocks)
+        all_numel = sum(parameter.numel() for parameter in model.parameters())
+        outside = all_numel - in_blocks
+        block_flops = (readable.flops_per_token(seq_len) - 6 * outside) / 3 / max(1, len(blocks))
+        units: list[UnitCost] = []
+        if root:
+            units.append(replace(_count("root", root, exact), is_root=True))
+        last = modules[-1]
+        for name, module, own in named:
+            unit = _count(name, own, exact)
+            widths = [(m.in_features, m.out_features) for m in module.modules() if isinstance(m, nn.Linear)]
+            if module in blocks:
+                saved = compute_bytes * sum(map(sum, widths))
+                unit = replace(
+                    unit, forward_flops=block_flops, backward_flops=2 * block_flops, activation_bytes=saved,
+                    input_bytes=compute_bytes * (widths[0][0] if widths else 0), recompute=recompute,
+                )  # fmt: skip
+            elif module is last:  # products of all its weights, the shared ones too
+                products = sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+                width, words = max(widths, key=math.prod, default=(0, 0))
+                unit = replace(
+                    unit, forward_flops=6.0 * products, activation_bytes=3.0 * compute_bytes * width,
+                    fixed_bytes=loss_chunk_tokens * words * (compute_bytes + 4) + 4 * products,
+                )  # fmt: skip
+            elif any(isinstance(m, nn.Embedding) for m in module.modules()):
+                width = max((p.shape[-1] for _, p in own if p.ndim), default=0)
+                unit = replace(unit, activation_bytes=compute_bytes * width, gathers_backward=False)
+            else:
+                products = sum(p.numel() for _, p in own if p.ndim >= 2)
+                unit = replace(
+                    unit, forward_flops=2.0 * products, backward_flops=4.0 * products,
+                    activation_bytes=compute_bytes * sum(map(sum, widths)),
+                )  # fmt: skip
+            units.append(unit)
+        persistent = model.state_dict(keep_vars=True)
+        return cls(
+            units=tuple(_folded(units)),
+            tokens=micro_batch_size * seq_len,
+            micro_batches=micro_batches,
+            compute_bytes=compute_bytes,
+            reduce_bytes=reduce_bytes,
+            moments=moments,
+            num_parameters=sum(p.requires_grad for p in model.parameters()),
+            buffer_bytes=sum(b.nbytes for name, b in model.named_buffers() if name in persistent),
+            prefetch_units=prefetch_units,
+        )
+
+
+class Readable(Protocol):
+    """What `Workload.read` asks of a model: an ``nn.Module`` with the methods of ``trainer.models.LanguageModel``."""
+
+    def units(self) -> list[nn.Module]: ...
+    def blocks(self) -> list[nn.Module]: ...
+    def flops_per_token(self, seq_len: int) -> int: ...
+
+
+def aligned(numel: int) -> int:
+    """Elements that a parameter takes in its flat buffer."""
+    return -(-numel // ALIGN) * ALIGN
+
+
+def _count(name: str, named: Named, exact: Sequence[str]) -> UnitCost:
+    sizes = Counter[str]()
+    for full_name, p in named:
+        packs = p.ndim >= 2 and not any(fnmatchcase(full_name, pattern) for pattern in exact)
+        sizes["frozen" if not p.requires_grad else "matrices" if packs else "vectors"] += aligned(p.numel())
+    return UnitCost(name=name, matrices=sizes["matrices"], vectors=sizes["vectors"], frozen=sizes["frozen"])
+
+
+def _folded(units: Sequence[UnitCost]) -> list[UnitCost]:
+    """Equal neighbours as one entry with a count."""
+    folded: list[UnitCost] = []
+    for unit in units:
+        if folded and replace(folded[-1], name="", count=1) == replace(unit, name=""):
+            folded[-1] = replace(folded[-1], count=folded[-1].count + 1)
+        else:
+            folded.append(unit)
+    return folded
