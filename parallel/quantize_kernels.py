@@ -1,0 +1,265 @@
+"""Triton kernels of `parallel.quantize`. Imported only on CUDA.
+
+[Note: pairs]
+Four bits put element i and element i + block/2 of a block into one byte. So all kernels hold a tile as two halves `low`
+and `high`, each (ROWS, block / 2) with one block a row: packing and unpacking then stay within a thread. Eight bits do
+the same, so that there is one form. Only a fused kernel whose two formats differ in `block` moves data between threads.
+
+[Note: words]
+Codes are read as 32-bit words. 2^23 + c is a float whose last bits are c, so a mask that keeps a code where it is in
+its word and puts the exponent above it makes 2^23 + (code + bias) * 2^shift: one instruction, a conversion takes three.
+A subtraction leaves code * 2^shift, which is multiplied by scale / 2^shift. That is exactly code * scale, because no
+scale is small enough for scale / 2^12 to be subnormal. Without this, summing four-bit chunks waits for instructions
+instead of memory.
+
+Every operation is one IEEE operation in fp32, and the kernels are compiled without fusing a product and a sum into one
+(`enable_fp_fusion=False`): that is what makes them equal the CPU's arithmetic bit by bit.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 4096
+"""Elements a program handles, at least a block."""
+WARPS = 4
+VECTOR = {
+    "quantize fp32": 8, "quantize bf16": 16, "dequantize fp32": 4, "dequantize bf16": 8, "fused": 16, "residual": 4,
+}  # fmt: skip
+"""Neighbouring elements of a half that a thread holds: at most 16 bytes of each tensor in one access. Where a kernel's
+tensors differ in bytes an element, what keeps them in one layout: else data passes through shared memory."""
+EXPONENT = 0x4B000000
+"""Of 2^23 as fp32. Given to kernels as an argument: the assembler makes two instructions of a mask and a constant."""
+
+
+@triton.jit
+def _max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _field(words, scale, exponent, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """code * scale of the codes at bit SHIFT of `words`. See [Note: words]."""
+    bias: tl.constexpr = (1 << BITS - 1) << SHIFT
+    field = words & (((1 << BITS) - 1) << SHIFT)
+    field = field ^ (exponent + bias) if BITS == 8 else field | exponent
+    return (field.to(tl.float32, bitcast=True) - (8388608.0 + bias)) * scale
+
+
+@triton.jit
+def _bytes(words, scale, scale_8, exponent, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """Of words (ROWS, n) the values (ROWS, 4 n) whose codes are at bit SHIFT of each byte."""
+    upper = words >> 16
+    even = tl.join(_field(words, scale, exponent, SHIFT, BITS), _field(upper, scale, exponent, SHIFT, BITS))
+    odd = tl.join(_field(words, scale_8, exponent, SHIFT + 8, BITS), _field(upper, scale_8, exponent, SHIFT + 8, BITS))
+    return tl.join(even, odd).reshape(words.shape[0], 4 * words.shape[1])
+
+
+@triton.jit
+def _unpack(packed_ptr, scales_offset, exponent, row, BITS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """Of the blocks `row` (ROWS) of one packed chunk: their values as halves."""
+    scale = tl.load((packed_ptr + scales_offset).to(tl.pointer_type(tl.float32)) + row)[:, None]
+    scale_8 = scale * 0.00390625
+    column = tl.arange(0, BLOCK // 8)[None, :]
+    words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + row[:, None] * (BLOCK * BITS // 32) + column
+    words_ptr = tl.max_contiguous(words_ptr, [1, VECTOR // 4])
+    words = tl.load(words_ptr)
+    if BITS == 8:
+        low = _bytes(words, scale, scale_8, exponent, 0, 8)
+        high = _bytes(tl.load(words_ptr + BLOCK // 8), scale, scale_8, exponent, 0, 8)
+    else:
+        low = _bytes(words, scale, scale_8, exponent, 0, 4)
+        high = _bytes(words, scale * 0.0625, scale_8 * 0.0625, exponent, 4, 4)
+    return low, high
+
+
+@triton.jit
+def _sum(
+    packed_ptr, chunk_bytes, scales_offset, exponent, row,
+    PARTS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Of the blocks `row` (ROWS, int64) of PARTS consecutive packed chunks: the sum in their order, as halves."""
+    chunk_bytes = tl.cast(chunk_bytes, tl.int64)
+    low, high = _unpack(packed_ptr, scales_offset, exponent, row, BITS, BLOCK, VECTOR)
+    if PARTS <= 8:  # unrolled, the loads of all parts are under way together
+        for part in tl.static_range(1, PARTS):
+            part_ptr = packed_ptr + part * chunk_bytes
+            more_low, more_high = _unpack(part_ptr, scales_offset, exponent, row, BITS, BLOCK, VECTOR)
+            low, high = low + more_low, high + more_high
+    else:
+        for part in range(1, PARTS):
+            part_ptr = packed_ptr + part * chunk_bytes
+            more_low, more_high = _unpack(part_ptr, scales_offset, exponent, row, BITS, BLOCK, VECTOR)
+            low, high = low + more_low, high + more_high
+    return low, high
+
+
+@triton.jit
+def _code(x, inverse, good, BIAS: tl.constexpr):
+    """The code plus BIAS (even) in the last bits of an int32, and the code as fp32.
+
+    Next to 1.5 * 2^23 floats are whole numbers: adding it rounds half to even, and the sum's last bits are the result.
+    """
+    shifted = tl.where(good, x * inverse, 0.0) + (12582912.0 + BIAS)
+    return shifted.to(tl.int32, bitcast=True), shifted - (12582912.0 + BIAS)
+
+
+@triton.jit
+def _pack(
+    low, high, out_ptr, scales_offset, residual_ptr, row, blocks,
+    HAS_RESIDUAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Quantize halves into the blocks `row` (ROWS, int64) of one packed chunk of `blocks` blocks.
+
+    low, high: fp32, the residual not yet added; residual_ptr: the chunk's part of it.
+    """
+    half: tl.constexpr = BLOCK // 2
+    inside = (row < blocks)[:, None]
+    column = tl.arange(0, half)[None, :]
+    if HAS_RESIDUAL:
+        residual_ptr += tl.minimum(row, blocks - 1)[:, None] * BLOCK + column
+        residual_ptr = tl.max_contiguous(residual_ptr, [1, VECTOR])
+        low += tl.load(residual_ptr)
+        high += tl.load(residual_ptr + half)
+
+    largest = tl.reduce(_max(tl.abs(low), tl.abs(high)), 1, _max)
+    scale = tl.div_rn(largest, tl.full(largest.shape, 127.0 if BITS == 8 else 7.0, tl.float32))
+    scale = tl.where(scale < 7.888609052210118e-31, 0.0, scale)
+    good = scale < float("inf")  # false for NaN too
+    scale = tl.where(good, scale, float("inf"))
+    used = good & (scale > 0.0)
+    inverse = tl.where(used, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(used, scale, 1.0)), 0.0)
+    scales_ptr = (out_ptr + scales_offset).to(tl.pointer_type(tl.float32)) + row
+    # the padding behind the scales is written too: equal values make equal bytes
+    tl.store(scales_ptr, tl.where(row < blocks, scale, 0.0), row < (blocks + 3) // 4 * 4)
+
+    good, scale, inverse = good[:, None], scale[:, None], inverse[:, None]
+    bias: tl.constexpr = 0 if BITS == 8 else 8
+    low_bits, low_code = _code(low, inverse, good, bias)
+    high_bits, high_code = _code(high, inverse, good, bias)
+    if BITS == 8:
+        out_ptr = tl.max_contiguous(out_ptr + row[:, None] * BLOCK + column, [1, VECTOR])
+        tl.store(out_ptr, low_bits.to(tl.uint8), inside)
+        tl.store(out_ptr + half, high_bits.to(tl.uint8), inside)
+    else:
+        # low's last byte is 1..15 and needs no mask
+        out_ptr = tl.max_contiguous(out_ptr + row[:, None] * half + column, [1, VECTOR])
+        tl.store(out_ptr, (low_bits + (high_bits << 4)).to(tl.uint8), inside)
+    if HAS_RESIDUAL:
+        tl.store(residual_ptr, tl.where(good, low - low_code * scale, 0.0), inside)
+        tl.store(residual_ptr + half, tl.where(good, high - high_code * scale, 0.0), inside)
+
+
+@triton.jit
+def _quantize(
+    values_ptr, out_ptr, residual_ptr, blocks, chunk_bytes, scales_offset, tiles,
+    HAS_RESIDUAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    chunk = (tl.program_id(0) // tiles).to(tl.int64)
+    row = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    start = chunk * blocks * BLOCK
+    # rows past the end read the last block again instead of being masked: only stores need masks
+    values_ptr += start + tl.minimum(row, blocks - 1)[:, None] * BLOCK + tl.arange(0, BLOCK // 2)[None, :]
+    values_ptr = tl.max_contiguous(values_ptr, [1, VECTOR])
+    low, high = tl.load(values_ptr).to(tl.float32), tl.load(values_ptr + BLOCK // 2).to(tl.float32)
+    out_ptr += chunk * chunk_bytes
+    _pack(low, high, out_ptr, scales_offset, residual_ptr + start, row, blocks, HAS_RESIDUAL, BITS, BLOCK, VECTOR)
+
+
+@triton.jit
+def _dequantize(
+    packed_ptr, out_ptr, blocks, chunk_bytes, scales_offset, tiles, exponent,
+    PARTS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Each chunk to its place (PARTS = 1), or the sum of PARTS chunks (one chunk of programs)."""
+    chunk = (tl.program_id(0) // tiles).to(tl.int64)
+    row = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = (row < blocks)[:, None]
+    row = tl.minimum(row, blocks - 1)
+    packed_ptr += chunk * chunk_bytes
+    low, high = _sum(packed_ptr, chunk_bytes, scales_offset, exponent, row, PARTS, BITS, BLOCK, VECTOR)
+    out_ptr += (chunk * blocks + row[:, None]) * BLOCK + tl.arange(0, BLOCK // 2)[None, :]
+    tl.store(out_ptr, low.to(out_ptr.dtype.element_ty), inside)
+    tl.store(out_ptr + BLOCK // 2, high.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _dequantize_sum_quantize(
+    packed_ptr, out_ptr, residual_ptr, in_blocks, in_chunk_bytes, in_scales_offset,
+    blocks, chunk_bytes, scales_offset, tiles, exponent,
+    PARTS: tl.constexpr, IN_BITS: tl.constexpr, IN_BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """in_blocks: in all of one input chunk; blocks: of one output chunk, a whole number of input blocks."""
+    in_rows: tl.constexpr = ROWS * BLOCK // IN_BLOCK
+    chunk = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = (tl.program_id(0) % tiles).to(tl.int64)
+    start = chunk * blocks * BLOCK
+    in_row = tl.minimum(start // IN_BLOCK + tile * in_rows + tl.arange(0, in_rows), in_blocks - 1)
+    low, high = _sum(packed_ptr, in_chunk_bytes, in_scales_offset, exponent, in_row, PARTS, IN_BITS, IN_BLOCK, VECTOR)
+    if IN_BLOCK != BLOCK:
+        tile_in_order = tl.join(low, high).permute(0, 2, 1).reshape(ROWS, 2, BLOCK // 2)
+        low, high = tl.split(tile_in_order.permute(0, 2, 1))
+    row = tile * ROWS + tl.arange(0, ROWS)
+    out_ptr += chunk * chunk_bytes
+    _pack(low, high, out_ptr, scales_offset, residual_ptr + start, row, blocks, HAS_RESIDUAL, BITS, BLOCK, VECTOR)
+
+
+def _scales_offset(numel: int, bits: int) -> int:
+    return numel * bits // 8
+
+
+def quantize(values: Tensor, bits: int, block: int, out: Tensor, chunks: int, residual: Tensor | None) -> None:
+    """As `parallel.quantize.quantize`, of arguments that it has checked."""
+    numel = values.numel() // chunks
+    rows = max(1, TILE // block)
+    kind = "residual" if residual is not None else "quantize fp32" if values.dtype == torch.float32 else "quantize bf16"
+    tiles = triton.cdiv(triton.cdiv(numel // block, 4) * 4, rows)
+    _quantize[(chunks * tiles,)](
+        values, out, values if residual is None else residual,
+        numel // block, out.numel() // chunks, _scales_offset(numel, bits), tiles,
+        HAS_RESIDUAL=residual is not None, BITS=bits, BLOCK=block, ROWS=rows, VECTOR=VECTOR[kind],
+        num_warps=WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def dequantize(packed: Tensor, bits: int, block: int, out: Tensor, chunks: int, *, add: bool) -> None:
+    """`out` from each chunk in its place, or with `add` from the sum of the chunks."""
+    numel = out.numel() if add else out.numel() // chunks
+    rows = max(1, TILE // block)
+    kind = "dequantize fp32" if out.dtype == torch.float32 else "dequantize bf16"
+    tiles = triton.cdiv(numel // block, rows)
+    _dequantize[(tiles if add else chunks * tiles,)](
+        packed, out, numel // block, packed.numel() // chunks, _scales_offset(numel, bits), tiles, EXPONENT,
+        PARTS=chunks if add else 1, BITS=bits, BLOCK=block, ROWS=rows, VECTOR=VECTOR[kind],
+        num_warps=WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def dequantize_sum_quantize(
+    packed: Tensor,
+    in_bits: int,
+    in_block: int,
+    out: Tensor,
+    bits: int,
+    block: int,
+    numel: int,
+    chunks: int,
+    out_chunks: int,
+    residual: Tensor | None,
+) -> None:
+    """As `parallel.quantize.dequantize_sum_quantize`, of arguments that it has checked; numel: of one input chunk."""
+    out_numel = numel // out_chunks
+    tile = max(TILE, in_block, block)
+    tiles = triton.cdiv(triton.cdiv(out_numel // block, 4) * 4, tile // block)
+    _dequantize_sum_quantize[(out_chunks * tiles,)](
+        packed, out, packed if residual is None else residual,
+        numel // in_block, packed.numel() // chunks, _scales_offset(numel, in_bits),
+        out_numel // block, out.numel() // out_chunks, _scales_offset(out_numel, bits), tiles, EXPONENT,
+        PARTS=chunks, IN_BITS=in_bits, IN_BLOCK=in_block,
+        HAS_RESIDUAL=residual is not None, BITS=bits, BLOCK=block, ROWS=tile // block,
+        VECTOR=VECTOR["fused" if residual is None else "residual"], num_warps=WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
