@@ -1,6 +1,6 @@
 """Does quantized transport train as well? The default job, several seeds: validation loss at the end.
 
-    python benchmarks/quantized_loss.py [--steps 1000] [--seeds 0 1 2] [--side-by-side 3]
+    python benchmarks/quantized_loss.py [--steps 1000] [--seeds 0 1 2] [--batch 8] [--side-by-side 3]
 
 Each run is two ranks on CPU over gloo, one thread each, `zero3` over one level that all cross: weights INT8 and
 gradients INT4 on every gather and reduction (`parallel.quantize=all`), without and with error feedback. A figure is the
@@ -36,7 +36,7 @@ VARIANTS = {
 LIMIT = 1.005
 
 
-def run_rank(rank: int, variant: str, seed: int, steps: int, folder: str) -> None:
+def run_rank(rank: int, variant: str, seed: int, steps: int, batch: int, folder: str) -> None:
     """One rank of one run; rank 0 writes the last validation loss."""
     import torch
     import torch.distributed as dist
@@ -48,7 +48,15 @@ def run_rank(rank: int, variant: str, seed: int, steps: int, folder: str) -> Non
     job = Config(parallel=ParallelOptions(placement="zero3", levels={"node": WORLD}, **VARIANTS[variant])).job()
     job = replace(
         job,
-        train=replace(job.train, steps=steps, seed=seed, eval_every_steps=0, eval_sequences=512, sample_tokens=0),
+        train=replace(
+            job.train,
+            steps=steps,
+            global_batch_size=batch,
+            seed=seed,
+            eval_every_steps=0,
+            eval_sequences=256,
+            sample_tokens=0,
+        ),
         logger=replace(job.logger, tensorboard=False, plot=False),
         run=replace(job.run, root=folder, name="run"),
     )
@@ -63,11 +71,12 @@ def run_rank(rank: int, variant: str, seed: int, steps: int, folder: str) -> Non
 class Run:
     """Two processes under way."""
 
-    def __init__(self, variant: str, seed: int, steps: int) -> None:
+    def __init__(self, variant: str, seed: int, steps: int, batch: int) -> None:
         self.variant, self.seed, self.start = variant, seed, time.perf_counter()
         self.folder = tempfile.TemporaryDirectory()
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        rest = ["--variant", variant, "--seeds", str(seed), "--steps", str(steps), "--folder", self.folder.name]
+        rest = ["--variant", variant, "--seeds", str(seed), "--steps", str(steps), "--batch", str(batch)]
+        rest += ["--folder", self.folder.name]
         self.processes = [
             subprocess.Popen([sys.executable, __file__, "--rank", str(rank), *rest], env=env) for rank in range(WORLD)
         ]
@@ -85,6 +94,7 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=16, help="sequences a step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--side-by-side", type=int, default=1, help="runs at a time, two processes each")
     parser.add_argument("--out", default=str(HERE / "results" / "quantized_loss.json"))
@@ -93,14 +103,14 @@ def main() -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank is not None:
-        return run_rank(args.rank, args.variant, args.seeds[0], args.steps, args.folder)
+        return run_rank(args.rank, args.variant, args.seeds[0], args.steps, args.batch, args.folder)
 
     waiting = [(variant, seed) for seed in args.seeds for variant in VARIANTS]
     running: list[Run] = []
     rows: list[dict] = []
     while waiting or running:
         while waiting and len(running) < args.side_by_side:
-            running.append(Run(*waiting.pop(0), args.steps))
+            running.append(Run(*waiting.pop(0), args.steps, args.batch))
         time.sleep(0.5)
         for run in [run for run in running if run.done]:
             running.remove(run)
