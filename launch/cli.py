@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
     from launch.config import Config
 
+    Act = Callable[[Config, list[str]], int]
+
 EXPORT_USAGE = "atoll export run=<folder or name> to=<new folder> [step=<number>] [dtype=fp32|bf16]"
 USAGE = f"""\
 atoll train [key=value ...]     train; the same command again resumes
 atoll train --help              all presets and keys
+atoll plan [key=value ...]      will it fit, how long is a step, what limits it: on machine=NAME, without that machine
 {EXPORT_USAGE}
                                 write a checkpoint as a folder of safetensors that transformers loads
 atoll --version"""
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     fault = names.find_fault()
     if fault:
         sys.exit(_complain(fault))
-    commands: dict[str, Callable[[list[str]], int]] = {"train": train, "export": export}
+    commands: dict[str, Callable[[list[str]], int]] = {"train": train, "plan": plan, "export": export}
     if command in ("--help", "-h", "help"):
         print(USAGE)
     elif command in ("--version", "version"):
@@ -51,6 +54,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(args: list[str]) -> int:
     """Compose the config, check it, run it (or each of a sweep), and return the exit code."""
+    return _composed(args, _run)
+
+
+def plan(args: list[str]) -> int:
+    """Compose the config and print what it takes on the machine that it names; the exit code."""
+    return _composed(args, _plan)
+
+
+def _composed(args: list[str], act: "Act") -> int:
+    """Let `act` have the config that `args` compose (or each of a sweep); what was typed wrong is one sentence."""
     from launch.answers import explain, reject_flags
     from launch.config import register, reject_hidden_presets
 
@@ -63,7 +76,7 @@ def train(args: list[str]) -> int:
         reject_flags(args)
         reject_hidden_presets(_user_folders(args))
         register()
-        return _run_hydra(args)
+        return _run_hydra(args, act)
     except ValueError as error:
         return _complain(str(error))
     except Exception as error:
@@ -73,15 +86,19 @@ def train(args: list[str]) -> int:
         return _complain(sentence)
 
 
-def _run_hydra(args: list[str]) -> int:
+def _run_hydra(args: list[str], act: "Act") -> int:
     import hydra
+
+    from launch.answers import reject_additions
+    from launch.config import to_config
 
     codes: list[int] = []
     errors: list[Exception] = []
 
     def task(composed: "DictConfig") -> None:
         try:
-            codes.append(_run(composed, args))
+            reject_additions(composed)
+            codes.append(act(to_config(composed), args))
         except Exception as error:  # Hydra would print a line of its own about it
             errors.append(error)
             sys.exit(WRONG)
@@ -97,13 +114,18 @@ def _run_hydra(args: list[str]) -> int:
     return max(codes, default=0)
 
 
-def _run(composed: "DictConfig", args: list[str]) -> int:
-    from launch.answers import reject_additions
-    from launch.config import to_config
+def _plan(config: "Config", args: list[str]) -> int:
+    from launch.plan import named_machine, show
+    from launch.plan import plan as make
+
+    print(show(make(config, named_machine(config))))
+    return 0
+
+
+def _run(config: "Config", args: list[str]) -> int:
     from launch.driver import run
 
-    reject_additions(composed)
-    report = run(_name_in_sweep(to_config(composed)), overrides=[arg for arg in args if not arg.startswith("-")])
+    report = run(_name_in_sweep(config), overrides=[arg for arg in args if not arg.startswith("-")])
     if report.status in ("stopped", "killed"):
         sys.exit(report.exit_code)  # a sweep ends here too
     return report.exit_code

@@ -28,6 +28,9 @@ class Config(Job):
     """A job, and where and how its workers run."""
 
     launch: LaunchOptions = field(default_factory=LaunchOptions)
+    machine: str = ""
+    """What ``atoll plan`` and ``parallel=auto`` reckon with: a machine known by name (``dgx-h100``, ``frontier``; a
+    wrong one is answered with all), or a file that ``benchmarks/links.py`` wrote."""
 
     def job(self) -> Job:
         """Without `launch`: what workers get, who need neither Hydra nor this module."""

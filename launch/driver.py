@@ -91,15 +91,25 @@ def _run(config: Config, overrides: tuple[str, ...], stream: TextIO, stop: Stop)
 
         with connected(config.launch, None):
             crew = find_crew(config.launch, machines())
-            return _run_on_ray(check(config, crew), crew, overrides, stream, stop)
+            return _run_on_ray(_settled(config, crew, stream), crew, overrides, stream, stop)
     crew = find_crew(config.launch, [this_machine()])
-    config = check(config, crew)
+    config = _settled(config, crew, stream)
     if crew.workers == 1:
         return _run_here(config, crew, overrides, stream, stop)
     from launch.cluster import connected
 
     with connected(config.launch, crew):
         return _run_on_ray(config, crew, overrides, stream, stop)
+
+
+def _settled(config: Config, crew: Crew, stream: TextIO) -> Config:
+    """Checked, and with a placement where ``parallel=auto`` asks for one."""
+    if config.parallel.placement == "auto":
+        from launch.plan import settle
+
+        config, why = settle(config, crew.workers)
+        print(f"parallel=auto: {why}", file=stream)
+    return check(config, crew)
 
 
 def _run_here(config: Config, crew: Crew, overrides: tuple[str, ...], stream: TextIO, stop: Stop) -> Report:

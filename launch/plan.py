@@ -5,7 +5,6 @@ that ``parallel=auto`` picks.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,8 +12,9 @@ import torch
 from launch.config import Config
 from parallel.choose import Candidate, Choice, choose, preset_of
 from parallel.cost import KINDS, Plan, estimate
-from parallel.machine import Machine
+from parallel.machine import PRESETS, Machine, load_machine
 from parallel.mesh import Mesh
+from parallel.options import QUANTIZE
 from parallel.placement import Placement
 from parallel.simulate import simulate
 from parallel.transport import Transport
@@ -38,32 +38,59 @@ class Planned:
     """Model FLOPs, without recomputation."""
 
 
-def plan(
-    config: Config,
-    machine: Machine,
-    *,
-    auto: bool = False,
-    quantize: Sequence[str] = ("none",),
-    cap_gib: float | None = None,
-) -> Planned:
-    """Plan a job on a machine.
+def named_machine(config: Config) -> Machine:
+    """The machine of ``machine=``. ValueError where it is needed and not named, or not known."""
+    if config.machine:
+        return load_machine(config.machine)
+    if (config.launch.workers or 1) == 1:
+        return load_machine("single")
+    raise ValueError(
+        f"machine= is empty: name what the {config.launch.workers} workers run on ({', '.join(sorted(PRESETS))}), or "
+        f"the file that benchmarks/links.py writes"
+    )
 
-    auto: pick the placement instead of taking ``config.parallel``'s; quantize: the values of ``parallel.quantize`` that
-    may be picked. cap_gib: memory a rank; None: 92% of the machine's. ValueError where nothing fits, or where the
-    levels are not the machine's.
+
+def settle(config: Config, workers: int) -> tuple[Config, str]:
+    """Put a placement in the place of ``parallel=auto``; the config, and a sentence that says why this one."""
+    if config.parallel.placement != "auto":
+        return config, ""
+    config = replace(config, launch=replace(config.launch, workers=workers))
+    planned = plan(config, named_machine(config))
+    assert planned.choice is not None
+    found, place = planned.candidate, planned.candidate.plan.placement
+    mesh = found.plan.mesh
+    named = preset_of(place, mesh.num_levels)
+    parallel = replace(
+        config.parallel,
+        placement=named or "free",
+        params=None if named else place.params,
+        grads=None if named else place.grads,
+        optim=None if named else place.optim,
+        quantize=found.quantize,
+        memory_gib=None,
+        levels=dict(zip(mesh.names, mesh.sizes, strict=True)),
+    )
+    return replace(config, parallel=parallel), planned.choice.why
+
+
+def plan(config: Config, machine: Machine) -> Planned:
+    """Plan a job on a machine; with ``parallel=auto`` choose its placement too.
+
+    ValueError where nothing fits, or where the levels are not the machine's.
     """
     world = config.launch.workers or 1
     levels = config.parallel.levels or machine.levels(world) or {"worker": world}
     mesh = Mesh.of(levels, rank=0, world=world)
     work, flops = read_workload(config, machine, world)
     memory = machine.memory.get(machine.tier, math.inf)
+    cap_gib, options = config.parallel.memory_gib, config.parallel
     cap_bytes = HEADROOM * memory if cap_gib is None else cap_gib * 2**30
     choice = None
-    if auto:
-        choice = choose(work, mesh, machine, cap_bytes=cap_bytes, quantize=quantize)
+    if options.placement == "auto":
+        allowed = QUANTIZE[:-1] if options.quantize == "auto" else (options.quantize,)
+        choice = choose(work, mesh, machine, cap_bytes=cap_bytes, quantize=allowed)
         candidate = choice.best
     else:
-        options = config.parallel
         placement = Placement.of(options, mesh.num_levels)
         made = Plan(mesh, placement, Transport.of(options, mesh, placement))
         candidate = Candidate(made, options.quantize, estimate(work, made, machine), simulate(work, made, machine))

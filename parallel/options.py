@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-PLACEMENTS = ("ddp", "zero1", "zero2", "zero3", "hsdp", "hfsdp", "topo", "free")
+PLACEMENTS = ("ddp", "zero1", "zero2", "zero3", "hsdp", "hfsdp", "topo", "free", "auto")
 DTYPES = ("fp32", "bf16")
-QUANTIZE = ("none", "outer", "all")
+QUANTIZE = ("none", "outer", "all", "auto")
 WEIGHTS_FORMATS = ("exact", "int8")
 GRADS_FORMATS = ("exact", "int8", "int4")
 
@@ -12,7 +12,8 @@ GRADS_FORMATS = ("exact", "int8", "int4")
 @dataclass(frozen=True, kw_only=True)
 class ParallelOptions:
     placement: str = "zero3"
-    """``ddp zero1 zero2 zero3 hsdp hfsdp topo``, or ``free``: then ``params``, ``grads`` and ``optim`` say it."""
+    """``ddp zero1 zero2 zero3 hsdp hfsdp topo``; ``free``: ``params``, ``grads`` and ``optim`` say it; ``auto``: the
+    fastest that fits, as the cost model sees ``machine``."""
     levels: dict[str, int] = field(default_factory=dict)
     """The levels of the interconnect and their sizes, slowest first: ``{node: 2, gpu: 4}``. They multiply to the
     number of workers. Empty: read from where the workers were placed."""
@@ -29,7 +30,8 @@ class ParallelOptions:
     reduce_dtype: str = "fp32"
     """Dtype in which gradients cross the links and are summed where they are exact: ``fp32`` or ``bf16``."""
     quantize: str = "none"
-    """Levels over which weights travel as INT8 and gradients as INT4: ``none``, ``outer`` (the slowest) or ``all``."""
+    """Levels over which weights travel as INT8 and gradients as INT4: ``none``, ``outer`` (the slowest) or ``all``;
+    ``auto``: whichever of these is fastest, with ``placement=auto``."""
     weights_format: dict[str, str] = field(default_factory=dict)
     """By level, over ``quantize``: ``exact`` or ``int8``, as in ``{node: int8}``."""
     grads_format: dict[str, str] = field(default_factory=dict)
@@ -40,6 +42,8 @@ class ParallelOptions:
     """The same for gradients."""
     error_feedback: bool = False
     """Whether what quantization takes from a gradient is added to the next step's. Costs 4 bytes an element sent."""
+    memory_gib: float | None = None
+    """What a rank may hold where ``placement=auto`` chooses. None: 92% of the machine's."""
     exact: list[str] = field(default_factory=list)
     """Name patterns (``*.router.*``) of parameters that are never quantized. Those of fewer than two dimensions and
     frozen ones never are."""
@@ -64,6 +68,16 @@ class ParallelOptions:
             )
         if self.quantize not in QUANTIZE:
             raise ValueError(f"parallel.quantize={self.quantize!r}: choose one of {', '.join(QUANTIZE)}")
+        if self.placement != "auto" and (self.quantize == "auto" or self.memory_gib is not None):
+            raise ValueError(
+                f"parallel.quantize=auto and parallel.memory_gib are only read with parallel.placement=auto, not with "
+                f"parallel.placement={self.placement}"
+            )
+        if self.placement == "auto" and (self.weights_format or self.grads_format):
+            raise ValueError(
+                "parallel.weights_format and parallel.grads_format name levels by hand; with parallel.placement=auto "
+                "set parallel.quantize=auto (or none, outer, all)"
+            )
         for key, formats, allowed in (
             ("weights_format", self.weights_format, WEIGHTS_FORMATS),
             ("grads_format", self.grads_format, GRADS_FORMATS),

@@ -1,0 +1,96 @@
+"""The text of ``atoll plan``, from a composed config, without a GPU and without Ray."""
+
+import sys
+import time
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from launch.config import Config, register, to_config
+from launch.plan import named_machine, plan, settle, show
+from parallel.cost import KINDS
+from parallel.machine import PRESETS
+
+
+def composed(*overrides: str) -> Config:
+    register()
+    with initialize_config_module("conf", version_base="1.3"):
+        return to_config(compose("config", overrides=list(overrides)))
+
+
+BIG = ("model=70b", "launch.workers=512", "train.seq_len=4096", "train.global_batch_size=1024",
+       "train.micro_batch_size=1", "offload=recompute")  # fmt: skip
+
+
+def test_a_table_of_memory_and_levels() -> None:
+    text = show(plan(composed(*BIG, "parallel=hfsdp"), PRESETS["dgx-h100"]))
+    assert all(kind in text for kind in KINDS)
+    for said in (
+        "512 ranks: node 64 x gpu 8",
+        "hfsdp: P over gpu",
+        "bottleneck",
+        "tokens/s",
+        "GiB too much",
+        "transport  exact",
+    ):
+        assert said in text, text
+
+
+def test_auto_says_why_and_is_quick() -> None:
+    start = time.perf_counter()
+    planned = plan(composed(*BIG, "parallel=auto"), PRESETS["dgx-h100"])
+    took = time.perf_counter() - start
+    assert "limited by" in show(planned) and planned.candidate.cost.memory_bytes <= planned.cap_bytes
+    assert took < 8, took
+
+
+def test_auto_may_quantize_where_it_is_told_so() -> None:
+    planned = plan(
+        composed(*BIG, "parallel=auto", "parallel.quantize=auto", "parallel.memory_gib=80"), PRESETS["ethernet-25g"]
+    )
+    assert planned.candidate.quantize in ("outer", "all")
+    assert "weights int8/256 over node" in show(planned)
+
+
+def test_nothing_fits_is_one_error() -> None:
+    with pytest.raises(ValueError, match="nothing fits"):
+        plan(composed(*BIG, "offload=none", "parallel=auto", "parallel.memory_gib=4"), PRESETS["ethernet-25g"])
+
+
+def test_the_default_job_on_one_gpu() -> None:
+    text = show(plan(composed("launch.workers=1"), PRESETS["single"]))
+    assert "1 ranks" in text and "bottleneck compute" in text
+
+
+def test_a_config_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"train\.global_batch_size"):
+        plan(composed("launch.workers=512"), PRESETS["dgx-h100"])
+
+
+def test_ray_is_not_imported() -> None:
+    import subprocess
+
+    code = "import sys, launch.plan; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_train_gets_a_placement_in_the_place_of_auto() -> None:
+    config, why = settle(composed(*BIG, "parallel=auto", "machine=dgx-h100"), 512)
+    assert config.parallel.placement in ("zero3", "hfsdp", "topo", "free") and config.parallel.quantize == "none"
+    assert config.parallel.levels == {"node": 64, "gpu": 8}
+    assert f"parallel={config.parallel.placement}" in why
+    assert plan(config, named_machine(config)).choice is None
+
+
+def test_a_machine_must_be_named_for_several_workers() -> None:
+    with pytest.raises(ValueError, match="machine= is empty.*dgx-h100"):
+        settle(composed("parallel=auto"), 4)
+    config, _ = settle(composed("parallel=auto"), 1)
+    assert config.parallel.placement == "ddp"
+
+
+def test_what_only_auto_reads_is_refused_elsewhere() -> None:
+    with pytest.raises(ValueError, match="parallel.memory_gib are only read with parallel.placement=auto"):
+        composed("parallel.memory_gib=4")
+    with pytest.raises(ValueError, match="with parallel.placement=auto set parallel.quantize=auto"):
+        composed("parallel=auto", "parallel.grads_format={node: int4}")
