@@ -81,11 +81,19 @@ def test_a_payload_of_another_size_is_refused():
         header.bad_pieces(_payload()[:-1])
 
 
-@pytest.mark.skipif(not isinstance(isal.load(), isal.Isal), reason=str(isal.load()))
-@pytest.mark.parametrize("size", [1, 4096, 9 * 4096, 9 * 4096 + 5, 4097])
-def test_threads_make_the_same_checksums(size: int):
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("size", [0, 1, 4096, 9 * 4096, 9 * 4096 + 5, 4097])
+def test_checksums_are_those_of_google_crc32c(size: int, threads: int):
     payload = _payload(size=size)
-    assert piece_crcs(payload, 4096, threads=4) == piece_crcs(payload, 4096) == piece_crcs(payload.copy(), 4096, 2)
+    expected = [crc32c(payload[start : start + 4096]) for start in range(0, size, 4096)]
+    assert piece_crcs(payload, 4096, threads) == expected
+
+
+def test_without_isal_the_checksums_are_the_same(monkeypatch: pytest.MonkeyPatch):
+    payload = _payload()
+    expected = piece_crcs(payload, 4096, threads=2)
+    monkeypatch.setattr(isal, "load", lambda: "not there")
+    assert piece_crcs(payload, 4096, threads=2) == expected
 
 
 def test_bad_pieces_in_every_fragment_are_repaired_in_place():
