@@ -26,9 +26,9 @@ def free(params: int, grads: int, optim: int) -> dict:
     return {"placement": "free", "params": params, "grads": grads, "optim": optim}
 
 
-def presets(levels: dict, accumulations: tuple[int, ...] = (1, 4)) -> list[dict]:
+def presets(levels: dict, accumulations: tuple[int, ...] = (1, 4), **options) -> list[dict]:
     return [
-        {"levels": levels, "parallel": {"placement": preset}, "accumulation": accumulation}
+        {"levels": levels, "parallel": {"placement": preset} | options, "accumulation": accumulation}
         for preset in PRESETS
         for accumulation in accumulations
     ]
@@ -42,7 +42,10 @@ WORLDS = {
     8: presets(CUBE, (4,)) + [{"levels": CUBE, "parallel": free(0, 1, 2), "accumulation": 2}],
 }
 THOROUGH = {
-    4: presets({}, (4,)),
+    4: presets({}, (4,))
+    + presets({"node": 2, "gpu": 2}, (2,), overlap=False)
+    + presets({"node": 2, "gpu": 2}, (2,), prefetch_units=0)
+    + presets({"node": 2, "gpu": 2}, (2,), prefetch_units=3),
     8: presets(CUBE, (1,))
     + presets({"node": 4, "gpu": 2}, (1,))
     + [
@@ -86,6 +89,8 @@ def test_variants_equal_one_process() -> None:
         base | {"evaluate": True},
         base | {"parallel": {"placement": "zero3", "prefetch_units": 0}},
         base | {"parallel": {"placement": "zero3", "prefetch_units": 3}},
+        base | {"parallel": {"placement": "zero3", "overlap": False}},
+        base | {"parallel": {"placement": "zero2", "overlap": False}},
         base | {"optimizer": {"name": "sgd", "weight_decay": 0.0}},
         base | {"optimizer": {"name": "sgd", "momentum": 0.0, "weight_decay": 0.01}},
     ]
