@@ -52,15 +52,26 @@ class Clock:
         for level, (link, sent) in enumerate(zip(self._links, move.sent, strict=True)):
             if link is None or not sent:
                 continue
-            # a ring's neighbours lie unevenly: a link of one rank's own carries the ring's all, a node's link its share
-            sent = move.edge if move.kind == "all_reduce" and not link.shared else sent
-            seconds = sent / link.rate(move.kind, self._below[level])
+            rate = link.rate(move.kind, self._below[level])
+            seconds = sent / rate
+            if move.kind == "all_reduce":  # a ring's neighbours lie unevenly: one rank's edge carries all, others idle
+                seconds = max(seconds, move.edge / (max(rate, link.alone) if link.shared else rate))
             if seconds > longest:
                 worst, longest = level, seconds
         return worst, longest
 
     def move(self, move: Move) -> float:
-        return self.memory(move.before) + self.wait(move) + self.transfer(move)[1] + self.memory(move.after)
+        return self.prepare(move) + self.wait(move) + self.transfer(move)[1] + self.use(move)
+
+    def prepare(self, move: Move) -> float:
+        return self._local(move, move.before)
+
+    def use(self, move: Move) -> float:
+        return self._local(move, move.after)
+
+    def _local(self, move: Move, size_bytes: float) -> float:
+        rate = self._machine.quantize_rate if move.packed else None
+        return size_bytes / (rate or self._machine.memory_rate)
 
     def chain(self, chain: Chain) -> float:
         return sum(map(self.move, chain))

@@ -43,9 +43,9 @@ class Link:
     shared: bool = False
     """Whether all ranks below a member share its bandwidth, see [Note: shared links]."""
     rank_bandwidth: float | None = None
-    """The most that one rank gets of a shared link, for example one of several cards. None: all of it."""
+    """The most that one rank gets of a shared link where it is alone, for example one of several cards. None: all."""
     fits: Mapping[str, Fit] = field(default_factory=dict)
-    """Measured per collective; the bandwidths are per rank, so `bandwidth` and `shared` are not asked."""
+    """Measured per collective, with all ranks of all groups taking part: a rank's share, where the link is shared."""
     slows_compute: float = 0.0
     """Compute takes 1 + this times as long while the link is busy (CPU: sockets take cores)."""
     slowed_by_compute: float = 0.0
@@ -69,6 +69,11 @@ class Link:
         fair = self.bandwidth / ranks_below if self.shared else self.bandwidth
         return fair if self.rank_bandwidth is None else min(fair, self.rank_bandwidth)
 
+    @property
+    def alone(self) -> float:
+        """Bytes/s that a rank gets while no other uses its link."""
+        return self.bandwidth if self.rank_bandwidth is None else min(self.bandwidth, self.rank_bandwidth)
+
     def wait_s(self, kind: str, steps: int) -> float:
         """Seconds that a collective of so many steps takes beside its bytes."""
         fit = self.fits.get(kind)
@@ -86,6 +91,8 @@ class Machine:
     """Bytes/s read and written in the memory that a rank computes in."""
     memory: Mapping[str, float] = field(default_factory=dict)
     """Bytes a rank has of each tier: ``gpu`` (or, without one, ``host``), ``host``, ``nvme``."""
+    quantize_rate: float | None = None
+    """Bytes/s read and written while values are packed and unpacked; None: as fast as memory (a GPU's kernels are)."""
     backend: str = "nccl"
     """``nccl``: chains run on side streams; ``gloo``: the host moves them on, see `parallel.collectives`."""
     unit_s: float = 0.0

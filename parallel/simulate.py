@@ -222,7 +222,7 @@ class _Program:
         flows, after, before = [], [], []
         for move in moves:
             level, seconds = self.clock.transfer(move)
-            prepare, use = self.clock.memory(move.before), self.clock.memory(move.after)
+            prepare, use = self.clock.prepare(move), self.clock.use(move)
             stages = [(-1, self.clock.wait(move)), (level, seconds)]
             if not self.gloo:
                 stages = [(-1, prepare), *stages, (-1, use)]

@@ -39,6 +39,8 @@ class Move:
     """Bytes read and written in memory to prepare it (packing) …"""
     after: float = 0.0
     """… and to use what came (sums, unpacking)."""
+    packed: bool = False
+    """Whether what is sent is packed: preparing and using it is then the quantizer's work."""
 
     @property
     def level(self) -> int:
@@ -193,19 +195,21 @@ class Traffic:
 
     # ------------------------------------------------------------------------------------------------ collectives
 
-    def all_gather(self, whole: float, level: int, **memory: float) -> Move:
+    def all_gather(self, whole: float, level: int, *, after: float = 0.0, packed: bool = False) -> Move:
         """Of `whole` bytes over one level: each rank sends all parts but one, in a ring."""
-        return self._one("all_gather", whole, level, **memory)
+        return self._one("all_gather", whole, level, 0.0, after, packed)
 
-    def all_to_all(self, whole: float, level: int, **memory: float) -> Move:
+    def all_to_all(
+        self, whole: float, level: int, *, after: float = 0.0, before: float = 0.0, packed: bool = False
+    ) -> Move:
         """Of `whole` bytes over one level: a rank sends every part but its own."""
-        return self._one("all_to_all", whole, level, **memory)
+        return self._one("all_to_all", whole, level, before, after, packed)
 
-    def _one(self, kind: str, whole: float, level: int, **memory: float) -> Move:
+    def _one(self, kind: str, whole: float, level: int, before: float, after: float, packed: bool) -> Move:
         members = self.mesh.sizes[level]
         sent = [0.0] * self.mesh.num_levels
         sent[level] = whole * (members - 1) / members
-        return Move(kind, members, tuple(sent), sent[level], **memory)
+        return Move(kind, members, tuple(sent), sent[level], before, after, packed)
 
     def all_reduce(self, whole: float, first: int, last: int) -> Move:
         """A ring over the ranks that differ in the levels ``first:last``: a neighbour lies over the slowest level that
@@ -256,7 +260,7 @@ class Traffic:
             if packs and level <= self._packed_to:
                 whole = float(self.packed_weights(target, self.shard(numel, self.placement.optim)))
                 unpacks = all(size == 1 for size in sizes[level + 1 : self._packed_to + 1])
-                moves.append(self.all_gather(whole, level, after=(whole + item * target) * unpacks))
+                moves.append(self.all_gather(whole, level, after=(whole + item * target) * unpacks, packed=True))
             else:
                 moves.append(self.all_gather(item * target, level))
         return tuple(moves)
@@ -278,7 +282,11 @@ class Traffic:
             piece = numel // math.prod(mesh.sizes[level + 1 : outer])
             packed = self.packed_grads(piece, level) if packs else None
             if packed is not None:
-                moves.append(self.all_to_all(packed, level, before=4 * piece + packed, after=packed + 4 * piece / size))
+                moves.append(
+                    self.all_to_all(
+                        packed, level, before=4 * piece + packed, after=packed + 4 * piece / size, packed=True
+                    )
+                )
             else:  # NCCL sums on the way; gloo's pieces are summed here
                 local = item * piece * (1 + 1 / size) if self.gloo else 0.0
                 moves.append(self.all_to_all(item * piece, level, after=local))
@@ -303,7 +311,7 @@ class Traffic:
             if mesh.sizes[level] > 1:
                 parts = math.prod(mesh.sizes[: level + 1])
                 moves.append(self.all_gather(parts * finest.packed_bytes(piece // members), level))
-        moves[-1] = replace(moves[-1], after=4.0 * piece + piece * finest.bits / 8)
+        moves[-1] = replace(moves[-1], packed=True, after=4.0 * piece + piece * finest.bits / 8)
         return (*chain, *scatters, *moves)
 
 

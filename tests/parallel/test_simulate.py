@@ -1,0 +1,145 @@
+"""The simulator against schedules worked out by hand, against the closed form, and in worlds of any size."""
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from parallel import Mesh, ParallelOptions, Placement
+from parallel.cost import Plan, estimate
+from parallel.machine import PRESETS, Link, Machine
+from parallel.simulate import simulate
+from parallel.transport import Transport
+from parallel.workload import UnitCost, Workload
+
+UNITS, ELEMENTS = 8, 1 << 20
+GATHER = 2 * ELEMENTS / 2
+"""Bytes that one of two ranks sends of a bf16 unit."""
+
+
+def work(**changes) -> Workload:
+    """Eight equal units, 1 s forward and 2 s backward each on `machine`."""
+    unit = UnitCost(name="u", count=UNITS, matrices=ELEMENTS, forward_flops=1.0, backward_flops=2.0)
+    return replace(Workload(units=(unit,), tokens=1, reduce_bytes=2), **changes)
+
+
+def machine(gather_s: float, backend: str = "nccl", **link) -> Machine:
+    """Two ranks; a unit's gather takes `gather_s`, and so does its reduction."""
+    made = Link(name="gpu", size=2, bandwidth=GATHER / gather_s, **link)
+    return Machine(name="two", compute=1.0, memory_rate=1e18, links=(made,), backend=backend)
+
+
+def step_s(load: Workload, here: Machine, triple: tuple[int, int, int], levels: dict[str, int] | None = None) -> float:
+    return simulate(load, Plan(Mesh(levels or {"gpu": 2}), Placement(*triple)), here).step_s
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_without_links_a_step_is_its_compute(backend: str) -> None:
+    assert step_s(work(), machine(1e-9, backend), (1, 1, 1)) == pytest.approx(3 * UNITS, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_small_transfers_hide_behind_compute(backend: str) -> None:
+    """What shows is the first gather and the last reduction."""
+    assert step_s(work(), machine(0.1, backend), (1, 1, 1)) == pytest.approx(3 * UNITS + 0.1 + 0.1, rel=0.001)
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_without_overlap_everything_adds_up(backend: str) -> None:
+    """Every unit is gathered twice but the last, and reduced once."""
+    expected = 3 * UNITS + 0.5 * (2 * UNITS - 1 + UNITS)
+    assert step_s(work(overlap=False), machine(0.5, backend), (1, 1, 1)) == pytest.approx(expected, rel=0.001)
+
+
+def test_a_slow_link_is_never_idle() -> None:
+    """Gathers twice (but the last unit) and reductions once: the link is what a step takes, but for its ends."""
+    run = simulate(work(), Plan(Mesh({"gpu": 2}), Placement(1, 1, 1)), machine(10.0))
+    link_s = 10.0 * (2 * UNITS - 1 + UNITS)
+    assert run.levels_s["gpu"] == pytest.approx(link_s, rel=1e-6)
+    assert link_s <= run.step_s <= link_s + 3 * UNITS
+    assert "gpu" in run.bottleneck
+
+
+def test_gathers_and_reductions_share_a_link_fairly() -> None:
+    """In the backward both lanes want the same link: each gets half, and no byte is lost."""
+    alone = step_s(work(), machine(1.0), (1, 1, 1))
+    assert alone < step_s(work(), machine(1.5), (1, 1, 1)) < step_s(work(), machine(2.0), (1, 1, 1))
+    run = simulate(work(), Plan(Mesh({"gpu": 2}), Placement(1, 1, 1)), machine(2.0))
+    assert run.levels_s["gpu"] <= run.step_s
+
+
+def test_a_refresh_hides_behind_the_next_forward() -> None:
+    """ZeRO-2: no gathers; the first unit waits for its new weights, the others have theirs in time."""
+    assert step_s(work(), machine(0.1), (0, 1, 1)) == pytest.approx(3 * UNITS + 0.1 + 0.1, rel=0.001)
+
+
+def test_accumulation_crosses_outer_levels_once() -> None:
+    slow = Machine(
+        name="slow", compute=1.0, memory_rate=1e18,
+        links=(Link(name="node", bandwidth=GATHER / 20), Link(name="gpu", size=2, bandwidth=1e15)),
+    )  # fmt: skip
+    levels = {"node": 2, "gpu": 2}
+    one, nine = (
+        simulate(work(micro_batches=n), Plan(Mesh(levels), Placement(1, 1, 2)), slow).levels_s["node"] for n in (1, 9)
+    )
+    assert nine == pytest.approx(one, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_extrapolated_micro_batches_equal_played_ones(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, here = work(micro_batches=7), machine(1.7, backend)
+    quick = step_s(load, here, (1, 1, 1))
+    monkeypatch.setattr("parallel.simulate._PLAYED", 100)
+    assert quick == pytest.approx(step_s(load, here, (1, 1, 1)), rel=0.01)
+
+
+def test_what_gloo_leaves_to_the_host_shows() -> None:
+    """Over two levels only a chain's first collective runs beside compute; a CUDA lane runs on by itself."""
+    links = (Link(name="node", bandwidth=GATHER), Link(name="gpu", size=2, bandwidth=GATHER))
+    times = {
+        backend: step_s(
+            work(),
+            Machine(name="m", compute=1.0, memory_rate=1e18, links=links, backend=backend),
+            (2, 0 + 2, 2),
+            {"node": 2, "gpu": 2},
+        )
+        for backend in ("nccl", "gloo")
+    }
+    assert times["gloo"] > times["nccl"] + 0.5 * UNITS
+
+
+def test_a_busy_link_slows_compute() -> None:
+    free = step_s(work(), machine(0.9, "gloo"), (1, 1, 1))
+    assert step_s(work(), machine(0.9, "gloo", slows_compute=0.5), (1, 1, 1)) > 1.1 * free
+
+
+def test_a_step_waits_for_the_slowest_rank() -> None:
+    here = replace(machine(1e-9), jitter=0.1)
+    assert step_s(work(), here, (1, 1, 1)) == pytest.approx(3 * UNITS * (1 + 0.1 * 0.59), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["frontier", "dgx-h100", "ethernet-100g"])
+@pytest.mark.parametrize("quantize", ["none", "outer"])
+def test_closed_form_is_near(name: str, quantize: str) -> None:
+    """The closed form ranks; it is within 20% of what is played, wherever the bottleneck lies."""
+    here = PRESETS[name]
+    mesh = Mesh(here.levels(512))
+    unit = UnitCost(name="u", count=24, matrices=200 << 20, vectors=8192, forward_flops=4e8, backward_flops=8e8)
+    for triple in ((0, 0, 0), (1, 1, 2), (2, 2, 2), (0, 0, 2), (mesh.num_levels,) * 3):
+        for tokens in (256, 4096):
+            load = Workload(units=(unit,), tokens=tokens, micro_batches=2)
+            placement = Placement(*triple)
+            plan = Plan(mesh, placement, Transport.of(ParallelOptions(quantize=quantize), mesh, placement))
+            ratio = estimate(load, plan, here).step_s / simulate(load, plan, here).step_s
+            assert 0.8 < ratio < 1.2, (triple, tokens, ratio)
+
+
+def test_a_hundred_thousand_ranks_take_seconds() -> None:
+    """175 billion parameters on 100,000 ranks."""
+    here = PRESETS["frontier"]
+    mesh = Mesh(here.levels(100_000))
+    unit = UnitCost(name="u", count=96, matrices=1_811_939_328, forward_flops=4e9, backward_flops=8e9, recompute=True)
+    load = Workload(units=(unit,), tokens=2048, micro_batches=8)
+    start = time.perf_counter()
+    assert step_s(load, here, (1, 2, 3), dict(zip(mesh.names, mesh.sizes, strict=True))) > 0
+    assert time.perf_counter() - start < 10
