@@ -84,7 +84,7 @@ def check(config: Config, crew: Crew) -> Config:
     """Everything that can be known before the start. Returns the config with ``parallel.levels`` filled in."""
     from trainer.run import check_run
 
-    parallel = _check_levels(config.parallel, crew)
+    parallel = _check_levels(config, crew)
     config.micro_batches(crew.workers)
     _check_engine(config, config.parallel)
     _check_checkpoint(config.checkpoint, crew)
@@ -92,11 +92,15 @@ def check(config: Config, crew: Crew) -> Config:
     return replace(config, parallel=parallel)
 
 
-def _check_levels(options: ParallelOptions, crew: Crew) -> ParallelOptions:
+def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
+    """With levels: those that were given, else the named machine's, else what Ray's placement says."""
+    from parallel.machine import load_machine
     from parallel.placement import Placement
 
+    options = config.parallel
     inner = {"gpu" if crew.device == "cuda" else "worker": crew.per_node}
-    levels = options.levels or ({"node": crew.nodes} | inner if crew.nodes > 1 else inner)
+    named = load_machine(config.machine).levels(crew.workers) if config.machine else {}
+    levels = options.levels or named or ({"node": crew.nodes} | inner if crew.nodes > 1 else inner)
     if math.prod(levels.values()) != crew.workers:
         shown = " x ".join(f"{name} {size}" for name, size in levels.items())
         raise ValueError(

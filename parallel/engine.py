@@ -35,4 +35,5 @@ class Engine(Protocol):
         """Fill the weights (and the optimizer's state, if `moments`) from `read`, each rank its own ranges."""
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes that this rank holds for good: ``parameters master optimizer``, and ``buffers`` (the gather ring)."""
+        """Bytes that this rank holds for good: ``parameters master optimizer``, ``residuals`` (of error feedback), and
+        ``buffers`` (what is gathered and on its way)."""

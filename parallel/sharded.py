@@ -249,11 +249,10 @@ class ShardedModel:
                 self._release(unit)
 
     def _before_backward(self, unit: Unit, position: int) -> None:
+        for following in self.units[position + 1 :]:  # those that wait for a gradient which never comes, or for none
+            self._release(following)
         if unit.packed:
             self._use(unit)
-        for following in self.units[position + 1 :]:
-            if following.num_pending == 0:  # nothing but frozen parameters: no gradient says when it is done
-                self._release(following)
         for preceding in reversed(self.units[max(0, position - self._prefetch) : position]):
             if preceding.packed:
                 self._start_gather(preceding)

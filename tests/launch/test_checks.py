@@ -67,6 +67,22 @@ def test_levels_that_were_given_stay(tmp_path: Path) -> None:
         check(config, Crew(8, 1, "cpu"))
 
 
+def test_levels_of_a_named_machine(tmp_path: Path) -> None:
+    config = Config(run=RunOptions(root=str(tmp_path)), machine="frontier", parallel=ParallelOptions(placement="topo"))
+    assert check(config, Crew(16, 2, "cpu")).parallel.levels == {"node": 2, "gpu": 4, "die": 2}
+    with pytest.raises(ValueError, match="machine=frontiere.*did you mean frontier"):
+        check(replace(config, machine="frontiere"), Crew(16, 2, "cpu"))
+
+
+def test_quantization_of_a_level_that_is_not_there_or_by_another_engine(tmp_path: Path) -> None:
+    config = Config(run=RunOptions(root=str(tmp_path)), parallel=ParallelOptions(grads_format={"node": "int4"}))
+    with pytest.raises(ValueError, match="parallel.grads_format names node; the levels are worker"):
+        check(config, Crew(2, 1, "cpu"))
+    quantized = ParallelOptions(placement="zero3", quantize="all")
+    with pytest.raises(ValueError, match="need engine=native; engine=fsdp2 does not read"):
+        check(replace(config, parallel=quantized, engine="fsdp2"), Crew(2, 1, "cpu"))
+
+
 def test_a_run_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     config = replace(Config(), run=RunOptions(root=str(tmp_path / "file")))

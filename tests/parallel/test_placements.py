@@ -98,6 +98,13 @@ def test_variants_equal_one_process() -> None:
     assert not far, far
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_more_units_are_gathered_than_prefetch_units_and_one(recompute: bool) -> None:
+    base = {"accumulation": 2, "recompute": recompute, "tied": False}
+    cases = [base | {"parallel": {"placement": "zero3", "prefetch_units": count}} for count in (0, 1, 2)]
+    assert [answer["most_alive"] for answer in run_world(2, cases)] == [1, 2, 3]
+
+
 def test_bf16_stays_near_fp32() -> None:
     cases = [
         {"parallel": {"placement": placement, "reduce_dtype": dtype}, "accumulation": accumulation, "bf16": True}

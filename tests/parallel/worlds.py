@@ -158,15 +158,28 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
 
 
+def watch_gathered(engine) -> list[int]:
+    """Each time after a gather began: how many units, the root aside, have gathered weights."""
+    counts, start = [], engine._start_gather
+
+    def counted(unit) -> None:
+        start(unit)
+        counts.append(len({id(owner) for owner, _ in engine._owners.values() if owner is not engine.root}))
+
+    engine._start_gather = counted
+    return counts
+
+
 def equality(case: dict) -> dict:
     engine = build(case)
+    counts = watch_gathered(engine)
     norms = train(engine, case, range(STEPS))
     state, reference = gathered(engine), plain(case)
     differences = {n: distance(state[n, MASTER], reference[n]) for n in reference if n != "norms"}
     worst = max(differences, key=lambda name: differences[name])
     return {
         "worst": worst, "difference": differences[worst], "norms": distance(torch.stack(norms), reference["norms"]),
-        "alive": len(engine._owners), "state_bytes": engine.state_bytes(),
+        "alive": len(engine._owners), "most_alive": max(counts, default=0), "state_bytes": engine.state_bytes(),
     }  # fmt: skip
 
 
