@@ -13,6 +13,7 @@ import ctypes
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,8 @@ class HostPool:
             if not self._handle:
                 number = ctypes.get_errno()
                 raise OSError(number, f"cannot start {self.threads} threads ({os.strerror(number)}); see ulimit -u")
+            self._end = weakref.finalize(self, self._library.atoll_pool_close, self._handle)
+            self._end.atexit = False  # a thread of Python may still be in a call then
         self._closed = False
 
     @property
@@ -80,17 +83,13 @@ class HostPool:
             self._closed = True
             self._gate.wait_for(lambda: self._running == 0)
         if self._library is not None and os.getpid() == self._process:
-            self._library.atoll_pool_close(self._handle)
+            self._end()
 
     def __enter__(self) -> "HostPool":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_closed"):
-            self.close()
 
 
 @cache

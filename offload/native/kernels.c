@@ -38,11 +38,17 @@ INLINE void update_one(const update *u, int64_t i, int grad_type, int weight_typ
     if (weight_type == FP32) ((float *)u->weight)[i] = master;
 }
 
-#define AT_ONCE (LANES == 8 ? 2 : 1) /* vectors to a cache line: a line that is streamed is written whole */
+#define AT_ONCE 2 /* vectors: a line that is streamed is written whole before the next array's turn */
+
+#define AHEAD 512 /* elements: half a page of floats, over the border where the processor's prefetchers stop */
 
 /* Elements i..i+AT_ONCE*LANES-1, the same operations in the same order as update_one. */
 INLINE void update_lanes(const update *u, int64_t i, int grad_type, int weight_type, int stream, int stream_weight) {
     vec masters[AT_ONCE], exp_avgs[AT_ONCE], exp_avg_sqs[AT_ONCE];
+    prefetch(u->exp_avg + i + AHEAD);
+    prefetch(u->exp_avg_sq + i + AHEAD);
+    prefetch(u->master + i + AHEAD);
+    prefetch((const char *)u->grad + (i + AHEAD) * (grad_type == BF16 ? 2 : 4));
     UNROLL for (int k = 0; k < AT_ONCE; k++) {
         int64_t j = i + k * LANES;
         vec grad = grad_type == BF16 ? vec_load_bf16((const uint16_t *)u->grad + j) : vec_load((const float *)u->grad + j);
@@ -150,12 +156,15 @@ typedef struct {
 #if LANES == 8
 INLINE __m256d add_square(__m256d sum, __m128 values) {
     __m256d wide = _mm256_cvtps_pd(values);
+#if defined(__FMA__)
+    return _mm256_fmadd_pd(wide, wide, sum);
+#else
     return _mm256_add_pd(sum, _mm256_mul_pd(wide, wide));
+#endif
 }
 #endif
 
-static void square_task(void *arguments, int64_t index) {
-    const squares *s = arguments;
+INLINE void square_block(const squares *s, int64_t index, int type) {
     int64_t i = index * SUM_BLOCK, stop = i + SUM_BLOCK < s->numel ? i + SUM_BLOCK : s->numel;
     const uint16_t *bf16 = s->values;
     const float *fp32 = s->values;
@@ -163,19 +172,19 @@ static void square_task(void *arguments, int64_t index) {
 #if LANES == 16
     __m512d low = _mm512_setzero_pd(), high = low;
     for (; i + SUM_LANES <= stop; i += SUM_LANES) {
-        __m512 x = s->type == BF16 ? vec_load_bf16(bf16 + i) : vec_load(fp32 + i);
+        __m512 x = type == BF16 ? vec_load_bf16(bf16 + i) : vec_load(fp32 + i);
         __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
         __m512d b = _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
-        low = _mm512_add_pd(low, _mm512_mul_pd(a, a));
-        high = _mm512_add_pd(high, _mm512_mul_pd(b, b));
+        low = _mm512_fmadd_pd(a, a, low);
+        high = _mm512_fmadd_pd(b, b, high);
     }
     _mm512_storeu_pd(sums, low);
     _mm512_storeu_pd(sums + 8, high);
 #elif LANES == 8
     __m256d a = _mm256_setzero_pd(), b = a, c = a, d = a;
     for (; i + SUM_LANES <= stop; i += SUM_LANES) {
-        __m256 x = s->type == BF16 ? vec_load_bf16(bf16 + i) : vec_load(fp32 + i);
-        __m256 y = s->type == BF16 ? vec_load_bf16(bf16 + i + 8) : vec_load(fp32 + i + 8);
+        __m256 x = type == BF16 ? vec_load_bf16(bf16 + i) : vec_load(fp32 + i);
+        __m256 y = type == BF16 ? vec_load_bf16(bf16 + i + 8) : vec_load(fp32 + i + 8);
         a = add_square(a, _mm256_castps256_ps128(x));
         b = add_square(b, _mm256_extractf128_ps(x, 1));
         c = add_square(c, _mm256_castps256_ps128(y));
@@ -187,12 +196,20 @@ static void square_task(void *arguments, int64_t index) {
     _mm256_storeu_pd(sums + 12, d);
 #endif
     for (int64_t lane = 0; i < stop; i++, lane = (lane + 1) % SUM_LANES) { /* i is a multiple of SUM_LANES here */
-        double x = s->type == BF16 ? from_bf16(bf16[i]) : fp32[i];
+        double x = type == BF16 ? from_bf16(bf16[i]) : fp32[i];
         sums[lane] = sums[lane] + x * x;
     }
     for (int width = SUM_LANES / 2; width; width /= 2)
         for (int lane = 0; lane < width; lane++) sums[lane] = sums[lane] + sums[lane + width];
     s->sums[index] = sums[0];
+}
+
+static void square_task(void *arguments, int64_t index) {
+    const squares *s = arguments;
+    if (s->type == BF16)
+        square_block(s, index, BF16);
+    else
+        square_block(s, index, FP32);
 }
 
 void atoll_squares(pool *threads, const squares *s) {

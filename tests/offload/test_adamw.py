@@ -72,12 +72,13 @@ def test_every_width_of_vector_gives_the_same_bits(pool: HostPool, architecture:
             getattr(library, f"atoll_pool_{name}").restype = getattr(pool._library, f"atoll_pool_{name}").restype
         for name in ("adamw", "squares"):
             getattr(library, f"atoll_{name}").argtypes = getattr(pool._library, f"atoll_{name}").argtypes
-        pool._library.atoll_pool_close(other._handle)
+        other._end()
         other._library, other._handle = library, library.atoll_pool_open(2, None)
         for a, b in zip(updated(other, 70_003), updated(pool, 70_003), strict=True):
             assert same_bits(a, b)
         values = grad_of(50_001)
         assert sum_of_squares(values, pool=other) == sum_of_squares(values, pool=pool)
+        library.atoll_pool_close(other._handle)
 
 
 @settings(max_examples=60, deadline=None)

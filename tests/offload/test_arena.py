@@ -137,6 +137,31 @@ def test_tensors_are_apart_aligned_and_zero_at_first() -> None:
         assert all((tensor == i).all() for i, tensor in enumerate(tensors))
 
 
+def test_arrays_walked_side_by_side_share_no_low_address_bits() -> None:
+    dtypes = [torch.float32] * 6 + [torch.bfloat16] * 2
+    numel = 1 << 20
+    with Arena(40 * MIB) as arena:
+        tensors = arena.take_together(numel, dtypes, align=PAGE)
+        assert tensors[0].data_ptr() % PAGE == 0
+        assert all(
+            tensor.data_ptr() % ALIGN == 0 and tensor.dtype == d for tensor, d in zip(tensors, dtypes, strict=True)
+        )
+        low = [tensor.data_ptr() % PAGE for tensor in tensors]
+        assert all(abs(a - b) % PAGE >= 256 for i, a in enumerate(low) for b in low[:i])
+        for i, tensor in enumerate(tensors):
+            tensor.fill_(i)
+        assert all((tensor == i).all() for i, tensor in enumerate(tensors))
+        assert arena.used_bytes <= 1.02 * 28 * numel
+        arena.give(tensors[0])
+        assert arena.used_bytes == 0
+
+
+def test_small_arrays_walked_together_are_packed() -> None:
+    with Arena(MIB) as arena:
+        arena.take_together(1000, [torch.float32] * 3)
+        assert arena.used_bytes == 3 * 4032
+
+
 def test_a_change_in_one_tensor_does_not_spoil_anothers_backward() -> None:
     with Arena(MIB) as arena:
         saved, other = arena.take(4, torch.float32), arena.take(4, torch.float32)
