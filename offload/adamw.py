@@ -32,6 +32,7 @@ State = tuple[Tensor, Tensor, Tensor]
 
 BYTES_PER_PARAMETER = 28
 _SLICE = 1 << 18  # elements at a time where torch does the work: what it allocates stays in cache
+_SUM_SLICE = 1 << 22  # the same for sums: 1024 additions each, which must be long
 _SUM_BLOCK, _SUM_LANES = 16384, 16  # as in native/kernels.c
 _TYPES = {torch.bfloat16: 1, torch.float32: 2}  # as in native/kernels.c; 0 is none
 
@@ -136,7 +137,7 @@ def sum_of_squares(values: Tensor, *, pool: HostPool) -> float:
     if pool.native:
         pool.call("squares", _Squares(values.data_ptr(), sums.data_ptr(), values.numel(), _TYPES[values.dtype]))
     else:
-        sums = torch.cat([_torch_squares(piece) for piece in values.split(_SLICE)]) if len(sums) else sums
+        sums = torch.cat([_torch_squares(piece) for piece in values.split(_SUM_SLICE)]) if len(sums) else sums
     return math.fsum(sums.tolist())
 
 

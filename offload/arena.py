@@ -89,7 +89,7 @@ class Arena:
         pool: HostPool | None = None,
     ) -> None:
         """path: a new file on a tmpfs, kept after `close`; None: no name. register: the CUDA device that will copy;
-        None: no registration. pool: threads that take the pages; without it one thread does (0.7 s a GB).
+        None: no registration. pool: threads that take the pages; without it one thread does (0.9 s a GB).
 
         Raises ValueError for a size below one byte or a path not on a tmpfs, FileExistsError for a path that is
         there, and ArenaError where memory is not to be had.

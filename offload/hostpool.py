@@ -6,7 +6,7 @@ starts while the last tasks of the one before still run. So a background Python 
 overlap with the GPU. A pool belongs to the process that made it and dies in a fork.
 
 Where the C code cannot be built, `native` is False and the callers (`offload/adamw.py`, `offload/arena.py`) do the same
-with torch's operations: the same results bit for bit, several times slower. That is said once, with the reason.
+with torch's operations: the same results bit for bit, about 15 times slower. That is said once, with the reason.
 """
 
 import ctypes
@@ -99,7 +99,7 @@ def _library() -> Any:
         library = load_native("host", SOURCES)
     except NativeError as error:
         log.warning(
-            "the CPU optimizer runs on torch's operations, about 5 times slower and on torch's own threads "
+            "the CPU optimizer runs on torch's operations, about 15 times slower and on torch's own threads "
             "(OMP_NUM_THREADS): %s",
             error,
         )
