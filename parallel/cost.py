@@ -54,7 +54,7 @@ class Clock:
                 continue
             rate = link.rate(move.kind, self._below[level])
             seconds = sent / rate
-            if move.kind == "all_reduce":  # a ring's neighbours lie unevenly: one rank's edge carries all, others idle
+            if move.edge > max(move.sent):  # a ring over levels: one rank's edge crosses this one for its neighbours
                 seconds = max(seconds, move.edge / (max(rate, link.alone) if link.shared else rate))
             if seconds > longest:
                 worst, longest = level, seconds
@@ -192,8 +192,8 @@ def estimate(work: Workload, plan: Plan, machine: Machine) -> Estimate:
     )
 
 
-def traffic_of(work: Workload, plan: Plan, machine: Machine) -> Traffic:
-    return Traffic(work, plan.mesh, plan.placement, plan.transport, gloo=machine.backend == "gloo")
+def traffic_of(work: Workload, plan: Plan, machine: Machine, system: type[Traffic] = Traffic) -> Traffic:
+    return system(work, plan.mesh, plan.placement, plan.transport, gloo=machine.backend == "gloo")
 
 
 def update_s(work: Workload, traffic: Traffic, clock: Clock) -> float:

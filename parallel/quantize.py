@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PIECE = 1 << 17
-"""Elements that the CPU takes through all operations at a time, so that their temporaries stay in its caches."""
+PIECE = 1 << 19
+"""Elements that the CPU takes through all operations at a time: 7 MB of temporaries, which stay in a last-level cache.
+Smaller pieces spend more on starting operations than a nearer cache saves."""
 SMALLEST_SCALE = 2.0**-100
 _FLOATS = (torch.float32, torch.bfloat16)
 

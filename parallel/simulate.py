@@ -18,7 +18,7 @@ from typing import Any
 
 from parallel.cost import Clock, Plan, traffic_of, update_s
 from parallel.machine import Machine
-from parallel.traffic import Chain, UnitTraffic
+from parallel.traffic import Chain, Traffic, UnitTraffic
 from parallel.workload import UnitCost, Workload
 
 GLOO_THREADS = 2
@@ -45,12 +45,12 @@ class Simulation:
         return f"{cause} ({seconds / self.step_s:.0%} of the step is spent waiting for it)"
 
 
-def simulate(work: Workload, plan: Plan, machine: Machine) -> Simulation:
-    """A step of `work` under `plan` on `machine`, in the steady state."""
+def simulate(work: Workload, plan: Plan, machine: Machine, system: type[Traffic] = Traffic) -> Simulation:
+    """A step of `work` under `plan` on `machine`, in the steady state. system: who sends what, if not this engine."""
     count = work.micro_batches
     if count <= _PLAYED:
-        return _play(work, plan, machine)
-    more, less = (_play(replace(work, micro_batches=n), plan, machine) for n in (_PLAYED, _PLAYED - 1))
+        return _play(work, plan, machine, system)
+    more, less = (_play(replace(work, micro_batches=n), plan, machine, system) for n in (_PLAYED, _PLAYED - 1))
 
     def extend(a: float, b: float) -> float:
         return a + (count - _PLAYED) * (a - b)
@@ -64,8 +64,8 @@ def simulate(work: Workload, plan: Plan, machine: Machine) -> Simulation:
     )
 
 
-def _play(work: Workload, plan: Plan, machine: Machine) -> Simulation:
-    program = _Program(work, plan, machine)
+def _play(work: Workload, plan: Plan, machine: Machine, system: type[Traffic]) -> Simulation:
+    program = _Program(work, plan, machine, system)
     for _ in range(2):
         program.step()
     run = _Run(program)
@@ -112,10 +112,11 @@ class _Program:
     work: Workload
     plan: Plan
     machine: Machine
+    system: type[Traffic]
     ops: list[tuple[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.traffic = traffic_of(self.work, self.plan, self.machine)
+        self.traffic = traffic_of(self.work, self.plan, self.machine, self.system)
         self.clock = Clock(self.machine, self.plan.mesh, self.work)
         self.gloo = self.machine.backend == "gloo"
         self.units: list[tuple[UnitCost, UnitTraffic]] = [(u, self.traffic.unit(u)) for u in self.work.row]
@@ -128,6 +129,7 @@ class _Program:
         self.readers: dict[int, deque[_Chain]] = defaultdict(deque)
         self.tails: dict[str, _Flow] = {}
         self.is_sharded = self.traffic.sharded(self.plan.placement.params)
+        self.is_forward = True
         self.scatters = self.traffic.sharded(self.plan.placement.grads)
 
     # ------------------------------------------------------------------------------------------------ the engine
@@ -149,6 +151,7 @@ class _Program:
         self.ops.append(("mark", None))
 
     def _forward(self) -> None:
+        self.is_forward = True
         if self.root:
             self._use(0)
             self._prefetch(range(self.offset, self.offset + self.work.prefetch_units))
@@ -160,6 +163,7 @@ class _Program:
                 self._release(i)
 
     def _backward(self, *, first: bool, last: bool) -> None:
+        self.is_forward = False
         for i in range(len(self.all) - 1, self.offset - 1, -1):
             unit, _ = self.all[i]
             if unit.gathers_backward or unit.recompute:
@@ -189,7 +193,10 @@ class _Program:
         for chain in self.refreshing.pop(i, []):
             self._finish(chain, "refresh")
         if self.is_sharded and i not in self.gathering:
-            self.gathering[i] = [self._launch(chain, "gather", "gathers") for chain in self.all[i][1].gather]
+            traffic = self.all[i][1]
+            alike = self.is_forward or traffic.gather_backward is None
+            chains = traffic.gather if alike else traffic.gather_backward or ()
+            self.gathering[i] = [self._launch(chain, "gather", "gathers") for chain in chains]
 
     def _release(self, i: int) -> None:
         for chain in self.gathering.pop(i, None) or []:

@@ -70,6 +70,8 @@ class UnitTraffic:
     """Flat buffers that are gathered."""
     elements: int
     """Trained elements with the padding: what gradients are collected into."""
+    gather_backward: tuple[Chain, ...] | None = None
+    """Where the backward gathers otherwise than the forward does, as other systems do; None: alike."""
 
     @property
     def last(self) -> tuple[Chain, ...]:
