@@ -1,15 +1,52 @@
 """What may leave GPU memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 ACTIVATIONS = ("keep", "recompute")
+STATES = ("none", "host", "nvme")
+WEIGHTS = ("device", "host")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OffloadOptions:
+    states: str = "none"
+    """Where master weights and moments live that `gpu_bytes` has no room for: ``none`` (all on the device), ``host``,
+    or ``nvme``: on the drives of `nvme_path`, after `host_bytes` of them in host memory."""
+    weights: str = "device"
+    """Where the weights live that the device computes with: ``device``, or ``host``: a unit's are brought when it
+    runs."""
+    gpu_bytes: int = 0
+    """Device memory for optimizer states, 12 bytes a parameter (and for weights, with ``weights=host``): the units that
+    run first get it."""
+    host_bytes: int | None = None
+    """Host memory for all that is kept there. With ``states=nvme`` the states that do not fit go to NVMe; else it is an
+    error. None: ``states=host`` takes what it needs, ``states=nvme`` puts no states there."""
+    nvme_path: list[str] = field(default_factory=list)
+    """Folders on drives, one a drive; each file is scratch and removed by itself."""
+    nvme_bytes: int | None = None
+    """The most that all drives together may hold. None: what is needed."""
+    nvme_direct: bool = True
+    """Past the page cache (O_DIRECT). ``false`` only where the file system refuses it: takes memory and time."""
+    threads: int | None = None
+    """Of the CPU optimizer on each rank, whatever OMP_NUM_THREADS says. None: the cores of this machine over its ranks,
+    but for one."""
     activations: str = "keep"
     """``keep`` what a block saves for its backward, or ``recompute`` it from the block's input (33% more FLOPs)."""
 
     def __post_init__(self) -> None:
-        if self.activations not in ACTIVATIONS:
-            raise ValueError(f"offload.activations={self.activations!r}: choose one of {', '.join(ACTIVATIONS)}")
+        for key, allowed in (("activations", ACTIVATIONS), ("states", STATES), ("weights", WEIGHTS)):
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"offload.{key}={getattr(self, key)!r}: choose one of {', '.join(allowed)}")
+        if self.states == "nvme" and not self.nvme_path:
+            raise ValueError("offload.states=nvme needs a folder on a drive: offload.nvme_path=[/path/on/the/drive]")
+        for key in ("gpu_bytes", "host_bytes", "nvme_bytes"):
+            value = getattr(self, key)
+            if value is not None and value < 0:
+                raise ValueError(f"offload.{key}={value}: must be 0 or more")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"offload.threads={self.threads}: at least 1")
+
+    @property
+    def away(self) -> bool:
+        """Whether anything but activations leaves the device."""
+        return self.states != "none" or self.weights == "host"

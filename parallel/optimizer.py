@@ -95,7 +95,7 @@ class FusedAdamW:
     def update(self, lr: float, scale: Tensor | None, updates: int) -> None:
         for flat in self._flats:
             assert flat.grad is not None
-            for start, stop, decays in _runs(flat):
+            for start, stop, decays in runs(flat):
                 part = slice(start, stop)
                 self._kernel(
                     flat.master[part],
@@ -123,7 +123,7 @@ def sum_of_squares(values: Tensor) -> Tensor:
     return norm.double().square()
 
 
-def _runs(flat: TrainableFlat) -> list[tuple[int, int, bool]]:
+def runs(flat: TrainableFlat) -> list[tuple[int, int, bool]]:
     """Neighbouring parameters that are updated alike, as ranges ``start, stop`` of the shard and whether they decay."""
     runs: list[tuple[int, int, bool]] = []
     for o in flat.layout.overlaps(flat.optim_start, flat.optim_stop):

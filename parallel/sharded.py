@@ -31,11 +31,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 
-from offload.state import Piece, Read
+from offload.options import OffloadOptions
+from offload.state import MASTER, Piece, Read
 from parallel import optimizer as optimizers
-from parallel.collectives import BufferPool, Lane, Queue
+from parallel.collectives import BufferPool, Lane, Queue, Steps
 from parallel.cut import cut_units, move_without_memory, wrap_blocks
 from parallel.mesh import Mesh
+from parallel.offloaded import Offloader
 from parallel.options import OptimizerOptions, ParallelOptions
 from parallel.placement import Placement
 from parallel.transport import Transport
@@ -43,6 +45,7 @@ from parallel.unit import Flat, Named, TrainableFlat, Unit
 
 BUFFER = "buffer"
 """Kind of state of a module's persistent buffers."""
+KEEP = OffloadOptions()
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class ShardedModel:
         options: ParallelOptions,
         dtype: torch.dtype,
         device: torch.device,
+        offload: OffloadOptions = KEEP,
         recompute: Sequence[nn.Module] = (),
     ) -> None:
         self.model, self.mesh, self.placement = model, mesh, placement
@@ -92,8 +96,7 @@ class ShardedModel:
             trainable = [
                 TrainableFlat(
                     named, mesh, placement, dtype, device,
-                    kinds=optimizers.moment_kinds(optimizer), reduce_dtype=_DTYPES[options.reduce_dtype],
-                    transport=transport,
+                    reduce_dtype=_DTYPES[options.reduce_dtype], transport=transport,
                 )
                 for named, transport in ((quantized, self.transport), (exact, None)) if named
             ]  # fmt: skip
@@ -107,7 +110,9 @@ class ShardedModel:
         self._all = ([self.root] if self.root else []) + self.units
         self._trainable = [flat for unit in self._all for flat in unit.trainable]
         _check_blocks(self._trainable)
-        self.optimizer = optimizers.build(optimizer, self._trainable)
+        self._offloader = Offloader(self._all, offload, optimizer, device)
+        self._resident = [flat for flat in self._trainable if flat.away is None]
+        self.optimizer = optimizers.build(optimizer, self._resident)
         persistent = model.state_dict(keep_vars=True)
         self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
         self._recomputed = {unit for unit in self.units if unit.module in recompute}
@@ -145,13 +150,17 @@ class ShardedModel:
         norm = self._grad_norm()
         scale = None if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
         self.updates += 1
-        self._finish_refresh()
+        for flat in self._trainable:  # one still under way, of a unit not used since, would carry the old weights on
+            self._finish_update(flat)
+        self._offloader.update(scale, lr, self.updates)
         self.optimizer.update(lr, scale, self.updates)
-        for flat in self._trainable:
+        for flat in self._resident:
             flat.publish()
+            self._start_refresh(flat)
+        for flat in self._trainable:
             flat.grad = None
             flat.received = [False] * len(flat.received)
-        self._refresh()
+        self._share_buffers()
         return norm
 
     def _agree_on_received(self) -> None:
@@ -166,32 +175,41 @@ class ShardedModel:
 
     def _grad_norm(self) -> Tensor:
         """2-norm of the mean gradient over all parameters, 0-dim fp32, after the final reduction."""
-        total = torch.stack([optimizers.sum_of_squares(_grad(flat)) for flat in self._trainable]).sum()
+        total = torch.stack([_squares(flat) for flat in self._trainable]).sum()
         levels = self.mesh.num_levels
         if group := self.mesh.group(levels - self.placement.optim, levels):
             dist.all_reduce(total, group=group)
         return total.sqrt().float()
 
-    def _refresh(self) -> None:
-        """Start bringing the new weights to where they are used; a unit waits for its own before it computes."""
-        for flat in self._trainable:
-            if flat.refreshes:
-                flat.refreshing = self._gathers.launch(flat.refresh(self._gathers.scratch))
+    def _start_refresh(self, flat: TrainableFlat) -> None:
+        """Start bringing new weights to where they are used; a unit waits for its own before it computes."""
+        if flat.refreshes:
+            flat.refreshing = self._gathers.launch(flat.refresh(self._gathers.scratch))
+
+    def _finish_update(self, flat: TrainableFlat) -> None:
+        """Have the weights of the last update in the parameter shard."""
+        if self._offloader.arrive(flat):
+            flat.publish()
+            self._start_refresh(flat)
+        flat.finish_refresh()
+
+    def _share_buffers(self) -> None:
         if self.mesh.world > 1:
             for buffer in self._buffers.values():
                 dist.broadcast(buffer, src=0)
 
-    def _finish_refresh(self) -> None:
-        """Before owned weights change: one still under way, of a unit not used since, would carry the old ones on."""
-        for flat in self._trainable:
-            flat.finish_refresh()
-
     # ------------------------------------------------------------------------------------------------ state
 
     def pieces(self) -> Iterator[Piece]:
+        """A piece of state that is away from the device is good until the next is asked for."""
+        for flat, start, state in self._states(write=False):
+            for kind, tensor in state.items():
+                yield from flat.pieces(kind, tensor, start)
+        for flat in self._trainable:
+            yield from flat.residual_pieces()
         for unit in self._all:
-            for flat in unit.flats:
-                yield from flat.pieces()
+            if unit.frozen:
+                yield from unit.frozen.pieces(MASTER, unit.frozen.shard, unit.frozen.start)
         for name, buffer in self._buffers.items():
             stop = buffer.numel() if self.mesh.rank == 0 else 0
             if stop:
@@ -200,32 +218,54 @@ class ShardedModel:
                 )
 
     def load(self, read: Read, *, moments: bool) -> None:
-        self._finish_refresh()
+        for flat in self._trainable:
+            self._finish_update(flat)
+        for flat, start, state in self._states(write=True):
+            for kind, tensor in state.items():
+                if kind == MASTER or moments:
+                    flat.load(kind, tensor, start, read)
+        for flat in self._trainable:
+            if moments:
+                flat.load_residuals(read)
+            flat.loaded()
+            self._start_refresh(flat)
         for unit in self._all:
-            for flat in unit.flats:
-                flat.load(read, moments=moments)
+            if unit.frozen:
+                unit.frozen.load(MASTER, unit.frozen.shard, unit.frozen.start, read)
         if moments:
             for name, buffer in self._buffers.items():
                 buffer.view(-1).copy_(read(name, BUFFER, 0, buffer.numel()))
-        self._refresh()
+        self._share_buffers()
+
+    def _states(self, *, write: bool) -> Iterator[tuple[TrainableFlat, int, dict[str, Tensor]]]:
+        """Flat, first element in the flat buffer, and from there tensors by kind of state: all that this rank has."""
+        for flat in self._resident:
+            yield flat, flat.optim_start, {MASTER: flat.master, **flat.moments}
+        yield from self._offloader.walk(write=write)
+
+    def close(self) -> None:
+        """Let go of host memory, drives and threads; the model is of no use afterwards."""
+        self._offloader.close()
 
     def state_bytes(self) -> dict[str, int]:
-        flats, trainable = [flat for unit in self._all for flat in unit.flats], self._trainable
+        """On the device, and ``host`` and ``nvme`` where anything is there."""
+        flats, trainable = [flat for unit in self._all for flat in unit.flats if not flat.streamed], self._resident
         separate = [flat for flat in trainable if flat.master is not flat.owned]
         pools = self._slots, self._staging, self._gathers.scratch, self._reductions.scratch
         return {
             "parameters": sum(flat.shard.nbytes for flat in flats),
             "master": sum(flat.master.nbytes for flat in separate),
             "optimizer": sum(moment.nbytes for flat in trainable for moment in flat.moments.values()),
-            "residuals": sum(residual.nbytes for flat in trainable for residual in flat.residuals.values()),
+            "residuals": sum(residual.nbytes for flat in self._trainable for residual in flat.residuals.values()),
             "buffers": sum(pool.size_bytes for pool in pools),
+            **self._offloader.bytes(),
         }
 
     # ------------------------------------------------------------------------------------------------ units
 
     def _watch(self, unit: Unit, position: int) -> None:
         """Register the hooks that gather, release and reduce a unit; `position` is -1 for the root."""
-        if unit.sharded or unit.refreshes:
+        if unit.sharded or unit.waits:
             unit.module.register_forward_pre_hook(lambda *_: self._before_forward(unit, position))
         if unit.sharded:
             unit.module.register_forward_hook(lambda *args: self._after_forward(unit, position, args[-1]))
@@ -236,7 +276,8 @@ class ShardedModel:
     def _before_forward(self, unit: Unit, position: int) -> None:
         self._use(unit)
         for following in self.units[position + 1 : position + 1 + self._prefetch]:
-            if following.sharded:
+            # an update under way would make the host wait, and ranks must gather in one order: not by how far it is
+            if following.sharded and not any(flat.updating for flat in following.trainable):
                 self._start_gather(following)
 
     def _after_forward(self, unit: Unit, position: int, output: Any) -> None:
@@ -273,12 +314,20 @@ class ShardedModel:
             if flat.scatters:
                 whole = self._staging.take(flat.layout.size, flat.reduce_dtype, ring=2)
                 flat.collect(whole, add=False)
-                chain = self._reductions.launch(flat.reduce_inner(whole, scratch, first=first, last=last))
+                steps = flat.reduce_inner(whole, scratch, first=first, last=last)
+                chain = self._reductions.launch(self._depart(flat, steps) if last else steps)
                 self._staging.give(whole, chain)
             else:
                 flat.accumulate(first=first, last=last)
                 if last and not flat.alone:
-                    self._reductions.launch(flat.reduce_outer(scratch))
+                    self._reductions.launch(self._depart(flat, flat.reduce_outer(scratch)))
+                elif last:
+                    self._offloader.depart(flat)
+
+    def _depart(self, flat: TrainableFlat, reduction: Steps) -> Steps:
+        """A final reduction, after which the gradient leaves if its states are away."""
+        yield from reduction
+        self._offloader.depart(flat)
 
     # ------------------------------------------------------------------------------------------------ weights
 
@@ -289,9 +338,14 @@ class ShardedModel:
             flat.finish_gather()
 
     def _start_gather(self, unit: Unit) -> None:
+        for trainable in unit.trainable:
+            self._finish_update(trainable)
         for flat in unit.flats:
-            flat.finish_refresh()
             if flat.full is None:
+                if flat.streamed and flat.holds_gradient:
+                    raise RuntimeError(
+                        "with offload.weights=host nothing runs between a step's last backward and step()"
+                    )
                 full = self._slots.take(flat.layout.size, flat.dtype)
                 flat.gathering = self._gathers.launch(flat.gather(full, self._gathers.scratch))
                 flat.attach(full)
@@ -342,6 +396,7 @@ def shard(
     options: ParallelOptions,
     dtype: torch.dtype,
     device: torch.device,
+    offload: OffloadOptions = KEEP,
     recompute: Sequence[nn.Module] = (),
     compile: Sequence[nn.Module] = (),
 ) -> ShardedModel:
@@ -351,22 +406,29 @@ def shard(
         ``initial(name, "master", start, stop)``. Calling it returns a 0-dim loss.
     units: disjoint submodules in the order they run, see `parallel.unit`.
     dtype: of compute, float32 or bfloat16; master weights and optimizer states are always float32.
+    offload: what lives in host memory or on NVMe. Call `close` at the end to let go of it.
     recompute, compile: modules whose forward is recomputed in the backward, or compiled by ``torch.compile``.
 
-    ValueError where a unit is not part of the model, or lies inside another.
+    ValueError where a unit is not part of the model, or lies inside another, or for `offload` options that cannot be
+    met; ArenaError and DriveError (OSErrors) where host memory or a drive is not to be had.
     """
     wrap_blocks(recompute=recompute, compile=compile)
     engine = ShardedModel(
         model, mesh, placement,
-        units=units, optimizer=optimizer, options=options, dtype=dtype, device=device, recompute=recompute,
+        units=units, optimizer=optimizer, options=options, dtype=dtype, device=device, offload=offload,
+        recompute=recompute,
     )  # fmt: skip
     engine.load(initial, moments=False)
     return engine
 
 
-def _grad(flat: TrainableFlat) -> Tensor:
+def _squares(flat: TrainableFlat) -> Tensor:
+    """The sum of squares of a final gradient, 0-dim float64."""
+    if flat.holds_gradient:
+        assert flat.squares is not None
+        return flat.squares
     assert flat.grad is not None, "step() needs a forward_backward(last=True) before it"
-    return flat.grad
+    return optimizers.sum_of_squares(flat.grad)
 
 
 def _check_blocks(flats: Sequence[TrainableFlat]) -> None:

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from offload.state import MASTER, Piece, Read
+from offload.state import Piece, Read
+from offload.states import Shard, Update
 from parallel.collectives import BufferPool, Chain, Steps, all_gather, all_reduce
 from parallel.layout import ALIGN, Layout
 from parallel.mesh import Mesh
@@ -51,19 +52,39 @@ class Flat:
         self.parameters = [parameter for _, parameter in named]
         self.layout = Layout(named, mesh.world, block)
         self.start, self.stop = mesh.shard(self.layout.size, placement.params)
-        self.shard = self._make_shard(device)
+        self.device = device
+        self.shard: Tensor
+        self.streamed = False
+        """Whether `shard` is in host memory, and a gather begins by copying it to the device."""
+        self.holds_gradient = False
+        """Whether a gradient has left, and may lie where the weights in host memory were: until `step`."""
         self.sharded = mesh.group(mesh.num_levels - placement.params, mesh.num_levels) is not None
+        """Whether the weights have to be gathered to be used."""
         self.full: Tensor | None = None
         self.gathering: Chain | None = None
         self.refreshing: Chain | None = None
         self._released = [without_memory(e.shape, dtype, device) for e in self.layout.entries]
+
+    @property
+    def shard_numel(self) -> int:
+        """Elements of `shard`, of `shard_dtype`."""
+        return self.stop - self.start
+
+    @property
+    def shard_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    def place(self, shard: Tensor | None) -> None:
+        """Give the parameter shard its memory: `shard`, in host memory, or new memory on the device."""
+        self.streamed = shard is not None
+        self.sharded = self.sharded or self.streamed
+        self.shard = (
+            torch.zeros(self.shard_numel, dtype=self.shard_dtype, device=self.device) if shard is None else shard
+        )
         if self.sharded:
             self.release()
         else:
             self.attach(self.shard)
-
-    def _make_shard(self, device: torch.device) -> Tensor:
-        return torch.zeros(self.stop - self.start, dtype=self.dtype, device=device)
 
     def attach(self, full: Tensor) -> None:
         """Make the parameters views of `full`."""
@@ -79,12 +100,13 @@ class Flat:
 
     def gather(self, out: Tensor, scratch: BufferPool) -> Steps:
         """All-gather the parameter shards into `out`, the slowest level first: it then carries the least."""
-        yield from self._gather_exact(self.shard, out, self.mesh.num_levels - self.placement.params)
+        shard = self._arrive(out[self.start : self.stop])
+        yield from self._gather_exact(shard, out, self.mesh.num_levels - self.placement.params)
 
     def _gather_exact(self, source: Tensor, out: Tensor, first: int) -> Steps:
         """All-gather `source`, this rank's range inside the level before `first`, over the levels from there on."""
         arrived = yield from self._spread(source, first, self.mesh.num_levels, lambda start, stop: out[start:stop])
-        if arrived is source:  # every level has one member
+        if arrived is source and not self.streamed:  # every level has one member
             out.copy_(source)
 
     def _spread(
@@ -111,23 +133,23 @@ class Flat:
             self.refreshing.finish()
             self.refreshing = None
 
-    def pieces(self) -> Iterator[Piece]:
-        """What this rank checkpoints: replicas share the work, each an equal part of the common range."""
-        yield from self._pieces(MASTER, self.shard, self.start)
+    def _arrive(self, place: Tensor) -> Tensor:
+        """The shard on the device: itself, or copied to `place` from host memory."""
+        return place.copy_(self.shard, non_blocking=True) if self.streamed else self.shard
 
-    def load(self, read: Read, *, moments: bool) -> None:
-        """Fill the weights from `read`."""
-        self._load(MASTER, self.shard, self.start, read)
-
-    def _pieces(self, kind: str, tensor: Tensor, start: int) -> Iterator[Piece]:
+    def pieces(self, kind: str, tensor: Tensor, start: int) -> Iterator[Piece]:
+        """What this rank checkpoints of elements `start` and following of the flat buffer: replicas share the work,
+        each an equal part of their common range."""
         low, high = self.mesh.shard(self.layout.size, self.mesh.num_levels)
-        part = tensor[low - start : high - start]
+        low, high = max(low, start), min(high, start + tensor.numel())
+        part = tensor[low - start : max(low, high) - start]
         for o in self.layout.overlaps(low, high):
             yield Piece(
                 name=o.entry.name, kind=kind, start=o.start, stop=o.stop, shape=tuple(o.entry.shape), tensor=o.of(part)
             )
 
-    def _load(self, kind: str, tensor: Tensor, start: int, read: Read) -> None:
+    def load(self, kind: str, tensor: Tensor, start: int, read: Read) -> None:
+        """Fill elements `start` and following of the flat buffer from `read`."""
         for o in self.layout.overlaps(start, start + tensor.numel()):
             o.of(tensor).copy_(read(o.entry.name, kind, o.start, o.stop))
 
@@ -143,7 +165,6 @@ class TrainableFlat(Flat):
         dtype: torch.dtype,
         device: torch.device,
         *,
-        kinds: Sequence[str],
         reduce_dtype: torch.dtype,
         transport: Transport | None = None,
     ) -> None:
@@ -156,22 +177,21 @@ class TrainableFlat(Flat):
         """The innermost level that weights cross packed; -1 for none."""
         self._format = transport.weights[self._packed_until] if transport and quantized else None
         super().__init__(named, mesh, placement, dtype, device, transport.block if transport else ALIGN)
-        inside = slice(self.optim_start - self.start, self.optim_stop - self.start)
+        self.optim_start, self.optim_stop = mesh.shard(self.layout.size, placement.optim)
+        self.chunk = self.optim_stop - self.optim_start
+        """Elements of this rank's optimizer range."""
         self.packed: Tensor | None = None
         """This rank's optimizer range, packed; part of `shard` where that is packed."""
         self.owned: Tensor | None = None
-        """The part of `shard` that this rank's optimizer writes; None where the weights are packed afterwards."""
-        if not self._format:
-            self.owned = self.shard[inside]
-        elif self._packed_shard:
-            self.packed = self._packed_place(self.shard, self.start)(self.optim_start, self.optim_stop)
-        else:
-            self.packed = torch.zeros(self._packed_bytes(self._chunk), dtype=torch.uint8, device=device)
-        if self.owned is not None and dtype == torch.float32:
-            self.master = self.owned
-        else:
-            self.master = torch.zeros(self._chunk, device=device)
-        self.moments = {kind: torch.zeros_like(self.master) for kind in kinds}
+        """The part of `shard` that this rank's optimizer writes; None where the weights are packed afterwards, or come
+        from the slot of `away` by a refresh."""
+        self.master: Tensor
+        """fp32, and as large each of `moments`; none of them where the states are `away`."""
+        self.moments: dict[str, Tensor] = {}
+        self.away: Shard | None = None
+        self.updating: Update | None = None
+        self.squares: Tensor | None = None
+        """0-dim: the sum of squares of a gradient that has left for the slot of `away`."""
         self.residuals: dict[int, Tensor] = {}
         """By level, what quantization took from the gradients sent there: the error feedback, fp32."""
         if transport and transport.error_feedback:
@@ -197,19 +217,51 @@ class TrainableFlat(Flat):
         others = mesh.group(mesh.num_levels - placement.optim, mesh.num_levels - placement.params) is not None
         return others or (self._format is not None and not self._packed_shard)
 
-    # ------------------------------------------------------------------------------------------------ weights
+    # ------------------------------------------------------------------------------------------------ memory
 
-    def _make_shard(self, device: torch.device) -> Tensor:
-        self.optim_start, self.optim_stop = self.mesh.shard(self.layout.size, self.placement.optim)
-        self._chunk = self.optim_stop - self.optim_start
-        if not self._packed_shard:
-            return super()._make_shard(device)
-        return torch.zeros(self._packed_bytes(self.stop - self.start), dtype=torch.uint8, device=device)
+    @property
+    def shard_numel(self) -> int:
+        return self._packed_bytes(self.stop - self.start) if self._packed_shard else super().shard_numel
+
+    @property
+    def shard_dtype(self) -> torch.dtype:
+        return torch.uint8 if self._packed_shard else self.dtype
+
+    @property
+    def slot_dtype(self) -> torch.dtype:
+        """In which gradients leave for, and weights come back from, states that are away."""
+        return torch.float32 if self._format else self.dtype
+
+    @property
+    def slot_is_shard(self) -> bool:
+        """Whether, in host memory, one place can serve as the slot and as the parameter shard."""
+        return self._format is None and (self.start, self.stop) == (self.optim_start, self.optim_stop)
+
+    def place(self, shard: Tensor | None) -> None:
+        super().place(shard)
+        if self._format and self._packed_shard:
+            self.packed = self._packed_place(self.shard, self.start)(self.optim_start, self.optim_stop)
+        elif self._format:
+            self.packed = torch.zeros(self._packed_bytes(self.chunk), dtype=torch.uint8, device=self.device)
+        elif not self.streamed:
+            self.owned = self.shard[self.optim_start - self.start : self.optim_stop - self.start]
+
+    def place_states(self, kinds: Sequence[str], away: Shard | None) -> None:
+        """Give the optimizer states their memory: on the device, or what `away` has. After `place`."""
+        self.away = away
+        if away:
+            away.target = self.owned
+            return
+        shares = self.owned is not None and self.dtype == torch.float32
+        self.master = self.owned if shares and self.owned is not None else torch.zeros(self.chunk, device=self.device)
+        self.moments = {kind: torch.zeros_like(self.master) for kind in kinds}
+
+    # ------------------------------------------------------------------------------------------------ weights
 
     def _packed_bytes(self, numel: int) -> int:
         """Of whole optimizer ranges, each packed for itself."""
         assert self._format is not None
-        return numel // self._chunk * self._format.packed_bytes(self._chunk)
+        return numel // self.chunk * self._format.packed_bytes(self.chunk)
 
     def _packed_place(self, packed: Tensor, origin: int) -> Callable[[int, int], Tensor]:
         """Where elements ``start:stop`` of the flat buffer lie in `packed`, whose first one is `origin`."""
@@ -217,33 +269,54 @@ class TrainableFlat(Flat):
 
     def publish(self) -> None:
         """After the master weights changed, and before the `refresh` that carries them on: pack what travels packed."""
-        if self.packed is not None:
-            assert self._format is not None
-            quantize(self.master, self._format, self.packed)
+        if self.packed is None:
+            return
+        assert self._format is not None
+        master = self.away.slot.to(self.device, non_blocking=True) if self.away else self.master
+        if self.packed.device == master.device:
+            quantize(master, self._format, self.packed)
+        else:
+            packed = torch.empty(self.packed.numel(), dtype=torch.uint8, device=self.device)
+            quantize(master, self._format, packed)
+            self.packed.copy_(packed)
 
     def refresh(self, scratch: BufferPool) -> Steps:
         """All-gather the updated weights from the ranks of O into the parameter shards, the slowest level first."""
         first, last = self.mesh.num_levels - self.placement.optim, self.mesh.num_levels - self.placement.params
+        shard = scratch.take(self.shard_numel, self.shard_dtype) if self.streamed else self.shard
 
         def place(start: int, stop: int) -> Tensor:
-            return self.shard[start - self.start : stop - self.start]
+            return shard[start - self.start : stop - self.start]
 
-        if self.owned is not None:
-            yield from self._spread(self.owned, first, last, place)
-        elif self._packed_shard:
-            assert self.packed is not None
-            yield from self._spread(self.packed, first, last, self._packed_place(self.shard, self.start))
-        else:
-            assert self.packed is not None
+        if self._packed_shard:
+            packed_place = self._packed_place(shard, self.start)
+            source = packed_place(self.optim_start, self.optim_stop)
+            if self.streamed:
+                assert self.packed is not None
+                source.copy_(self.packed, non_blocking=True)
+            yield from self._spread(source, first, last, packed_place)
+        elif self.packed is not None:
             target = yield from self._unpack(self.packed, first, place, scratch)
             yield from self._spread(target, self._packed_until + 1, last, place)
+        else:
+            source = place(self.optim_start, self.optim_stop)
+            if self.streamed:
+                assert self.away is not None
+                source.copy_(self.away.slot, non_blocking=True)
+            yield from self._spread(source, first, last, place)
+        if self.streamed:
+            self.shard.copy_(shard, non_blocking=True)
+            scratch.give(shard)
 
     def gather(self, out: Tensor, scratch: BufferPool) -> Steps:
         first = self.mesh.num_levels - self.placement.params
         if not self._packed_shard:
-            yield from self._gather_exact(self.shard, out, first)
+            yield from self._gather_exact(self._arrive(out[self.start : self.stop]), out, first)
         else:
-            target = yield from self._unpack(self.shard, first, lambda start, stop: out[start:stop], scratch)
+            place = scratch.take(self.shard_numel, torch.uint8) if self.streamed else self.shard
+            target = yield from self._unpack(self._arrive(place), first, lambda start, stop: out[start:stop], scratch)
+            if self.streamed:
+                scratch.give(place)
             yield from self._spread(
                 target, self._packed_until + 1, self.mesh.num_levels, lambda start, stop: out[start:stop]
             )
@@ -258,7 +331,7 @@ class TrainableFlat(Flat):
         buffer = scratch.take(self._packed_bytes(stop - start), torch.uint8)
         packed = yield from self._spread(source, first, self._packed_until + 1, self._packed_place(buffer, start))
         target = place(start, stop)
-        dequantize(packed, self._format, target, chunks=(stop - start) // self._chunk)
+        dequantize(packed, self._format, target, chunks=(stop - start) // self.chunk)
         scratch.give(buffer)
         return target
 
@@ -325,26 +398,25 @@ class TrainableFlat(Flat):
 
     # ------------------------------------------------------------------------------------------------ state
 
-    def pieces(self) -> Iterator[Piece]:
-        for kind, tensor in {MASTER: self.master, **self.moments}.items():
-            yield from self._pieces(kind, tensor, self.optim_start)
+    def residual_pieces(self) -> Iterator[Piece]:
         for name, residual in self._named_residuals():
             length = residual.numel()
             yield Piece(name=name, kind=RESIDUAL, start=0, stop=length, shape=(length,), tensor=residual)
 
-    def load(self, read: Read, *, moments: bool) -> None:
-        """Fill the master weights, and the optimizer's state if `moments`; `refresh` must follow.
-
-        The error feedback belongs to one mesh: on another it starts again from nothing.
-        """
-        for kind, tensor in {MASTER: self.master, **(self.moments if moments else {})}.items():
-            self._load(kind, tensor, self.optim_start, read)
-        for name, residual in self._named_residuals() if moments else ():
+    def load_residuals(self, read: Read) -> None:
+        """The error feedback belongs to one mesh: on another it starts again from nothing."""
+        for name, residual in self._named_residuals():
             try:
                 residual.copy_(read(name, RESIDUAL, 0, residual.numel()))
             except KeyError:
                 residual.zero_()
-        if self.owned is not None and self.owned is not self.master:
+
+    def loaded(self) -> None:
+        """After the master weights were filled: bring the weights to where an update would; `refresh` must follow."""
+        if self.away:
+            if self.owned is not None:
+                self.owned.copy_(self.away.slot)
+        elif self.owned is not None and self.owned is not self.master:
             self.owned.copy_(self.master)
         self.publish()
 
@@ -366,9 +438,17 @@ class Unit:
         self.trainable, self.frozen = tuple(trainable), frozen
         self.flats: list[Flat] = [*trainable, *([frozen] if frozen else [])]
         self.num_trainable = sum(len(flat.parameters) for flat in trainable)
-        self.sharded = any(flat.sharded for flat in self.flats)
-        self.refreshes = any(flat.refreshes for flat in trainable)
         self.num_pending = 0
         """Parameters whose gradient this backward has not brought yet."""
         self.packed = False
         """Whether the backward will ask for this unit's weights."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether it is gathered to be used, and released after. Once its flats have their place."""
+        return any(flat.sharded for flat in self.flats)
+
+    @property
+    def waits(self) -> bool:
+        """Whether new weights may be on their way when it is to be used."""
+        return any(flat.refreshes or flat.away for flat in self.trainable)

@@ -67,7 +67,7 @@ def build_engine(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype
     from parallel import Mesh, Placement, shard
 
     mesh = Mesh.of(job.parallel.levels, rank=where.rank, world=where.world)
-    return shard(model, mesh, Placement.of(job.parallel, mesh.num_levels), **common)
+    return shard(model, mesh, Placement.of(job.parallel, mesh.num_levels), offload=job.offload, **common)
 
 
 def check_same_data(corpus: Corpus, where: Rank) -> None:

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from offload import states
+from offload.options import OffloadOptions
 from offload.state import MASTER
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard
 
@@ -118,6 +120,7 @@ def build(case: dict):
         units=model.units(), initial=lambda name, kind, start, stop: source[name][start:stop],
         optimizer=OptimizerOptions(**case.get("optimizer", {})), options=options,
         dtype=torch.bfloat16 if case.get("bf16") else torch.float32, device=torch.device("cpu"),
+        offload=OffloadOptions(**case.get("offload", {})),
         recompute=list(model.blocks) if case.get("recompute") else (),
         compile=list(model.blocks) if case.get("compile") else (),
     )  # fmt: skip
@@ -249,11 +252,26 @@ def quantized(case: dict) -> dict:
     }
 
 
-CHECKS = {"equality": equality, "resumed": resumed, "ddp": against_ddp, "quantized": quantized}
+def alike(case: dict) -> dict:
+    """Whether training with each of the `offloads` gives the same bits."""
+    found = []
+    for offload in case["offloads"]:
+        engine = build(case | {"offload": offload})
+        norms = train(engine, case, range(STEPS))
+        found.append(gathered(engine) | {("norms", ""): torch.stack(norms)})
+        engine.close()
+    first = found[0]
+    return {
+        "different": [i for i, state in enumerate(found) if any(not torch.equal(state[k], first[k]) for k in first)]
+    }
+
+
+CHECKS = {"alike": alike, "equality": equality, "resumed": resumed, "ddp": against_ddp, "quantized": quantized}
 
 
 def run(rank: int, world: int, cases: list[dict], init: str) -> None:
     torch.set_num_threads(1)
+    states.CHUNK = 1000  # or the toy's states would be one chunk
     dist.init_process_group(
         "gloo", init_method=f"file://{init}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )

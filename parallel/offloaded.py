@@ -1,0 +1,190 @@
+"""The engine's side of what is away from the device (`offload/states.py`): which flat buffers, and when they move.
+
+[Note: a slot that is the shard] Where a rank's parameter range is its optimizer range and the weights live in host
+memory, one place serves as weight and gradient: the gradient overwrites the weights when the unit's backward is done
+with them, the update overwrites the gradient with new weights. 14 bytes a parameter in all.
+"""
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from offload.hostpool import HostPool
+from offload.options import OffloadOptions
+from offload.states import KINDS, AdamW, AwayStates, Run, Shard
+from parallel import optimizer as optimizers
+from parallel.options import OptimizerOptions
+from parallel.unit import Flat, TrainableFlat, Unit
+
+
+class Offloader:
+    """Decides where each flat buffer's weights and states live, gives them their memory, and moves them."""
+
+    def __init__(
+        self, units: Sequence[Unit], options: OffloadOptions, optimizer: OptimizerOptions, device: torch.device
+    ) -> None:
+        """units: in the order in which they run. Raises ValueError for options that cannot be met, ArenaError or
+        DriveError where memory is not to be had."""
+        self._states: AwayStates | None = None
+        self.flats: list[TrainableFlat] = []
+        """Those whose states are away, in the order in which they run."""
+        kinds = optimizers.moment_kinds(optimizer)
+        if not options.away:
+            for unit in units:
+                for flat in unit.flats:
+                    flat.place(None)
+                for trained in unit.trainable:
+                    trained.place_states(kinds, None)
+            return
+        if optimizer.name != "adamw":
+            raise ValueError(f"offload.states={options.states} updates by AdamW: set optimizer=adamw")
+        if options.states == "none":
+            raise ValueError(
+                "offload.weights=host needs offload.states=host or nvme: the states would take more memory"
+            )
+        self._states = AwayStates(
+            AdamW(beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps, weight_decay=optimizer.weight_decay),
+            device=device,
+            pool=HostPool(options.threads or _threads()),
+            nvme_folders=[Path(path) for path in options.nvme_path],
+            nvme_direct=options.nvme_direct,
+        )
+        self._place(units, options, kinds)
+
+    def _place(self, units: Sequence[Unit], options: OffloadOptions, kinds: Sequence[str]) -> None:
+        states, budget, streams = self._states, options.gpu_bytes, options.weights == "host"
+        assert states is not None
+        shards: dict[Flat, Shard] = {}
+        streamed: list[Flat] = []
+        for unit in units:
+            for trained in unit.trainable:
+                weights = trained.shard_numel * trained.shard_dtype.itemsize if streams else 0
+                size = 12 * trained.chunk + weights
+                if size <= budget:
+                    budget -= size
+                    continue
+                budget = 0  # in order: what runs first is updated where it is needed first
+                full = states.host_bytes + 12 * trained.chunk > (options.host_bytes or 0)
+                shards[trained] = states.add(
+                    trained.chunk, trained.slot_dtype, on_nvme=options.states == "nvme" and full
+                )
+                if streams:
+                    streamed.append(trained)
+            if streams and unit.frozen:
+                streamed.append(unit.frozen)
+        apart = [flat for flat in streamed if not (isinstance(flat, TrainableFlat) and flat.slot_is_shard)]
+        for flat in apart:
+            states.reserve(flat.shard_numel * flat.shard_dtype.itemsize)
+        _check_limits(states, options)
+        states.allocate()
+
+        def memory(flat: Flat) -> Tensor | None:
+            """Where the parameter shard lies in host memory; None: on the device."""
+            if flat not in streamed:
+                return None
+            if flat not in apart:
+                return shards[flat].slot
+            assert states.arena is not None
+            return states.arena.take(flat.shard_numel, flat.shard_dtype).zero_()
+
+        for unit in units:
+            for flat in unit.flats:
+                flat.place(memory(flat))
+            for trainable in unit.trainable:
+                trainable.place_states(kinds, shards.get(trainable))
+        self.flats = [flat for unit in units for flat in unit.trainable if flat.away]
+
+    # ------------------------------------------------------------------------------------------------ a step
+
+    def depart(self, flat: TrainableFlat) -> None:
+        """Send a final gradient away, on the current stream, if the flat's states are away."""
+        if flat.away is None:
+            return
+        assert self._states is not None and flat.grad is not None
+        self.arrive(flat)
+        grad = flat.grad.to(flat.away.dtype)
+        flat.squares = optimizers.sum_of_squares(grad)
+        self._states.take(flat.away, grad)
+        flat.grad, flat.holds_gradient = None, True
+
+    def update(self, scale: Tensor | None, lr: float, updates: int) -> None:
+        """Start updating all that is away, see `offload/states.py`."""
+        if self._states is None:
+            return
+        work = []
+        for flat in self.flats:
+            assert flat.away is not None
+            runs = [Run(start, stop, decays) for start, stop, decays in optimizers.runs(flat)]
+            work.append((flat.away, runs))
+            flat.holds_gradient = False
+        for flat, update in zip(
+            self.flats, self._states.update(work, scale=scale, lr=lr, updates=updates), strict=True
+        ):
+            flat.updating = update
+
+    def arrive(self, flat: TrainableFlat) -> bool:
+        """Have the last update of a flat in its slot, or `owned`; whether there was one under way. The host waits."""
+        update, flat.updating = flat.updating, None
+        if update is None:
+            return False
+        update.finish()
+        return True
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def walk(self, *, write: bool) -> Iterator[tuple[TrainableFlat, int, dict[str, Tensor]]]:
+        """All that is away: flat, first element in the flat buffer, and from there 1-D tensors by kind of state, good
+        until the next are asked for. With `write` they are stored, and the weights put into the slots."""
+        if self._states is None:
+            return
+        self._states.settle()
+        shards = [flat.away for flat in self.flats if flat.away]
+        parts = self._states.walk(shards, write=write)
+        for flat in self.flats:
+            done = 0
+            while done < flat.chunk:
+                start, state = next(parts)
+                yield flat, flat.optim_start + start, dict(zip(KINDS, state, strict=True))
+                done = start + state[0].numel()
+                if write and flat.away:
+                    flat.away.slot[start:done] = state[0]
+        next(parts, None)
+
+    def bytes(self) -> dict[str, int]:
+        """What is held in host memory and on NVMe."""
+        if self._states is None:
+            return {}
+        return {"host": self._states.host_bytes, "nvme": self._states.nvme_bytes}
+
+    def close(self) -> None:
+        if self._states is not None:
+            self._states.close()
+            self._states.pool.close()
+
+
+def _check_limits(states: AwayStates, options: OffloadOptions) -> None:
+    for key, limit, needed in (
+        ("host_bytes", options.host_bytes, states.host_bytes),
+        ("nvme_bytes", options.nvme_bytes, states.nvme_bytes),
+    ):
+        strict = key == "nvme_bytes" or options.states == "host"
+        if strict and limit is not None and needed > limit:
+            raise ValueError(
+                f"offload.{key}={limit}: this rank needs {needed}; raise it, give more to offload.gpu_bytes, or use "
+                f"offload.states=nvme"
+            )
+
+
+def _threads() -> int:
+    """This machine's cores over its ranks, but for one that issues the device's work."""
+    ranks = 1
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        names: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(names, socket.gethostname())
+        ranks = names.count(socket.gethostname())
+    return max(1, len(os.sched_getaffinity(0)) // ranks - 1)

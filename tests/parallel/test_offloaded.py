@@ -1,0 +1,82 @@
+"""State that is away from the device trains as state on it does, under every placement."""
+
+import pytest
+
+from tests.parallel.test_placements import PRESETS, free, run_world
+
+HOST = {"states": "host", "threads": 1}
+STREAMED = HOST | {"weights": "host"}
+SPLIT = HOST | {"gpu_bytes": 20_000}
+
+
+@pytest.fixture(scope="module")
+def nvme(tmp_path_factory) -> dict:
+    """States on a drive, half of them in host memory."""
+    folder = tmp_path_factory.mktemp("drive")
+    return {"states": "nvme", "nvme_path": [str(folder)], "nvme_direct": False, "threads": 1}
+
+
+def check(world: int, cases: list[dict], tolerance: float = 1e-6) -> None:
+    for answer in run_world(world, cases):
+        assert answer["difference"] < tolerance, answer
+        assert answer["norms"] < tolerance, answer
+        assert answer["alive"] == 0 or answer["case"]["parallel"]["placement"] != "zero3", answer
+
+
+@pytest.mark.timeout(200)
+def test_one_worker_equals_a_plain_process(nvme: dict) -> None:
+    cases = [
+        {"parallel": {"placement": "zero3"}, "accumulation": accumulation, "offload": offload, "evaluate": True}
+        for accumulation in (1, 4)
+        for offload in (HOST, STREAMED, SPLIT, SPLIT | STREAMED, nvme, nvme | {"weights": "host", "host_bytes": 60_000})
+    ]
+    check(1, cases)
+
+
+@pytest.mark.timeout(200)
+def test_every_placement_equals_a_plain_process(nvme: dict) -> None:
+    levels = {"node": 2, "gpu": 2}
+    cases = [
+        {"levels": levels, "parallel": {"placement": preset}, "accumulation": 2, "offload": offload}
+        for preset, offload in zip(PRESETS, (HOST, STREAMED, nvme, STREAMED, nvme, STREAMED, STREAMED), strict=True)
+    ]
+    cases.append({"levels": levels, "parallel": free(0, 1, 2), "offload": STREAMED | {"gpu_bytes": 5_000}})
+    check(4, cases)
+
+
+@pytest.mark.timeout(100)
+def test_where_states_are_changes_no_bit(nvme: dict) -> None:
+    offloads = [HOST, STREAMED, nvme, nvme | {"weights": "host"}, nvme | {"host_bytes": 60_000}]
+    cases = [
+        {
+            "check": "alike",
+            "parallel": {"placement": "zero3"},
+            "offloads": offloads,
+            "bf16": bf16,
+            "accumulation": count,
+        }
+        for bf16, count in ((False, 1), (True, 4))
+    ]
+    for answer in run_world(1, cases):
+        assert answer["different"] == [], answer
+
+
+@pytest.mark.timeout(200)
+def test_quantized_transport_of_offloaded_weights_is_that_of_others() -> None:
+    cases = [
+        {"check": "alike", "levels": {"node": 2}, "parallel": {"placement": placement, "quantize": "all"},
+         "offloads": [HOST, STREAMED]}
+        for placement in ("zero3", "zero1")
+    ]  # fmt: skip
+    for answer in run_world(2, cases):
+        assert answer["different"] == [], answer
+
+
+@pytest.mark.timeout(100)
+def test_state_moves_between_tiers(nvme: dict) -> None:
+    cases = [
+        {"check": "resumed", "parallel": {"placement": "zero3"}, "offload": first, "then": {"offload": then}}
+        for first, then in ((HOST, nvme), (nvme, STREAMED), (STREAMED, HOST))
+    ]
+    for answer in run_world(1, cases):
+        assert answer["bitwise"], answer
