@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offload.plan.bilevel import Head, Layer, StepPlan, flat_requests, plan_step, record_head, record_layer
-    from offload.plan.place import Placement, place
+    from offload.plan.fit import Placement, place
     from offload.plan.record import Recorder
     from offload.plan.requests import GrowingRequest, Request, check_fits, growing, load_bytes, timeline
 
@@ -16,7 +16,7 @@ _HOMES = {
     "GrowingRequest": "requests",
     "Head": "bilevel",
     "Layer": "bilevel",
-    "Placement": "place",
+    "Placement": "fit",
     "Recorder": "record",
     "Request": "requests",
     "StepPlan": "bilevel",
@@ -24,7 +24,7 @@ _HOMES = {
     "flat_requests": "bilevel",
     "growing": "requests",
     "load_bytes": "requests",
-    "place": "place",
+    "place": "fit",
     "plan_step": "bilevel",
     "record_head": "bilevel",
     "record_layer": "bilevel",

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from offload.plan.place import ALIGN, Placement, place
+from offload.plan.fit import ALIGN, Placement, place
 from offload.plan.record import Recorder
 from offload.plan.requests import Request, load_bytes, rounded
 
@@ -39,7 +39,8 @@ class Layer:
     backward: tuple[Request, ...]
     num_backward: int
     saved: tuple[Request, ...] = ()
-    """Made by the forward for the backward: ``first`` is a step of the forward, ``last`` one of the backward."""
+    """Made by the forward for the backward. The steps of the backward follow those of the forward: its first one is
+    ``num_forward``."""
     gradients: tuple[Request, ...] = ()
     """Of the weights: made by the backward, and gone when the next layer's backward ends. Steps of the backward."""
     input_bytes: int
@@ -88,6 +89,8 @@ class StepPlan:
     """Level two: where `requests` lie."""
     arenas: dict[str, Arena]
     """Level one by the name of the block in level two: ``<layer>.forward``, ``<layer>.backward``, ``head.inside``."""
+    groups: dict[str, tuple[Request, ...]]
+    """Tensors that live and die together and so are one request of level two, by its name: they lie side by side."""
     flat_bound_bytes: int
     """Most bytes wanted at one operator of the step: no plan of it takes less."""
     num_solved: int
@@ -95,11 +98,16 @@ class StepPlan:
     seconds: float
 
     def offsets(self) -> dict[str, int]:
-        """Bytes from the start of the memory: blocks of level two by name, and ``<block>/<tensor>`` within an arena."""
+        """Bytes from the start of the memory: requests of level two by name, and ``<request>/<tensor>`` within one."""
         found = dict(zip((r.name for r in self.requests), self.step.offsets, strict=True))
         for block, arena in self.arenas.items():
             for r, offset in zip(arena.requests, arena.placement.offsets, strict=True):
                 found[f"{block}/{r.name}"] = found[block] + offset
+        for group, requests in self.groups.items():
+            offset = found[group]
+            for r in requests:
+                found[f"{group}/{r.name}"] = offset
+                offset += rounded(r.size_bytes, self.step.align)
         return found
 
 
@@ -131,52 +139,58 @@ def plan_step(
             solved[requests] = place(requests, align=align, time_limit_s=left_s, gap=gap)
         if requests:
             arenas[block] = Arena(requests, solved[requests])
-    requests = _level_two(layers, head, {block: arena.placement.size_bytes for block, arena in arenas.items()}, align)
+    arena_bytes = {block: arena.placement.size_bytes for block, arena in arenas.items()}
+    requests, groups = _level_two(layers, head, arena_bytes, align)
     left_s = max(0.0, time_limit_s - (time.monotonic() - start))
     step = place(requests, align=align, time_limit_s=left_s, gap=gap)
     flat = load_bytes(flat_requests(layers, head), align)
-    return StepPlan(requests, step, arenas, flat, len(solved), time.monotonic() - start)
+    return StepPlan(requests, step, arenas, groups, flat, len(solved), time.monotonic() - start)
 
 
 def _arenas_of(layer: Layer) -> dict[str, tuple[Request, ...]]:
     return {"forward": layer.forward, "backward": layer.backward}
 
 
-def _level_two(layers: Sequence[Layer], head: Head, arena_bytes: dict[str, int], align: int) -> tuple[Request, ...]:
+def _level_two(
+    layers: Sequence[Layer], head: Head, arena_bytes: dict[str, int], align: int
+) -> tuple[tuple[Request, ...], dict[str, tuple[Request, ...]]]:
+    """Its requests, and the tensors of those that hold several."""
     n = len(layers)
     found: list[Request] = []
+    groups: dict[str, tuple[Request, ...]] = {}
 
     def want(name: str, owner: str, size_bytes: int, first: int, last: int) -> None:
         if size_bytes:
             found.append(Request(name, owner, size_bytes, first, last))
 
-    def total(requests: Sequence[Request]) -> int:
-        return sum(rounded(r.size_bytes, align) for r in requests)
+    def group(name: str, owner: str, requests: tuple[Request, ...], first: int, last: int) -> None:
+        if requests:
+            groups[name] = requests
+            want(name, owner, sum(rounded(r.size_bytes, align) for r in requests), first, last)
 
     for i, layer in enumerate(layers):
         there, back = i + 1, 2 * n + 1 - i
         want(f"{i}.forward", "forward", arena_bytes.get(f"{i}.forward", 0), there, there)
         want(f"{i}.backward", "backward", arena_bytes.get(f"{i}.backward", 0), back, back)
-        kept = [r for r in layer.saved if r.name not in layer.swap_saved]
-        swapped = [r for r in layer.saved if r.name in layer.swap_saved]
-        want(f"{i}.saved", "saved", total(kept), there, back)
-        want(f"{i}.swap_out", "swap", total(swapped), there, there + 1)
-        want(f"{i}.swap_in", "swap", total(swapped), back - 1, back)
+        swapped = tuple(r for r in layer.saved if r.name in layer.swap_saved)
+        group(f"{i}.saved", "saved", tuple(r for r in layer.saved if r not in swapped), there, back)
+        group(f"{i}.swap_out", "swap", swapped, there, there + 1)
+        group(f"{i}.swap_in", "swap", swapped, back - 1, back)
         if layer.swap_input:
             want(f"{i}.input_out", "swap", layer.input_bytes, there - 1, there + 1)
             want(f"{i}.input_in", "swap", layer.input_bytes, back - 1, back)
         else:
             want(f"{i}.input", "inputs", layer.input_bytes, there - 1, back)
         want(f"{i}.input_grad", "input gradients", layer.input_bytes, back, back + 1)
-        want(f"{i}.gradients", "gradients", total(layer.gradients), back, back + 1)
+        group(f"{i}.gradients", "gradients", layer.gradients, back, back + 1)
         want(f"{i}.weights_there", "weights", layer.weight_bytes, there - 1, there)
         want(f"{i}.weights_back", "weights", layer.weight_bytes, back - 1, back)
     want("head.inside", "head", arena_bytes.get("head.inside", 0), n + 1, n + 1)
     want("head.input", "inputs", head.input_bytes, n, n + 1)
     want("head.input_grad", "input gradients", head.input_bytes, n + 1, n + 2)
-    want("head.gradients", "gradients", total(head.gradients), n + 1, n + 2)
+    group("head.gradients", "gradients", head.gradients, n + 1, n + 2)
     want("head.weights", "weights", head.weight_bytes, n, n + 1)
-    return tuple(found)
+    return tuple(found), groups
 
 
 def flat_requests(layers: Sequence[Layer], head: Head) -> tuple[Request, ...]:
@@ -191,7 +205,7 @@ def flat_requests(layers: Sequence[Layer], head: Head) -> tuple[Request, ...]:
     for length in lengths:
         starts.append(starts[-1] + length)
     stops = [start - 1 for start in starts[1:]]  # last operator of each step of level two
-    coarse = _level_two(
+    coarse, _ = _level_two(
         [replace(x, forward=(), backward=(), saved=(), swap_saved=frozenset(), gradients=()) for x in layers],
         replace(head, gradients=()),
         {},
@@ -210,7 +224,7 @@ def flat_requests(layers: Sequence[Layer], head: Head) -> tuple[Request, ...]:
         shift(layer.backward, f"{i}.backward", back)
         shift(layer.gradients, f"{i}.gradients", back, stops[back + 1])
         for r in layer.saved:
-            first, last = starts[there] + r.first, starts[back] + r.last
+            first, last = starts[there] + r.first, starts[back] + r.last - layer.num_forward
             if r.name in layer.swap_saved:
                 found.append(replace(r, name=f"{i}.swap_out/{r.name}", first=first, last=stops[there + 1]))
                 found.append(replace(r, name=f"{i}.swap_in/{r.name}", first=starts[back - 1], last=last))
@@ -244,7 +258,9 @@ def record_layer(module: nn.Module, x: Tensor, *others: object) -> Layer:
         num_forward=len(there),
         backward=_since(back, [r for r in made if r.first >= back.start and r.name not in results]),
         num_backward=len(back),
-        saved=tuple(replace(r, last=max(0, r.last - back.start)) for r in made if r.first < there.stop <= r.last),
+        saved=tuple(
+            replace(r, last=len(there) + max(0, r.last - back.start)) for r in made if r.first < there.stop <= r.last
+        ),
         gradients=_since(back, [r for r in made if r.name in results]),
         input_bytes=x.untyped_storage().nbytes(),
     )

@@ -102,12 +102,13 @@ class Recorder(TorchDispatchMode):
         step = self.num_steps
         self.num_steps += 1
         result = func(*args, **kwargs)
-        for tensor in _tensors(result):
+        for number, tensor in enumerate(_tensors(result)):
             storage = tensor.untyped_storage()
             if id(storage) not in self._alive and storage.nbytes():
                 self._watch(storage, len(self._made))
                 owner = "/".join(self._within) or "step"
-                self._made.append((f"{step}:{func}", owner, storage.nbytes(), step))
+                name = f"{step}:{func}" + (f"[{number}]" if number else "")
+                self._made.append((name, owner, storage.nbytes(), step))
         return result
 
     def _watch(self, storage: torch.UntypedStorage, place: int | None) -> None:
