@@ -31,6 +31,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
 from checkpoint.crc import crc32c
+from offload.state import Piece
 
 FORMAT = 1
 COMMIT = "COMMIT"
@@ -65,6 +66,11 @@ def step_of(name: str) -> tuple[int, int] | None:
     """Step and version whose folder has this name; None if it is no such folder."""
     match = _STEP.fullmatch(name)
     return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def chunk_file(array: str, number: int) -> str:
+    """Path of a chunk of the array of that name, in the rank's folder."""
+    return f"{array}/c/{number}"
 
 
 def shard_folder(rank: int) -> str:
@@ -112,7 +118,7 @@ class ArrayLayout:
 
     def chunk_file(self, number: int) -> str:
         """Path in the rank's folder."""
-        return f"{self.name}/c/{number}"
+        return chunk_file(self.name, number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +139,28 @@ class Span:
         _check(
             self.start <= self.stop <= math.prod(self.shape), f"{self.start}:{self.stop} of {self.name} {self.shape}"
         )
+
+
+Lengths = dict[tuple[str, str], int]
+"""Elements by kind and dtype."""
+
+
+def span_of(piece: Piece, lengths: Lengths) -> Span:
+    """Where a piece goes: behind what its array, which has `lengths` elements, holds already; `lengths` grows."""
+    dtype = str(piece.tensor.dtype).removeprefix("torch.")
+    numel = piece.stop - piece.start
+    assert piece.tensor.shape == (numel,), f"{piece.name}: {piece.tensor.shape}"
+    offset = lengths.get((piece.kind, dtype), 0)
+    lengths[piece.kind, dtype] = offset + numel
+    return Span(
+        name=piece.name,
+        kind=piece.kind,
+        start=piece.start,
+        stop=piece.stop,
+        shape=tuple(piece.shape),
+        dtype=dtype,
+        offset=offset,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

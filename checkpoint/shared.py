@@ -206,6 +206,12 @@ class Segment:
     def _slot(self, slot: int) -> int:
         return PAGE_BYTES * (1 + self.num_slots) + slot * (self.meta_bytes + self.payload_bytes)
 
+    def slot_memory(self, slot: int) -> Bytes:
+        """A slot's whole payload, for those who write their part of a draft that another process has begun."""
+        if not 0 <= slot < self.num_slots:
+            raise ValueError(f"{self.path}: slot {slot} of {self.num_slots}")
+        return self._payload(slot, self.payload_bytes)
+
     def _payload(self, slot: int, size: int) -> Bytes:
         start = self._slot(slot) + self.meta_bytes
         return self._memory[start : start + size]
@@ -240,7 +246,7 @@ class Draft:
     """A version that is being written. `payload`: the slot's bytes, page-aligned, still those of an older version."""
 
     def __init__(self, segment: Segment, slot: int, version: int, step: int) -> None:
-        self._segment, self._slot, self.version, self.step = segment, slot, version, step
+        self._segment, self.slot, self.version, self.step = segment, slot, version, step
         self.payload = segment._payload(slot, segment.payload_bytes)
 
     def commit(self, meta: bytes, payload_bytes: int | None = None) -> None:
@@ -251,7 +257,7 @@ class Draft:
                 f"meta of {len(meta)} and payload of {used} bytes: the segment has room for "
                 f"{self._segment.meta_bytes} and {len(self.payload)}"
             )
-        self._segment._commit(self._slot, self.version, self.step, used, meta)
+        self._segment._commit(self.slot, self.version, self.step, used, meta)
 
 
 @dataclass(frozen=True)

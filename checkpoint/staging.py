@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from checkpoint.chunks import ChunkWriter
 from checkpoint.crc import Bytes
-from checkpoint.layout import DTYPES, ArrayLayout, Index, Span
+from checkpoint.layout import DTYPES, ArrayLayout, Index, Lengths, span_of
 from offload.state import Piece
 
 _log = logging.getLogger(__name__)
@@ -25,7 +26,13 @@ class Staged:
     index: Index
     data: dict[tuple[str, str], Bytes]
 
-    def chunk(self, array: ArrayLayout, number: int) -> Bytes:
+    def write(self, chunks: ChunkWriter) -> Index:
+        for array in self.index.arrays.values():
+            for number in range(array.num_chunks):
+                chunks.put(array.name, number, self._chunk(array, number), array.chunk * array.item_bytes)
+        return self.index
+
+    def _chunk(self, array: ArrayLayout, number: int) -> Bytes:
         """The bytes of one chunk, without the padding of the last."""
         chunk_bytes = array.chunk * array.item_bytes
         return self.data[array.kind, array.dtype][number * chunk_bytes : (number + 1) * chunk_bytes]
@@ -62,24 +69,8 @@ class Staging:
             self._drop(key)
 
     def _lay_out(self, pieces: list[Piece]) -> Index:
-        lengths: dict[tuple[str, str], int] = {}
-        spans = []
-        for piece in pieces:
-            dtype = str(piece.tensor.dtype).removeprefix("torch.")
-            assert piece.tensor.shape == (piece.stop - piece.start,), f"{piece.name}: {piece.tensor.shape}"
-            offset = lengths.get((piece.kind, dtype), 0)
-            spans.append(
-                Span(
-                    name=piece.name,
-                    kind=piece.kind,
-                    start=piece.start,
-                    stop=piece.stop,
-                    shape=tuple(piece.shape),
-                    dtype=dtype,
-                    offset=offset,
-                )
-            )
-            lengths[piece.kind, dtype] = offset + piece.stop - piece.start
+        lengths: Lengths = {}
+        spans = [span_of(piece, lengths) for piece in pieces]
         arrays = {key: ArrayLayout.cut(*key, length, self._chunk_bytes) for key, length in lengths.items() if length}
         return Index(arrays=arrays, spans=spans)
 

@@ -20,7 +20,8 @@ from checkpoint.options import CheckpointOptions
 from checkpoint.ranks import Ranks
 from checkpoint.reader import CheckpointReader
 from checkpoint.staging import Staging
-from checkpoint.writer import Shard, committed, persist
+from checkpoint.stream import Stream
+from checkpoint.writer import Shard, Source, committed, persist
 from offload.state import Piece
 
 _log = logging.getLogger(__name__)
@@ -58,8 +59,19 @@ class Checkpoints:
         self._writing: int | None = None
         self._error: CheckpointError | None = None
 
-    def save(self, step: int, pieces: Iterable[Piece], rank_state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        pieces: Iterable[Piece],
+        rank_state: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        *,
+        background: bool = True,
+    ) -> None:
         """Copy this rank's state to host memory and write it in the background; every rank calls it.
+
+        background: without, it is written from where it lies before `save` returns: no copy of all of it is made, and
+        a piece need be good only until the next is asked for.
 
         `rank_state` and `meta` hold None, bool, int, float, str, bytes, tensors, lists and dicts (TypeError
         otherwise); rank 0's `meta` is stored. Waits while the checkpoint before is still being written. Once committed
@@ -69,8 +81,12 @@ class Checkpoints:
         if self._thread is not None and self._thread.is_alive():
             self._report(f"the checkpoint of step {step} waits: that of step {self._writing} is still being written")
         self.wait()
-        shard = Shard(step=step, staged=self._staging.copy(pieces), rank_state=state, meta=described)
+        source: Source = self._staging.copy(pieces) if background else Stream(pieces, self._options.chunk_bytes)
+        shard = Shard(step=step, source=source, rank_state=state, meta=described)
         self._writing = step
+        if not background:
+            self._persist(shard)
+            return
         # A daemon: a rank whose peers are gone must be able to exit, and an unfinished write leaves no marker.
         self._thread = threading.Thread(target=self._persist, args=(shard,), name="checkpoint", daemon=True)
         self._thread.start()

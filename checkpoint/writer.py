@@ -7,37 +7,40 @@ of one is a failure of all, and leaves no marker.
 import contextlib
 import json
 from collections.abc import Callable, Container
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from checkpoint.chunks import ChunkWriter
 from checkpoint.crc import crc32c
 from checkpoint.errors import CheckpointWriteError, explain
 from checkpoint.folder import Folder
 from checkpoint.layout import (
     COMMIT,
-    CRC_BYTES,
     META,
-    ArrayLayout,
     Commit,
     Entry,
+    Index,
     shard_folder,
     step_folder,
     step_of,
     zarr_metadata,
 )
 from checkpoint.ranks import Ranks
-from checkpoint.staging import Staged
 
-_THREADS = 4  # chunks in flight: enough for one to be checksummed while others are written and synced
+
+class Source(Protocol):
+    """State to be written."""
+
+    def write(self, chunks: ChunkWriter) -> Index:
+        """Put every chunk; says what lies where."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """All that one rank writes of one step, already in host memory."""
+    """All that one rank writes of one step."""
 
     step: int
-    staged: Staged
+    source: Source
     rank_state: bytes
     meta: bytes
 
@@ -103,40 +106,23 @@ def _clear(root: Folder, keep: Container[str]) -> None:
 def _write_shard(folder: Folder, rank: int, shard: Shard) -> dict[str, Entry]:
     """Write this rank's files into the step's folder. Returns the manifest of them, by path in that folder."""
     here = shard_folder(rank)
-    arrays = shard.staged.index.arrays.values()
+    folder.make(here)
+    with ChunkWriter(folder, here) as chunks:
+        index = shard.source.write(chunks)
+        entries = chunks.finish()
+    arrays = index.arrays.values()
     files = {f"{here}/{path}": content for path, content in zarr_metadata(arrays).items()}
-    files[f"{here}/index.json"] = shard.staged.index.dumps()
+    files[f"{here}/index.json"] = index.dumps()
     files[f"{here}/rank_state.json"] = shard.rank_state
     if rank == 0:
         group = zarr_metadata([])["zarr.json"]
         files |= {META: shard.meta, "zarr.json": group, "shards/zarr.json": group}
     folders = [here] + [f"{here}/{array.name}/c" for array in arrays]
-    folder.make(*folders)
-    entries = _write_chunks(folder, here, shard.staged)
     for path, content in files.items():
         folder.write(path, content)
         entries[path] = Entry(len(content), crc32c(content))
     folder.sync_folders(*folders, *(f"{here}/{array.name}" for array in arrays))
     return entries
-
-
-def _write_chunks(folder: Folder, here: str, staged: Staged) -> dict[str, Entry]:
-    def write(array: ArrayLayout, number: int) -> tuple[str, Entry]:
-        path = f"{here}/{array.chunk_file(number)}"
-        data = staged.chunk(array, number)
-        padding = bytes(array.chunk * array.item_bytes - len(data))
-        crc = crc32c(data, padding)
-        # Written as zarr's codecs would, but from where the data lies: zarr's own path copies each chunk twice.
-        folder.write(path, data.data, padding + crc.to_bytes(CRC_BYTES, "little"))
-        return path, Entry(len(data) + len(padding) + CRC_BYTES, crc)
-
-    jobs = [(array, number) for array in staged.index.arrays.values() for number in range(array.num_chunks)]
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="checkpoint") as pool:
-        try:
-            return dict(pool.map(lambda job: write(*job), jobs))
-        except Exception:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _finish(root: Folder, folder: Folder, step: int, reports: list[dict[str, Any]], keep_last: int) -> str:

@@ -1,0 +1,522 @@
+"""One node's part in the snapshots of one plan: docs/commit-protocol.md, steps 1 to 5.
+
+Threads: requests come from the threads of their connections; one thread a version (`_make`) seals, encodes and
+prepares, and on the coordinator announces what became of it. All state is under `_changed`; bytes are moved outside of it.
+
+[Note: who writes into a slot]
+The draft's slot is written by this node's ranks (each its area, from `begin` to `written`), by the encoder's thread
+(parity 0) and by connections that bring other parities. A version that was given up is not begun anew before the
+latter two are out of it (`_users`); a rank writes its area again before it says so. What a process that counts as dead
+still writes is found by the CRCs, and is an erasure.
+"""
+
+import json
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoint.area import Manifest, Written
+from checkpoint.crc import Bytes
+from checkpoint.erasure import ReedSolomon, aligned_empty
+from checkpoint.erasure.protocol import versions_to_keep
+from checkpoint.errors import CheckpointError
+from checkpoint.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader, FragmentId, piece_crcs, seal
+from checkpoint.roster import Plan
+from checkpoint.shared import Draft, Segment
+from checkpoint.wire import Message, NodeAddress, Wire, WireError
+
+SLICE_BYTES = 4 * PIECE_BYTES
+"""Of each element, pulled and encoded at a time."""
+PATIENCE_S = 50.0
+"""Longest wait for another node within a snapshot. Ranks write theirs within one step of each other."""
+
+
+class GivenUp(CheckpointError):
+    """The version is not made any more: another generation has begun, or the version was given up."""
+
+
+@dataclass(eq=False)
+class Making:
+    """The version that is being made."""
+
+    version: int
+    keep: set[int]
+    draft: Draft | None = None
+    written: dict[int, Written] = field(default_factory=dict)
+    sealed: bool = False
+    headers: list[FragmentHeader | None] = field(default_factory=list)
+    """Of the k chunks and m parities on this node, in the layout's order."""
+    thread: threading.Thread | None = None
+
+    @property
+    def step(self) -> int:
+        assert self.draft is not None
+        return self.draft.step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of the last version that was opened."""
+
+    version: int = 0
+    committed: bool = False
+    problem: str = ""
+
+
+class Generation:
+    """`areas`: of this node's ranks, (start, bytes) in the node's state. `committed`: what is restored from, if any.
+    `committed_one` is called after each commit under this plan.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        label: str,
+        run: bytes,
+        segment: Segment,
+        areas: Mapping[int, tuple[int, int]],
+        connect: Callable[[str], Wire],
+        committed: list[int],
+        committed_one: Callable[[], None],
+    ) -> None:
+        self.plan, self.label, self.run, self.segment, self.areas = plan, label, run, segment, dict(areas)
+        self.group, self.place = plan.place(label)
+        self.layout = plan.layout(self.group)
+        self._connect, self._committed, self._committed_one = connect, committed, committed_one
+        self._code = ReedSolomon(self.layout.k, self.layout.m) if self.layout.m else None
+        self._wires: dict[str, Wire] = {}
+        self._announcing: dict[str, Wire] = {}
+        self._changed = threading.Condition()
+        self._announced = threading.Lock()
+        self._making = self._new(plan.generation)
+        self._users = 0
+        self._closed = False
+        self._reports: dict[str, tuple[int, str]] = {}
+        """On the coordinator, of the version being made: by node its step and its problem."""
+        self.outcome = Outcome()
+        self.seconds: dict[str, float] = {}
+        """How long the parts of the last version took."""
+
+    @property
+    def version(self) -> int:
+        """The newest number that was issued."""
+        return self._making.version
+
+    # ------------------------------------------------------------------------------------------------ this node's ranks
+
+    def grant(self, rank: int, after: int, wait_s: float) -> Message:
+        """The version that `rank` may write, once there is one newer than `after`; 0: not within `wait_s`."""
+        with self._changed:
+            if rank not in self.areas:
+                raise GivenUp(f"rank {rank} is not on node {self.label}")
+            self._changed.wait_for(lambda: self._closed or self._making.version > after, wait_s)
+            self._check_open()
+            granted = self._making.version if self._making.version > after else 0
+            outcome = self.outcome
+        return {
+            "version": granted,
+            "done": outcome.version,
+            "committed": outcome.committed,
+            "problem": outcome.problem,
+            "seconds": self.seconds,
+        }
+
+    def begin(self, version: int, step: int) -> int:
+        """The slot to write `version` into; from here what the slot held does not exist."""
+        with self._changed:
+            making = self._expect(version)
+            if making.draft is None and not self._changed.wait_for(
+                lambda: self._closed or making.draft is not None or not self._users, PATIENCE_S
+            ):
+                raise GivenUp(f"node {self.label} still writes what was given up before version {version}")
+            self._expect(version)
+            if making.draft is None:
+                making.draft = self.segment.begin(version, step, making.keep)
+                self._changed.notify_all()
+            if making.step != step:
+                raise GivenUp(f"version {version} is of step {making.step}, not {step}: the ranks are not in step")
+            return making.draft.slot
+
+    def written(self, version: int, part: Written) -> None:
+        """A rank's part is there. With the last one, the snapshot goes on by itself."""
+        with self._changed:
+            making = self._expect(version)
+            start, size = self.areas[part.rank]
+            if making.draft is None or part.start != start or not 0 <= part.data_bytes + part.blob_bytes <= size:
+                raise GivenUp(f"rank {part.rank} wrote {part}, its area is {start} + {size}")
+            making.written[part.rank] = part
+            if len(making.written) == len(self.areas) and making.thread is None:
+                self._users += 1
+                making.thread = threading.Thread(target=self._make, args=(making,), name="snapshot", daemon=True)
+                making.thread.start()
+
+    # ------------------------------------------------------------------------------------------------ one version
+
+    def _make(self, making: Making) -> None:
+        begun, cpu, problem = time.monotonic(), time.process_time(), ""
+        try:
+            self._seal(making)
+            sealed = time.monotonic()
+            self._encode(making)
+            encoded = time.monotonic()
+            self._prepare(making)
+            done = time.monotonic()
+            self.seconds = {"seal": sealed - begun, "encode": encoded - sealed, "prepare": done - encoded}
+            self.seconds["cpu"] = time.process_time() - cpu
+        except Exception as error:  # whatever it is, the coordinator must learn that this version will not be
+            problem = f"node {self.label}: {error if isinstance(error, CheckpointError) else repr(error)}"
+            self._hang_up(self._wires)  # answers may be on their way that nobody waits for
+        with self._changed:
+            self._users -= 1
+            self._changed.notify_all()
+        if self._closed:
+            return
+        try:
+            self._tell_coordinator(making, problem)
+        except CheckpointError as error:
+            with self._changed:
+                self.outcome = Outcome(version=self.outcome.version, problem=f"the coordinator is gone: {error}")
+                self._changed.notify_all()
+
+    def _seal(self, making: Making) -> None:
+        """Check what the ranks wrote, and make the headers of the k chunks."""
+        assert making.draft is not None
+        state = making.draft.payload[: self.layout.data_bytes]
+        parts = tuple(making.written[rank] for rank in sorted(making.written))
+        manifest = Manifest(version=making.version, step=making.step, world=self.plan.world, ranks=parts).dumps()
+        state[: len(manifest)] = bytearray(manifest)
+        for part in parts:
+            part.check(state)
+        size = self.layout.chunk_bytes
+        headers: list[FragmentHeader | None] = [None] * self.layout.n
+        for number, (stripe, element) in enumerate(self.layout.held(self.place)[: self.layout.k]):
+            chunk = state[number * size : (number + 1) * size]
+            headers[number] = seal(self._id(making, stripe, element), chunk)
+        with self._changed:
+            making.headers[: self.layout.k] = headers[: self.layout.k]
+            making.sealed = True
+            self._changed.notify_all()
+
+    def _id(self, making: Making, stripe: int, element: int) -> FragmentId:
+        return FragmentId(
+            run=self.run,
+            k=self.layout.k,
+            m=self.layout.m,
+            element=element,
+            group=self.group,
+            stripe=stripe,
+            step=making.step,
+            version=making.version,
+        )
+
+    def _encode(self, making: Making) -> None:
+        """Make all parities of this node's stripe, slice by slice: the k chunks come from their nodes, checked."""
+        if self._code is None:
+            return
+        assert making.draft is not None
+        layout, names = self.layout, self.plan.groups[self.group]
+        stripe = layout.stripe(self.place)
+        data, parities = stripe.elements[: layout.k], stripe.elements[layout.k :]
+        sources = [self._wire(names[element.node]) for element in data]
+        headers = [self._header(wire, making, stripe.number, number) for number, wire in enumerate(sources)]
+        keepers = [self._wire(names[element.node]) for element in parities[1:]]
+        own = making.draft.payload[layout.data_bytes :][: layout.chunk_bytes]
+        step = min(SLICE_BYTES, layout.chunk_bytes)
+        pulled = [aligned_empty(step) for _ in data]
+        made = [aligned_empty(step) for _ in keepers]
+        crcs: list[list[int]] = [[] for _ in parities]
+        starts = range(0, layout.chunk_bytes, step)
+
+        def request(start: int) -> None:
+            for wire, element in zip(sources, data, strict=True):
+                size = min(step, layout.chunk_bytes - start)
+                wire.send({"do": "read", "version": making.version, "offset": element.offset + start, "size": size})
+
+        request(0)
+        for start in starts:
+            size = min(step, layout.chunk_bytes - start)
+            for wire, header, buffer in zip(sources, headers, pulled, strict=True):
+                wire.answer(buffer[:size])
+                _check_slice(header, buffer[:size], start)
+            if start + step < layout.chunk_bytes:
+                request(start + step)  # on its way while this slice is encoded
+            outputs = [own[start : start + size], *(buffer[:size] for buffer in made)]
+            self._code.encode([buffer[:size] for buffer in pulled], outputs)
+            for known, output in zip(crcs, outputs, strict=True):
+                known += piece_crcs(output, PIECE_BYTES)
+            for number, (wire, output) in enumerate(zip(keepers, outputs[1:], strict=True), 1):
+                if start:
+                    wire.answer()
+                self._push(wire, making, stripe.number, number, start, output, crcs[number])
+        for wire in keepers:
+            wire.answer()
+        with self._changed:
+            making.headers[layout.k] = self._parity_header(making, stripe.number, 0, crcs[0])
+            self._changed.notify_all()
+
+    def _header(self, wire: Wire, making: Making, stripe: int, element: int) -> FragmentHeader:
+        answer = wire.ask({"do": "header", "version": making.version, "stripe": stripe})
+        header = FragmentHeader.loads(bytes.fromhex(str(answer["header"])))
+        if header.id != self._id(making, stripe, element):
+            raise FragmentDamaged(f"{wire.name} has {header.id}, not {self._id(making, stripe, element)}")
+        return header
+
+    def _parity_header(self, making: Making, stripe: int, number: int, crcs: list[int]) -> FragmentHeader:
+        id_ = self._id(making, stripe, self.layout.k + number)
+        size = self.layout.chunk_bytes
+        return FragmentHeader(id=id_, payload_bytes=size, piece_bytes=PIECE_BYTES, crcs=tuple(crcs))
+
+    def _push(
+        self, wire: Wire, making: Making, stripe: int, number: int, start: int, output: Bytes, crcs: list[int]
+    ) -> None:
+        message: Message = {"do": "parity", "version": making.version, "step": making.step, "start": start}
+        message |= {"stripe": stripe, "number": number}
+        if start + len(output) == self.layout.chunk_bytes:
+            message["header"] = self._parity_header(making, stripe, number, crcs).dumps().hex()
+        wire.send(message, output)
+
+    def receive_parity(self, message: Message, size: int, wire: Wire) -> None:
+        """Take a slice of a parity that another node has made; with the last one comes its header."""
+        version, start, number = int(message["version"]), int(message["start"]), int(message["number"])
+        chunk = self.layout.chunk_bytes
+        if not (0 < number < self.layout.m and 0 <= start and 0 < size and start + size <= chunk):
+            raise GivenUp(f"slice {start} + {size} of parity {number}: there are {self.layout.m} of {chunk} bytes")
+        self._wait_for(version, lambda making: True)
+        self.begin(version, int(message["step"]))
+        with self._changed:
+            making = self._expect(version)
+            assert making.draft is not None
+            self._users += 1
+        try:
+            offset = self.layout.data_bytes + number * chunk
+            parity = making.draft.payload[offset : offset + chunk]
+            wire.receive_into(parity[start : start + size])
+            if "header" not in message:
+                return
+            header = FragmentHeader.loads(bytes.fromhex(str(message["header"])))
+            if header.id != self._id(making, (self.place - number) % self.layout.n, self.layout.k + number):
+                raise FragmentDamaged(f"{wire.name} sent {header.id} as parity {number} of node {self.place}")
+            header.check(parity)
+            with self._changed:
+                making.headers[self.layout.k + number] = header
+                self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
+
+    def _prepare(self, making: Making) -> None:
+        """Wait for the other parities, and put the version into the slot for good."""
+        assert making.draft is not None
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or None not in making.headers, PATIENCE_S)
+            self._check_open()
+            headers = [header for header in making.headers if header is not None]
+            if len(headers) < self.layout.n:
+                raise GivenUp(f"only {len(headers)} of {self.layout.n} fragments came within {PATIENCE_S:g} s")
+            self._expect(making.version)
+            making.draft.commit(
+                dump_meta(self.plan, self.label, headers), self.layout.data_bytes + self.layout.parity_bytes
+            )
+
+    # ------------------------------------------------------------------------------------------------ the coordinator
+
+    def _tell_coordinator(self, making: Making, problem: str) -> None:
+        if self.label != self.plan.coordinator:
+            message = {"do": "report", "version": making.version, "step": making.step, "label": self.label}
+            self._wire(self.plan.coordinator).ask(message | {"problem": problem})
+            return
+        self.report(making.version, self.label, making.step, problem)
+        with self._changed:
+            decided = self._changed.wait_for(
+                lambda: self._closed or self._making is not making or self._verdict() is not None, PATIENCE_S
+            )
+            if self._closed or self._making is not making:
+                return
+            late = ", ".join(label for label in self.plan.labels if label not in self._reports)
+            verdict = self._verdict() if decided else f"within {PATIENCE_S:g} s nothing came from {late}"
+        self._announce(making.version, verdict or "")
+
+    def report(self, version: int, label: str, step: int, problem: str) -> None:
+        """On the coordinator: a node has prepared the version, or cannot."""
+        with self._changed:
+            if version != self._making.version:
+                return  # it was given up meanwhile
+            self._reports[label] = (step, problem)
+            self._changed.notify_all()
+            alone = self._making.thread is None and bool(problem)
+        if alone:  # this node's ranks have not written yet, and may never
+            self._announce(version, problem)
+
+    def _verdict(self) -> str | None:
+        """Of all reports: empty for a commit, else why not; None while some are missing and none is bad."""
+        problems = [problem for _, problem in self._reports.values() if problem]
+        if problems:
+            return problems[0]
+        if set(self._reports) != set(self.plan.labels):
+            return None
+        steps = {step for step, _ in self._reports.values()}
+        return "" if len(steps) == 1 else f"the nodes are at different steps: {sorted(steps)}"
+
+    def _announce(self, version: int, problem: str) -> None:
+        """Tell every node what became of `version`, and open the next."""
+        with self._announced:
+            self._announce_once(version, problem)
+
+    def _announce_once(self, version: int, problem: str) -> None:
+        with self._changed:
+            if version != self._making.version or self._closed:
+                return
+            committed = self._committed if problem else [*self._committed, version][-8:]
+        for label in self.plan.labels:
+            if label == self.label:
+                continue
+            message = {"do": "open", "version": version + 1, "committed": committed, "problem": problem}
+            try:
+                if label not in self._announcing:
+                    self._announcing[label] = self._connect(label)
+                self._announcing[label].ask(message)
+            except CheckpointError:
+                self._hang_up(
+                    self._announcing
+                )  # who did not hear it will be missing from the next version, which says so
+        self.open(version + 1, committed, problem)
+
+    def open(self, version: int, committed: list[int], problem: str) -> None:
+        """The version before is decided; this node's ranks may write `version`."""
+        with self._changed:
+            if version <= self._making.version:
+                return
+            self.outcome = Outcome(version=version - 1, committed=version - 1 in committed, problem=problem)
+            self._committed, self._reports = committed, {}
+            self._making = self._new(version)
+            self._changed.notify_all()
+        if version - 1 in committed and version > self.plan.generation:
+            self._committed_one()
+
+    # ------------------------------------------------------------------------------------------------ what others read
+
+    def sealed(self, version: int) -> Making:
+        """The version being made, once its k chunks are sealed."""
+        return self._wait_for(version, lambda making: making.sealed)
+
+    def header_of(self, version: int, stripe: int) -> FragmentHeader:
+        making = self.sealed(version)
+        number = [held for held, _ in self.layout.held(self.place)].index(stripe)
+        header = making.headers[number]
+        assert header is not None
+        return header
+
+    def is_making(self, version: int) -> bool:
+        """Whether `version` is being made, or will be: a node may be a little behind the others."""
+        return version >= self._making.version
+
+    def settle(self, wait_s: float) -> None:
+        """Let a version whose ranks have all written come to its end."""
+        thread = self._making.thread
+        if thread is not None:
+            thread.join(wait_s)
+
+    def close(self) -> None:
+        """Let go of the version being made."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            thread = self._making.thread
+        for wire in [*list(self._wires.values()), *list(self._announcing.values())]:
+            wire.cut()
+        if thread is not None:
+            thread.join()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._users, PATIENCE_S)
+        self._hang_up(self._wires)
+        self._hang_up(self._announcing)
+
+    def _new(self, version: int) -> Making:
+        keep = versions_to_keep(self._committed, self.segment.num_slots)
+        return Making(version, keep, headers=[None] * self.layout.n)
+
+    def _wait_for(self, version: int, ready: Callable[[Making], bool]) -> Making:
+        """`version`'s making once it is at hand and `ready`."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._closed
+                    or self._making.version > version
+                    or (self._making.version == version and ready(self._making))
+                ),
+                PATIENCE_S,
+            )
+            making = self._expect(version)
+            if not ready(making):
+                raise GivenUp(f"node {self.label} has not written version {version} within {PATIENCE_S:g} s")
+            return making
+
+    def _expect(self, version: int) -> Making:
+        self._check_open()
+        if self._making.version != version:
+            raise GivenUp(f"node {self.label} makes version {self._making.version}, not {version}")
+        return self._making
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise GivenUp(f"node {self.label}: the snapshots of this start are over")
+
+    def _wire(self, label: str) -> Wire:
+        if label not in self._wires:
+            self._wires[label] = self._connect(label)
+        return self._wires[label]
+
+    @staticmethod
+    def _hang_up(wires: dict[str, Wire]) -> None:
+        for wire in wires.values():
+            wire.close()
+        wires.clear()
+
+
+def _check_slice(header: FragmentHeader, part: Bytes, start: int) -> None:
+    first = start // header.piece_bytes
+    found = piece_crcs(part, header.piece_bytes)
+    if found != list(header.crcs[first : first + len(found)]):
+        raise FragmentDamaged(f"element {header.id.element} of stripe {header.id.stripe} came with a wrong CRC-32C")
+
+
+# ---------------------------------------------------------------------------------------------------- a slot's meta
+
+_SIZE = struct.Struct("<I")
+
+
+def dump_meta(plan: Plan, label: str, headers: list[FragmentHeader]) -> bytes:
+    """What lies beside a version in its slot: the plan it was made under, and the headers of the node's n fragments."""
+    parts = [json.dumps({"plan": plan.tree(), "label": label}).encode(), *(header.dumps() for header in headers)]
+    return b"".join(_SIZE.pack(len(part)) + part for part in parts)
+
+
+def load_meta(meta: bytes) -> tuple[Plan, str, list[bytes]]:
+    """Plan, label, and the headers as they are: a damaged one costs its fragment alone. ValueError for no meta."""
+    parts, start = [], 0
+    while start < len(meta):
+        (size,) = _SIZE.unpack_from(meta, start)
+        parts.append(meta[start + _SIZE.size :][:size])
+        start += _SIZE.size + size
+    tree: dict[str, Any] = json.loads(parts[0])
+    return Plan.of(tree["plan"]), str(tree["label"]), parts[1:]
+
+
+def meta_bytes(plan: Plan, label: str) -> int:
+    """Room for the meta of a version under `plan`."""
+    layout = plan.layout(plan.place(label)[0])
+    header = 128 + 4 * -(-layout.chunk_bytes // PIECE_BYTES)
+    return 1024 + len(json.dumps(plan.tree())) + layout.n * header
+
+
+def connector(addresses: Mapping[str, NodeAddress], token: bytes) -> Callable[[str], Wire]:
+    def connect(label: str) -> Wire:
+        if label not in addresses:
+            raise WireError(f"node {label} is not among those that take part")
+        return Wire.connect(addresses[label], token)
+
+    return connect

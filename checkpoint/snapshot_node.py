@@ -1,0 +1,305 @@
+"""The snapshot process of a node: owns the node's shared memory, and outlives its workers.
+
+It listens on one address for those who know the run's token: the node's ranks, the other nodes' processes, and whoever
+restores. A request is answered on the thread of its connection. What belongs to the snapshots of one start of the ranks
+is in a `Generation`; here are the segments, which live longer, and the end: by `drop`, or once no rank has been
+connected for `hold_s`. It imports no torch and holds no state of the training but what lies in the segments.
+"""
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from checkpoint.area import Written
+from checkpoint.crc import Bytes
+from checkpoint.errors import CheckpointError
+from checkpoint.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader
+from checkpoint.generation import Generation, GivenUp, connector, load_meta, meta_bytes
+from checkpoint.roster import Plan
+from checkpoint.segment_files import FOLDER, SegmentError, remove_leftovers
+from checkpoint.shared import Segment, Version
+from checkpoint.wire import Message, NodeAddress, Wire
+
+_log = logging.getLogger(__name__)
+
+NUM_SLOTS = 2
+SETTLE_S = 5.0
+"""How long who restores waits for a version that all ranks of this node have written."""
+_POLL_S = 0.5
+
+
+class SnapshotNode:
+    """Listens from the start; `serve` until the end. `port` is chosen by the kernel."""
+
+    def __init__(
+        self, run: bytes, label: str, token: bytes, host: str, *, hold_s: float = 900.0, folder: str = FOLDER
+    ) -> None:
+        remove_leftovers(folder)
+        self.run, self.label, self._token, self._folder, self._hold_s = run, label, token, folder, hold_s
+        self._listener = socket.create_server((host, 0), backlog=256)
+        self.port: int = self._listener.getsockname()[1]
+        self._lock = threading.RLock()  # of segments and generations; never held while waiting for another node
+        self._segments: list[Segment] = []
+        self._generation: Generation | None = None
+        self._wires: set[Wire] = set()
+        self._num_ranks, self._last_rank = 0, time.monotonic()
+        self._ended = threading.Event()
+
+    def serve(self) -> None:
+        """Answer until dropped or left alone; then remove the segments."""
+        self._listener.settimeout(_POLL_S)
+        try:
+            while not self._ended.is_set():
+                try:
+                    connection, peer = self._listener.accept()
+                except TimeoutError:
+                    alone_s = time.monotonic() - self._last_rank
+                    if self._num_ranks == 0 and alone_s > self._hold_s:
+                        _log.warning("no worker for %.0f s: the snapshots of node %s are dropped", alone_s, self.label)
+                        break
+                    continue
+                threading.Thread(target=self._talk, args=(connection, str(peer)), daemon=True).start()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End everything and remove the segments."""
+        self._ended.set()
+        self._listener.close()
+        generation, self._generation = self._generation, None
+        if generation is not None:
+            generation.close()
+        with self._lock:
+            for segment in self._segments:
+                segment.destroy()
+            self._segments = []
+            for wire in list(self._wires):
+                wire.cut()
+
+    # ------------------------------------------------------------------------------------------------ connections
+
+    def _talk(self, connection: socket.socket, name: str) -> None:
+        try:
+            with Wire.accept(connection, self._token, name) as wire:
+                self._wires.add(wire)
+                try:
+                    while not self._ended.is_set():
+                        message, size = wire.receive()
+                        self._answer(wire, message, size)
+                finally:
+                    self._wires.discard(wire)
+        except EOFError:
+            pass
+        except CheckpointError as error:
+            _log.info("%s", error)
+        finally:
+            connection.close()
+
+    def _answer(self, wire: Wire, message: Message, size: int) -> None:
+        payload: Bytes | None = None
+        try:
+            what = message.get("do")
+            if what == "parity":
+                self._running().receive_parity(message, size, wire)
+                reply: Message = {}
+            elif size:
+                raise CheckpointError(f"{what!r} has no payload")
+            elif what == "attach":
+                with self._attached():
+                    wire.send({})
+                    self._serve_rank(wire)
+                return
+            elif what == "read":
+                payload = self._read(int(message["version"]), int(message["offset"]), int(message["size"]))
+                reply = {}
+            else:
+                reply = self._do(str(what), message)
+        except (CheckpointError, ValueError, KeyError, TypeError) as error:
+            text = str(error) if isinstance(error, CheckpointError) else repr(error)
+            wire.send({"refused": text})
+            if size:
+                raise CheckpointError(f"refused a payload: {text}") from error  # which still stands in the connection
+            return
+        wire.send(reply, payload)
+        if message.get("do") == "drop":
+            self._ended.set()
+
+    def _serve_rank(self, wire: Wire) -> None:
+        while not self._ended.is_set():
+            message, size = wire.receive()
+            self._answer(wire, message, size)
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        """A rank is there; without any the process ends after a while."""
+        with self._lock:
+            self._num_ranks += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_ranks -= 1
+                self._last_rank = time.monotonic()
+
+    def _do(self, what: str, message: Message) -> Message:
+        if what == "inventory":
+            return self._inventory()
+        if what == "configure":
+            return self._configure(message)
+        if what == "check":
+            return {"bad": self._check(int(message["version"]))}
+        if what == "headers":
+            return {"headers": [raw.hex() for raw in load_meta(self._held(int(message["version"])).meta)[2]]}
+        if what == "grant":
+            return self._running().grant(int(message["rank"]), int(message["after"]), float(message["wait_s"]))
+        if what == "begin":
+            return {"slot": self._running().begin(int(message["version"]), int(message["step"]))}
+        if what == "written":
+            self._running().written(int(message["version"]), Written(**message["part"]))
+            return {}
+        if what == "header":
+            header = self._running().header_of(int(message["version"]), int(message["stripe"]))
+            return {"header": header.dumps().hex()}
+        if what == "report":
+            arguments = int(message["version"]), str(message["label"]), int(message["step"]), str(message["problem"])
+            self._running().report(*arguments)
+            return {}
+        if what == "open":
+            committed = [int(version) for version in message["committed"]]
+            self._running().open(int(message["version"]), committed, str(message["problem"]))
+            return {}
+        if what == "drop":
+            return {}
+        raise CheckpointError(f"the snapshot process does not know {what!r}")
+
+    # ------------------------------------------------------------------------------------------------ what is held
+
+    def _inventory(self) -> Message:
+        """The versions that this node has prepared, and under which plans."""
+        generation = self._generation
+        if generation is not None:
+            generation.settle(SETTLE_S)
+        with self._lock:
+            held = {}
+            for version in self._versions():
+                try:
+                    plan, label, _ = load_meta(version.meta)
+                except (ValueError, KeyError, IndexError) as error:
+                    _log.warning("version %d on node %s: %s", version.version, self.label, error)
+                    continue
+                held[version.version] = {"step": version.step, "plan": plan.tree(), "label": label}
+            issued = max(0 if generation is None else generation.version, *held, 0)
+        return {"label": self.label, "pid": os.getpid(), "last_issued": issued, "held": held}
+
+    def _versions(self) -> list[Version]:
+        return [version for segment in self._segments for version in segment.committed()]
+
+    def _held(self, number: int) -> Version:
+        for version in self._versions():
+            if version.version == number:
+                return version
+        raise GivenUp(f"node {self.label} does not hold version {number}")
+
+    def _read(self, number: int, offset: int, size: int) -> Bytes:
+        """Bytes of a version's state or parities: of one that is prepared, or being made and sealed."""
+        found = next((version.payload for version in self._versions() if version.version == number), None)
+        if found is None:
+            draft = self._running().sealed(number).draft
+            assert draft is not None
+            found = draft.payload
+        if offset < 0 or size < 1 or offset + size > len(found):
+            raise CheckpointError(f"bytes {offset} + {size} of {len(found)}")
+        return found[offset : offset + size]
+
+    def _check(self, number: int) -> list[list[int]]:
+        """By fragment (k chunks, then m parities) the pieces whose CRC-32C is wrong."""
+        version = self._held(number)
+        plan, label, headers = load_meta(version.meta)
+        layout = plan.layout(plan.place(label)[0])
+        found = []
+        for place, raw in enumerate(headers):
+            fragment = version.payload[place * layout.chunk_bytes : (place + 1) * layout.chunk_bytes]
+            try:
+                found.append(FragmentHeader.loads(raw).bad_pieces(fragment))
+            except FragmentDamaged:
+                found.append(list(range(-(-layout.chunk_bytes // PIECE_BYTES))))
+        return found
+
+    # ------------------------------------------------------------------------------------------------ a new start
+
+    def _configure(self, message: Message) -> Message:
+        """The ranks have started (again): begin a generation. What is newer than `keep` goes; everything without it."""
+        plan, keep = Plan.of(message["plan"]), message["keep"]
+        addresses = {node["label"]: NodeAddress(**node) for node in message["nodes"]}
+        areas = {int(rank): (int(start), int(size)) for rank, start, size in message["areas"]}
+        with self._lock:
+            old = self._generation
+            if old is not None and plan.generation <= old.version:
+                raise GivenUp(f"another start of the run has taken node {self.label} over")
+            self._generation = None
+        if old is not None:
+            old.close()
+        with self._lock:
+            for version in self._versions():
+                if keep is None or version.version > keep:
+                    version.segment.discard(version.version)
+            segment, note = self._segment(plan)
+            committed = [] if keep is None else [int(keep)]
+            self._generation = Generation(
+                plan,
+                self.label,
+                self.run,
+                segment,
+                areas,
+                connector(addresses, self._token),
+                committed,
+                lambda: self._drop_others(segment),
+            )
+        return {"path": str(segment.path), "note": note}
+
+    def _segment(self, plan: Plan) -> tuple[Segment, str]:
+        """One that fits: as it is if it is there, else new, beside those that hold something. And what to say."""
+        layout = plan.layout(plan.place(self.label)[0])
+        payload, meta = layout.data_bytes + layout.parity_bytes, meta_bytes(plan, self.label)
+        fitting = [s for s in self._segments if s.payload_bytes == payload and s.meta_bytes >= meta]
+        if fitting:
+            return fitting[0], ""
+        for segment in [s for s in self._segments if not s.committed()]:
+            self._remove(segment)
+
+        def create() -> Segment:
+            label = f"{self.label}-{plan.generation}"
+            made = Segment.create(
+                self.run, label, num_slots=NUM_SLOTS, payload_bytes=payload, meta_bytes=meta, folder=self._folder
+            )
+            self._segments.append(made)
+            return made
+
+        try:
+            return create(), ""
+        except SegmentError:
+            if not self._segments:
+                raise
+        for segment in list(self._segments):
+            self._remove(segment)
+        return create(), f"node {self.label}: no room beside the snapshots of the other number of ranks: dropped them"
+
+    def _drop_others(self, current: Segment) -> None:
+        """Once there is a commit of this generation nobody will ask for older ones in other segments."""
+        with self._lock:
+            for segment in [s for s in self._segments if s is not current]:
+                self._remove(segment)
+
+    def _remove(self, segment: Segment) -> None:
+        self._segments.remove(segment)
+        segment.destroy()
+
+    def _running(self) -> Generation:
+        generation = self._generation
+        if generation is None:
+            raise GivenUp(f"node {self.label} takes part in no snapshots yet")
+        return generation

@@ -1,0 +1,474 @@
+"""Snapshots in the nodes' memory, from a rank's side. Surface of `checkpoint.Checkpoints`, and two methods more.
+
+    save(step, …)      hands the state over and returns; a thread copies it into the node's segment
+    wait_copied()      before the state changes: returns once it is copied (on a GPU: the stream waits, not the host)
+
+The rest of a snapshot is the snapshot processes' work. One is made at a time: where the one before is not committed
+yet, `save` waits for it.
+
+[Note: the side stream]
+GPU state is copied by a stream of its own, which first waits for what the training stream had been given when `save`
+was called (the update). It writes into the segment, page-locked once at the start. `wait_copied` makes the training stream
+wait for the copy's event: the next update is queued behind the copy, and nobody sleeps.
+"""
+
+import itertools
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from checkpoint import recovery, values
+from checkpoint.area import Blob, Written, areas
+from checkpoint.crc import Bytes, crc32c
+from checkpoint.errors import CheckpointError
+from checkpoint.fragment import PIECE_BYTES, piece_crcs
+from checkpoint.layout import DTYPES, ArrayLayout, Index, Span
+from checkpoint.options import CheckpointOptions
+from checkpoint.ranks import Ranks
+from checkpoint.roster import Plan, Roster, check_nodes, cut_groups
+from checkpoint.shared import Segment
+from checkpoint.snapshot_process import drop
+from checkpoint.snapshot_reader import SnapshotReader, array_offsets
+from checkpoint.wire import Refused, Wire
+from offload.state import Piece
+
+_log = logging.getLogger(__name__)
+
+GRANT_S = 120.0
+"""Longest wait for the snapshot before; then this rank goes on without snapshots, and says so."""
+COST = 0.01
+"""Of the time of training, for ``checkpoint.snapshot_every_steps=auto``."""
+_SLACK_BYTES = 64 << 10
+"""Room for a description to grow: the random generators' state and the data position."""
+_POLL_S = 1.0
+
+
+@dataclass
+class Stats:
+    """What snapshots have cost this rank."""
+
+    taken: int = 0
+    state_bytes: int = 0
+    segment_bytes: int = 0
+    """Shared memory of the node, for all versions of all its ranks."""
+    stall_s: list[float] = field(default_factory=list)
+    """Of each: how long the training thread waited in `save` and `wait_copied`."""
+    copy_s: list[float] = field(default_factory=list)
+    node_s: dict[str, float] = field(default_factory=dict)
+    """Of the last one, in the node's process: seal, encode, prepare, and CPU time of all."""
+
+
+@dataclass(eq=False)
+class _Job:
+    step: int
+    pieces: list[Piece]
+    index: Index
+    rank_state: bytes
+    meta: bytes
+    after: torch.cuda.Event | None
+    issued: threading.Event = field(default_factory=threading.Event)
+    """All copies are done, or on the side stream with `done` behind them."""
+    done: torch.cuda.Event | None = None
+
+
+class Snapshots:
+    """Of one rank. `ranks` is used by `steps`, `open` and `start` alone, at the same time on every rank.
+
+    `report` gets, on rank 0 and from any thread, each sentence that the user should see. ValueError where
+    ``checkpoint.parity`` and ``group_nodes`` do not fit the nodes.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        options: CheckpointOptions,
+        ranks: Ranks,
+        report: Callable[[str], None] = _log.warning,
+    ) -> None:
+        self._roster, self._options, self._ranks = roster, options, ranks
+        self._parity, self._group_sizes = check_nodes(options, len(roster.nodes))
+        self._report = report if ranks.rank == 0 else lambda text: None
+        self._changed = threading.Condition()
+        self._granted = 0
+        self._job: _Job | None = None
+        self._copying: _Job | None = None
+        self._broken: CheckpointError | None = None
+        self._error: CheckpointError | None = None
+        self._written: tuple[int, int] = (0, 0)  # version and step of the last one that is not decided
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._found: recovery.Found | None = None
+        self._restored: int | None = None
+        self._reader: SnapshotReader | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._described: tuple[list[Any], Index] | None = None
+        self._next, self._last_due, self._step_s = 1, 0.0, 0.0
+        self.stats = Stats()
+
+    # ------------------------------------------------------------------------------------------------ restoring
+
+    def steps(self) -> list[int]:
+        """On rank 0: the step of the newest snapshot that can be restored, every byte of it checked; empty: none."""
+        self._found = recovery.newest_snapshot(self._roster, self._report)
+        return [self._found.step] if self._found else []
+
+    def open(self, step: int) -> SnapshotReader:
+        """The snapshot that `steps` found; every rank calls it. CheckpointError where it has gone meanwhile."""
+        if self._ranks.rank == 0 and (self._found is None or self._found.step != step):
+            self.steps()
+        found = recovery.Found.loads(self._ranks.tell(self._found.dumps() if self._found else b"null"))
+        if found.step != step:
+            raise CheckpointError(f"there is no snapshot of step {step} in memory, but of step {found.step}")
+        self._found, self._restored = found, found.version
+        self._reader = SnapshotReader(found, self._roster.token)
+        return self._reader
+
+    def __str__(self) -> str:
+        return str(self._found)
+
+    # ------------------------------------------------------------------------------------------------ saving
+
+    def start(self, pieces: Iterable[Piece], rank_state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Reserve the memory and begin; every rank calls it with what it will save, after it has loaded what it restores.
+
+        What `open` did not choose is thrown away. CheckpointError, on every rank, where a node is not there or has too
+        little shared memory.
+        """
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+        index = self._lay_out(list(pieces))
+        blob = Blob(
+            index=index.dumps(), rank_state=values.dumps(dict(rank_state)), meta=values.dumps(dict(meta)), crcs=()
+        )
+        data_bytes = array_offsets(index)[1]
+        size = data_bytes + len(blob.dumps()) + 4 * (1 + data_bytes // PIECE_BYTES) + _SLACK_BYTES
+        sizes = [int(size) for size in self._ranks.gather(str(size).encode())]
+        answer: dict[str, Any] = {}
+        if self._ranks.rank == 0:
+            try:
+                answer = self._configure(sizes)
+            except (CheckpointError, ValueError) as error:
+                answer = {"problem": str(error)}
+        answer = json.loads(self._ranks.tell(json.dumps(answer).encode()))
+        if "problem" in answer:
+            raise CheckpointError(answer["problem"])
+        node = self._roster.rank_nodes[self._ranks.rank]
+        self._start, self._size = answer["areas"][str(self._ranks.rank)]
+        self._segment = Segment.open(answer["paths"][node])
+        self._last = answer["generation"] - 1
+        self.stats.segment_bytes = os.stat(self._segment.path).st_size
+        self._slots = [self._segment.slot_memory(slot) for slot in range(self._segment.num_slots)]
+        self._pinned = [slot for slot in self._slots if torch.cuda.is_available() and self._pin(slot)]
+        self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
+        self._thread.start()
+
+    def due(self, step: int) -> bool:
+        """Whether to take a snapshot after `step` steps; with ``auto`` every rank must call it after every step."""
+        if self._options.snapshot_every_steps != "auto":
+            return step % int(self._options.snapshot_every_steps) == 0
+        now = time.perf_counter()
+        if self._last_due:
+            last = now - self._last_due
+            self._step_s = last if not self._step_s else 0.8 * self._step_s + 0.2 * last
+        self._last_due = now
+        if step < self._next:
+            return False
+        with self._changed:
+            busy = not self._granted and self._broken is None
+        vote = torch.tensor([float(busy), self._interval()])
+        if self._ranks.world > 1:
+            dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+        if vote[0]:
+            self._next = step + 1
+            return False
+        self._next = step + max(1, int(vote[1]))
+        return True
+
+    def save(self, step: int, pieces: Iterable[Piece], rank_state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Hand this rank's state over and return; every rank calls it. The state must not change before `wait_copied`.
+
+        `rank_state` and `meta` as in `Checkpoints.save`. Waits while the snapshot before is being made.
+        """
+        begun = time.perf_counter()
+        pieces = list(pieces)
+        on_gpu = next((piece.tensor.device for piece in pieces if piece.tensor.is_cuda), None)
+        job = _Job(
+            step,
+            pieces,
+            self._lay_out(pieces),
+            values.dumps(dict(rank_state)),
+            values.dumps(dict(meta)) if self._ranks.rank == 0 else b"{}",
+            None if on_gpu is None else torch.cuda.current_stream(on_gpu).record_event(),
+        )
+        with self._changed:
+            ready = self._changed.wait_for(
+                lambda: (self._granted and self._job is None) or self._broken is not None, GRANT_S
+            )
+            if not ready:
+                self._broken = CheckpointError(f"the snapshot before was not decided within {GRANT_S:g} s")
+                self._report(f"there are no snapshots from step {step} on: {self._broken}")
+            if self._broken is not None:
+                self._error = self._broken
+                return
+            self._job = self._copying = job
+            self._changed.notify_all()
+        self.stats.stall_s.append(time.perf_counter() - begun)
+
+    def wait_copied(self) -> None:
+        """Return once the state may change. Call it before each update."""
+        job, self._copying = self._copying, None
+        if job is None:
+            return
+        begun = time.perf_counter()
+        job.issued.wait()
+        if job.done is not None:
+            torch.cuda.current_stream(job.pieces[0].tensor.device).wait_event(job.done)
+        self.stats.stall_s[-1] += time.perf_counter() - begun
+
+    def wait(self) -> None:
+        """Return once the last snapshot is committed or given up. Which, is in `error`."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._broken is not None or (self._job is None and self._written == (0, 0)), GRANT_S
+            )
+
+    def error(self) -> CheckpointError | None:
+        """Why the last snapshot that was decided is not there; None if it is."""
+        return self._error
+
+    def close(self, *, dropped: bool = False) -> None:
+        """Let go. `dropped`, on rank 0: end the snapshot processes too, with all they hold."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout=5 * _POLL_S)
+            self._thread = None
+            for slot in self._pinned:
+                torch.cuda.cudart().cudaHostUnregister(slot.ctypes.data + self._start)
+            del self._slots, self._pinned
+            self._segment.close()
+        if dropped and self._ranks.rank == 0:
+            drop(self._roster)
+
+    # ------------------------------------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        """One snapshot after the other: wait until it may be written, wait for the state, write it, say so."""
+        try:
+            with Wire.connect(
+                self._roster.nodes[self._roster.rank_nodes[self._ranks.rank]], self._roster.token
+            ) as wire:
+                wire.ask({"do": "attach"})
+                while self._await_grant(wire):
+                    job = self._await_job()
+                    if job is None:
+                        return
+                    self._write(wire, job)
+        except Exception as error:  # whatever it is, it must reach the user from this thread and not end the training
+            with self._changed:
+                if self._closed:
+                    return
+                self._broken = error if isinstance(error, CheckpointError) else CheckpointError(repr(error))
+                self._error = self._broken
+                self._changed.notify_all()
+                if self._job is not None:
+                    self._job.issued.set()
+                    self._job = None
+            self._report(f"there are no snapshots any more: {self._broken}; training goes on")
+
+    def _await_grant(self, wire: Wire) -> bool:
+        while not self._closed:
+            answer = wire.ask({"do": "grant", "rank": self._ranks.rank, "after": self._last, "wait_s": _POLL_S})
+            version, step = self._written
+            if version and answer["done"] >= version:
+                self._decided(version, step, answer)
+            elif answer["problem"] and not answer["version"]:
+                raise CheckpointError(str(answer["problem"]))
+            if answer["version"]:
+                with self._changed:
+                    self._granted = int(answer["version"])
+                    self._changed.notify_all()
+                return True
+        return False
+
+    def _decided(self, version: int, step: int, answer: Mapping[str, Any]) -> None:
+        before = str(self._error)
+        with self._changed:
+            self._written = (0, 0)
+            self._error = None
+            if answer["done"] > version or not answer["committed"]:
+                self._error = CheckpointError(f"the snapshot of step {step} was given up: {answer['problem']}")
+            self.stats.node_s = dict(answer["seconds"])
+            self._changed.notify_all()
+        if self._error is not None and before.partition(":")[2] != str(self._error).partition(":")[2]:
+            self._report(f"{self._error}; training goes on")
+
+    def _await_job(self) -> _Job | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._job is not None)
+            return None if self._closed and self._job is None else self._job
+
+    def _write(self, wire: Wire, job: _Job) -> None:
+        begun = time.perf_counter()
+        version = self._granted
+        try:
+            slot = int(wire.ask({"do": "begin", "version": version, "step": job.step})["slot"])
+        except Refused as error:  # given up before it began: the others will not have it either
+            self._skip(version, job, error)
+            return
+        area = self._slots[slot][self._start : self._start + self._size]
+        offsets, data_bytes = array_offsets(job.index)
+        self._copy(job, area, offsets)
+        job.issued.set()
+        if job.done is not None:
+            job.done.synchronize()
+        self.stats.copy_s.append(time.perf_counter() - begun)
+        blob = Blob(
+            index=job.index.dumps(),
+            rank_state=job.rank_state,
+            meta=job.meta,
+            crcs=piece_crcs(area[:data_bytes], PIECE_BYTES),
+        ).dumps()
+        if data_bytes + len(blob) > len(area):
+            raise CheckpointError(f"the description of the state has {len(blob)} bytes, more than there is room for")
+        area[data_bytes : data_bytes + len(blob)] = np.frombuffer(blob, dtype=np.uint8)
+        part = Written(
+            rank=self._ranks.rank,
+            start=self._start,
+            data_bytes=data_bytes,
+            blob_bytes=len(blob),
+            blob_crc=crc32c(blob),
+        )
+        with self._changed:
+            self._job, self._granted, self._last = None, 0, version
+            self._written = (version, job.step)
+        self.stats.taken += 1
+        self.stats.state_bytes = data_bytes
+        try:
+            wire.ask({"do": "written", "version": version, "part": asdict(part)})
+        except Refused as error:
+            self._skip(version, job, error)
+
+    def _skip(self, version: int, job: _Job, error: Refused) -> None:
+        job.issued.set()
+        with self._changed:
+            self._job, self._granted, self._last, self._written = None, 0, version, (0, 0)
+            self._error = CheckpointError(f"the snapshot of step {job.step} was given up: {error}")
+            self._changed.notify_all()
+        self._report(f"{self._error}; training goes on")
+
+    def _copy(self, job: _Job, area: Bytes, offsets: Mapping[tuple[str, str], int]) -> None:
+        side: torch.cuda.Stream | None = None
+        for piece, span in zip(job.pieces, job.index.spans, strict=True):
+            if span.stop == span.start:
+                continue
+            source = piece.tensor.detach()
+            start = offsets[span.kind, span.dtype] + span.offset * source.element_size()
+            target = area[start : start + source.nbytes]
+            if not source.is_cuda:
+                # By numpy: it frees the GIL, and does not start torch's threads on a second set of cores.
+                np.copyto(target, source.view(torch.uint8).numpy())
+                continue
+            if side is None:
+                assert job.after is not None
+                side = self._side_stream(source.device)
+                side.wait_event(job.after)
+            with torch.cuda.stream(side):
+                torch.from_numpy(target).copy_(source.view(torch.uint8), non_blocking=True)
+        if side is not None:
+            job.done = side.record_event()
+
+    def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)  # one for all: new ones would each grow the memory pools
+        return self._stream
+
+    def _pin(self, slot: Bytes) -> bool:
+        """Page-lock this rank's area of a slot."""
+        result = torch.cuda.cudart().cudaHostRegister(slot.ctypes.data + self._start, self._size, 0)
+        if int(result) != 0:
+            self._report(f"page-locking {self._size} bytes of shared memory failed ({result}): snapshots are slower")
+        return int(result) == 0
+
+    # ------------------------------------------------------------------------------------------------ the plan
+
+    def _configure(self, sizes: Sequence[int]) -> dict[str, Any]:
+        """On rank 0: cut the nodes into groups and tell each its part."""
+        roster, num_nodes = self._roster, len(self._roster.nodes)
+        by_node = [
+            areas([(rank, sizes[rank]) for rank, node in enumerate(roster.rank_nodes) if node == number])
+            for number in range(num_nodes)
+        ]
+        groups = cut_groups([node.label for node in roster.nodes], self._group_sizes)
+        firsts = list(itertools.accumulate(self._group_sizes, initial=0))
+        held = recovery.inventories(roster, self._report)
+        plan = Plan(
+            generation=recovery.last_issued(held) + 1,
+            world=self._ranks.world,
+            parity=self._parity,
+            groups=groups,
+            sizes=tuple(max(size for _, size in by_node[a:b]) for a, b in itertools.pairwise(firsts)),
+        )
+        paths = []
+        for node, (its, _) in zip(roster.nodes, by_node, strict=True):
+            message = {
+                "do": "configure",
+                "plan": plan.tree(),
+                "nodes": [asdict(address) for address in roster.nodes],
+                "areas": [[rank, *area] for rank, area in its.items()],
+                "keep": self._restored,
+            }
+            with Wire.connect(node, roster.token) as wire:
+                answer = wire.ask(message)
+            paths.append(answer["path"])
+            if answer["note"]:
+                self._report(answer["note"])
+        return {
+            "generation": plan.generation,
+            "paths": paths,
+            "areas": {rank: area for its, _ in by_node for rank, area in its.items()},
+        }
+
+    def _interval(self) -> float:
+        """Steps between snapshots that cost `COST` of the time, from what the last ones cost this rank."""
+        if not self.stats.stall_s or not self._step_s:
+            return 1.0
+        cost_s = sum(self.stats.stall_s[-5:]) / len(self.stats.stall_s[-5:])
+        if not torch.cuda.is_available():  # training and snapshots share the cores
+            cores = os.cpu_count() or 1
+            cost_s += (self.stats.copy_s[-1] if self.stats.copy_s else 0.0) / cores
+            cost_s += self.stats.node_s.get("cpu", 0.0) / cores
+        return float(np.ceil(cost_s / (COST * self._step_s)))
+
+    def _lay_out(self, pieces: Sequence[Piece]) -> Index:
+        """What lies where in this rank's area. The same pieces have the same index, which is made once."""
+        shape = [(p.name, p.kind, p.start, p.stop, p.shape, p.tensor.dtype) for p in pieces]
+        if self._described is not None and self._described[0] == shape:
+            return self._described[1]
+        lengths: dict[tuple[str, str], int] = {}
+        spans = []
+        for piece in pieces:
+            key = piece.kind, str(piece.tensor.dtype).removeprefix("torch.")
+            assert key[1] in DTYPES and piece.tensor.shape == (piece.stop - piece.start,), piece.name
+            offset = lengths.get(key, 0)
+            ends = {"start": piece.start, "stop": piece.stop, "offset": offset}
+            spans.append(Span(name=piece.name, kind=key[0], dtype=key[1], shape=tuple(piece.shape), **ends))
+            lengths[key] = offset + piece.stop - piece.start
+        arrays = {
+            key: ArrayLayout(kind=key[0], dtype=key[1], length=length, chunk=length)
+            for key, length in lengths.items()
+            if length
+        }
+        self._described = shape, Index(arrays=arrays, spans=spans)
+        return self._described[1]
