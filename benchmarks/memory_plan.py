@@ -59,9 +59,8 @@ def plan_models(all_tokens: list[int], time_limit_s: float) -> list[dict[str, An
             layer, head = record(options, num_tokens)
             record_s = time.perf_counter() - start
             away = replace(layer, swap_input=True, swap_saved=frozenset(r.name for r in layer.saved))
-            streamed = replace(
-                away, weight_bytes=2 * (options.dim * 4 * options.dim + 3 * options.dim * options.ffn_dim)
-            )
+            block = Block(options, device=torch.device("meta"), dtype=torch.bfloat16)
+            streamed = replace(away, weight_bytes=sum(p.nbytes for p in block.parameters()))
             for name, one in (("kept", layer), ("swapped", away), ("swapped, weights streamed", streamed)):
                 plan = plan_step([one] * options.num_layers, head, time_limit_s=time_limit_s)
                 rows.append(
