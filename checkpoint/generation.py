@@ -1,7 +1,7 @@
 """One node's part in the snapshots of one plan: docs/commit-protocol.md, steps 1 to 5.
 
 Threads: requests come from the threads of their connections; one thread a version (`_make`) seals, encodes and
-prepares, and on the coordinator announces what became of it. All state is under `_changed`; bytes are moved outside of it.
+prepares, and on the coordinator announces what became of it. All state is under `_changed`; bytes move outside it.
 
 [Note: who writes into a slot]
 The draft's slot is written by this node's ranks (each its area, from `begin` to `written`), by the encoder's thread

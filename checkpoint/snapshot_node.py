@@ -77,6 +77,7 @@ class SnapshotNode:
             for segment in self._segments:
                 segment.destroy()
             self._segments = []
+            remove_leftovers(self._folder)  # of other nodes of this machine that were killed
             for wire in list(self._wires):
                 wire.cut()
 

@@ -47,7 +47,7 @@ def start_process(
     log: str | Path = os.devnull,
     folder: str = FOLDER,
 ) -> NodeAddress:
-    """Start one and return once it listens. CheckpointError where it does not within a minute."""
+    """Start one and return once it listens. CheckpointError where it ends instead."""
     settings = {"run": run.hex(), "label": label, "token": token.hex(), "host": host, "hold_s": hold_s}
     with open(log, "ab") as file:
         # By its path and not by -m: the user's folder may hide our packages, and must not come first.
@@ -64,8 +64,9 @@ def start_process(
     process.stdin.close()
     line = process.stdout.readline()
     process.stdout.close()
+    process.wait(START_S)
     if not line:
-        raise CheckpointError(f"the snapshot process did not start (exit {process.wait(START_S)}); see {log}")
+        raise CheckpointError(f"the snapshot process of node {label} did not start; see {log}")
     return NodeAddress(label, host, int(json.loads(line)["port"]))
 
 
@@ -104,6 +105,9 @@ _START = "import sys; sys.path.insert(0, sys.argv[1]); from checkpoint.snapshot_
 
 
 def main() -> None:
+    # Twice removed from the worker that starts it: Ray ends the children of an actor with it.
+    if os.fork():
+        os._exit(0)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     settings = json.loads(sys.stdin.readline())
     run, label, token = bytes.fromhex(settings["run"]), settings["label"], bytes.fromhex(settings["token"])

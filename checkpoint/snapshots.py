@@ -8,8 +8,8 @@ yet, `save` waits for it.
 
 [Note: the side stream]
 GPU state is copied by a stream of its own, which first waits for what the training stream had been given when `save`
-was called (the update). It writes into the segment, page-locked once at the start. `wait_copied` makes the training stream
-wait for the copy's event: the next update is queued behind the copy, and nobody sleeps.
+called (the update). It writes into the segment, page-locked once at the start. `wait_copied` makes the training
+stream wait for the copy's event: the next update is queued behind the copy, and nobody sleeps.
 """
 
 import itertools
@@ -70,11 +70,16 @@ class Stats:
 @dataclass(eq=False)
 class _Job:
     step: int
-    pieces: list[Piece]
+    pieces: Iterable[Piece]
+    device: torch.device | None
+    """Of those on a GPU."""
     index: Index
     rank_state: bytes
     meta: bytes
     after: torch.cuda.Event | None
+    area: Bytes | None = None
+    """Where to, where the training thread copies itself."""
+    begun: threading.Event = field(default_factory=threading.Event)
     issued: threading.Event = field(default_factory=threading.Event)
     """All copies are done, or on the side stream with `done` behind them."""
     done: torch.cuda.Event | None = None
@@ -138,7 +143,7 @@ class Snapshots:
     # ------------------------------------------------------------------------------------------------ saving
 
     def start(self, pieces: Iterable[Piece], rank_state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """Reserve the memory and begin; every rank calls it with what it will save, after it has loaded what it restores.
+        """Reserve the memory and begin; every rank calls it with what it will save, once it has loaded.
 
         What `open` did not choose is thrown away. CheckpointError, on every rank, where a node is not there or has too
         little shared memory.
@@ -146,7 +151,7 @@ class Snapshots:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
-        index = self._lay_out(list(pieces))
+        index = self._lay_out(pieces)
         blob = Blob(
             index=index.dumps(), rank_state=values.dumps(dict(rank_state)), meta=values.dumps(dict(meta)), crcs=()
         )
@@ -194,21 +199,35 @@ class Snapshots:
         self._next = step + max(1, int(vote[1]))
         return True
 
-    def save(self, step: int, pieces: Iterable[Piece], rank_state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        pieces: Iterable[Piece],
+        rank_state: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        *,
+        background: bool = True,
+    ) -> None:
         """Hand this rank's state over and return; every rank calls it. The state must not change before `wait_copied`.
 
-        `rank_state` and `meta` as in `Checkpoints.save`. Waits while the snapshot before is being made.
+        background: without, it is copied before `save` returns, and a piece need be good only until the next is asked
+        for; the pieces must be those that `start` got. `rank_state` and `meta` as in `Checkpoints.save`. Waits while
+        the snapshot before is being made.
         """
         begun = time.perf_counter()
-        pieces = list(pieces)
-        on_gpu = next((piece.tensor.device for piece in pieces if piece.tensor.is_cuda), None)
+        if background:
+            pieces = list(pieces)
+            self._lay_out(pieces)
+        assert self._described is not None, "start() first"
+        device = next((p.tensor.device for p in pieces if p.tensor.is_cuda), None) if background else None
         job = _Job(
             step,
             pieces,
-            self._lay_out(pieces),
+            device,
+            self._described[1],
             values.dumps(dict(rank_state)),
             values.dumps(dict(meta)) if self._ranks.rank == 0 else b"{}",
-            None if on_gpu is None else torch.cuda.current_stream(on_gpu).record_event(),
+            None if device is None else torch.cuda.current_stream(device).record_event(),
         )
         with self._changed:
             ready = self._changed.wait_for(
@@ -222,6 +241,11 @@ class Snapshots:
                 return
             self._job = self._copying = job
             self._changed.notify_all()
+        if not background:
+            job.begun.wait()
+            if job.area is not None:
+                self._copy_here(job, job.area)
+            job.issued.set()
         self.stats.stall_s.append(time.perf_counter() - begun)
 
     def wait_copied(self) -> None:
@@ -232,7 +256,7 @@ class Snapshots:
         begun = time.perf_counter()
         job.issued.wait()
         if job.done is not None:
-            torch.cuda.current_stream(job.pieces[0].tensor.device).wait_event(job.done)
+            torch.cuda.current_stream(job.device).wait_event(job.done)
         self.stats.stall_s[-1] += time.perf_counter() - begun
 
     def wait(self) -> None:
@@ -283,6 +307,7 @@ class Snapshots:
                 self._error = self._broken
                 self._changed.notify_all()
                 if self._job is not None:
+                    self._job.begun.set()
                     self._job.issued.set()
                     self._job = None
             self._report(f"there are no snapshots any more: {self._broken}; training goes on")
@@ -329,8 +354,13 @@ class Snapshots:
             return
         area = self._slots[slot][self._start : self._start + self._size]
         offsets, data_bytes = array_offsets(job.index)
-        self._copy(job, area, offsets)
-        job.issued.set()
+        if isinstance(job.pieces, list):
+            self._copy(job, job.pieces, area, offsets)
+            job.issued.set()
+        else:
+            job.area = area
+            job.begun.set()
+            job.issued.wait()
         if job.done is not None:
             job.done.synchronize()
         self.stats.copy_s.append(time.perf_counter() - begun)
@@ -361,6 +391,7 @@ class Snapshots:
             self._skip(version, job, error)
 
     def _skip(self, version: int, job: _Job, error: Refused) -> None:
+        job.begun.set()
         job.issued.set()
         with self._changed:
             self._job, self._granted, self._last, self._written = None, 0, version, (0, 0)
@@ -368,9 +399,19 @@ class Snapshots:
             self._changed.notify_all()
         self._report(f"{self._error}; training goes on")
 
-    def _copy(self, job: _Job, area: Bytes, offsets: Mapping[tuple[str, str], int]) -> None:
-        side: torch.cuda.Stream | None = None
+    def _copy_here(self, job: _Job, area: Bytes) -> None:
+        """In the training thread, which has nothing else to do: with all of torch's threads, one piece at a time."""
+        offsets = array_offsets(job.index)[0]
         for piece, span in zip(job.pieces, job.index.spans, strict=True):
+            assert (piece.name, piece.kind, piece.start, piece.stop) == (span.name, span.kind, span.start, span.stop)
+            if span.stop > span.start:
+                start = offsets[span.kind, span.dtype] + span.offset * piece.tensor.element_size()
+                target = torch.from_numpy(area[start : start + piece.tensor.nbytes])
+                target.copy_(piece.tensor.detach().view(torch.uint8))
+
+    def _copy(self, job: _Job, pieces: Sequence[Piece], area: Bytes, offsets: Mapping[tuple[str, str], int]) -> None:
+        side: torch.cuda.Stream | None = None
+        for piece, span in zip(pieces, job.index.spans, strict=True):
             if span.stop == span.start:
                 continue
             source = piece.tensor.detach()
@@ -451,20 +492,19 @@ class Snapshots:
             cost_s += self.stats.node_s.get("cpu", 0.0) / cores
         return float(np.ceil(cost_s / (COST * self._step_s)))
 
-    def _lay_out(self, pieces: Sequence[Piece]) -> Index:
+    def _lay_out(self, pieces: Iterable[Piece]) -> Index:
         """What lies where in this rank's area. The same pieces have the same index, which is made once."""
-        shape = [(p.name, p.kind, p.start, p.stop, p.shape, p.tensor.dtype) for p in pieces]
+        shape = [(p.name, p.kind, p.start, p.stop, tuple(p.shape), p.tensor.dtype) for p in pieces]
         if self._described is not None and self._described[0] == shape:
             return self._described[1]
         lengths: dict[tuple[str, str], int] = {}
         spans = []
-        for piece in pieces:
-            key = piece.kind, str(piece.tensor.dtype).removeprefix("torch.")
-            assert key[1] in DTYPES and piece.tensor.shape == (piece.stop - piece.start,), piece.name
+        for name, kind, start, stop, whole, dtype in shape:
+            key = kind, str(dtype).removeprefix("torch.")
+            assert key[1] in DTYPES, f"{name}: {dtype}"
             offset = lengths.get(key, 0)
-            ends = {"start": piece.start, "stop": piece.stop, "offset": offset}
-            spans.append(Span(name=piece.name, kind=key[0], dtype=key[1], shape=tuple(piece.shape), **ends))
-            lengths[key] = offset + piece.stop - piece.start
+            spans.append(Span(name=name, kind=kind, start=start, stop=stop, shape=whole, dtype=key[1], offset=offset))
+            lengths[key] = offset + stop - start
         arrays = {
             key: ArrayLayout(kind=key[0], dtype=key[1], length=length, chunk=length)
             for key, length in lengths.items()
@@ -472,3 +512,36 @@ class Snapshots:
         }
         self._described = shape, Index(arrays=arrays, spans=spans)
         return self._described[1]
+
+
+class NoSnapshots:
+    """With ``checkpoint.snapshot_every_steps=0``: surface of `Snapshots`."""
+
+    stats = Stats()
+
+    def steps(self) -> list[int]:
+        return []
+
+    def open(self, step: int) -> SnapshotReader:
+        raise CheckpointError(f"there is no snapshot of step {step}: checkpoint.snapshot_every_steps=0")
+
+    def start(self, pieces: Iterable[Piece], rank_state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        pass
+
+    def due(self, step: int) -> bool:
+        return False
+
+    def save(self, *state: Any, background: bool = True) -> None:
+        pass
+
+    def wait_copied(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+    def error(self) -> CheckpointError | None:
+        return None
+
+    def close(self, *, dropped: bool = False) -> None:
+        pass

@@ -1,15 +1,22 @@
 """From a job to the things that train it: the device, the dtype, the model and the engine."""
 
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from checkpoint.ranks import Ranks
+from checkpoint.roster import Roster
+from checkpoint.snapshot_process import local_roster
+from checkpoint.snapshots import NoSnapshots, Snapshots
 from parallel.engine import Engine
 from trainer.data import Corpus
 from trainer.job import Job
 from trainer.models import LanguageModel
+from trainer.run import RunFolder, run_id
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,34 @@ def build_engine(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype
 
     mesh = Mesh.of(job.parallel.levels, rank=where.rank, world=where.world)
     return shard(model, mesh, Placement.of(job.parallel, mesh.num_levels), offload=job.offload, **common)
+
+
+def open_snapshots(
+    job: Job,
+    where: Rank,
+    run: RunFolder,
+    roster: Roster | None,
+    group: dist.ProcessGroup | None,
+    say: Callable[[str], None],
+) -> Snapshots | NoSnapshots:
+    """The snapshots in memory, as ``checkpoint.snapshot_every_steps`` wants them. Collective.
+
+    Without a roster all ranks must be on this machine; ValueError where they are not.
+    """
+    if not job.checkpoint.snapshots:
+        return NoSnapshots()
+    ranks = Ranks(where.rank, where.world, group)
+    if roster is None:
+        hosts = [host.decode() for host in ranks.gather(socket.gethostname().encode())]
+        found, hold_s = b"", job.checkpoint.snapshot_hold_s
+        if where.rank == 0 and len(set(hosts)) == 1:
+            log = run.path / "logs" / "snapshots.log"
+            found = local_roster(run_id(job), where.world, hold_s=hold_s, log=log).dumps()
+        found = ranks.tell(found)
+        if not found:
+            raise ValueError("checkpoint.snapshot_every_steps: ranks on several machines need a roster of processes")
+        roster = Roster.loads(found)
+    return Snapshots(roster, job.checkpoint, ranks, say)
 
 
 def check_same_data(corpus: Corpus, where: Rank) -> None:

@@ -5,6 +5,7 @@
     evals.jsonl      one object a validation; its ``step`` is the number of steps done
     loss.png  tensorboard/  logs/
     checkpoints/     unless checkpoint.url leads elsewhere
+    run.id           tells its snapshots in memory from those of other runs
     run.lock         locked while a process trains here
 
 Rank 0 writes here, between `prepare` and `close`; other ranks only ask for the paths. The lock is the kernel's, so it
@@ -93,6 +94,22 @@ def _compare(job: Job) -> tuple[list[Change], list[str]]:
     if harmless:
         notes.append(f"other options than at the first start, for the same training:\n{show(harmless)}")
     return training, notes
+
+
+def run_id(job: Job) -> bytes:
+    """16 bytes that no other run has, the same each time it is started; kept in ``run.id`` of its folder."""
+    path = run_path(job) / "run.id"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        fresh = path.with_name(f"run.id.{os.getpid()}")
+        fresh.write_text(os.urandom(16).hex())
+        try:
+            os.link(fresh, path)  # whoever comes first: driver and ranks may ask at the same time
+        except FileExistsError:
+            pass
+        finally:
+            fresh.unlink()
+    return bytes.fromhex(path.read_text())
 
 
 class RunFolder:
