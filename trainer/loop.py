@@ -21,9 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpoint import Checkpoints, rng_state, set_rng_state
+from checkpoint import CheckpointReader, Checkpoints, rng_state, set_rng_state
+from checkpoint.roster import Roster
+from checkpoint.snapshot_reader import SnapshotReader
 from offload.device import DeviceReader, peak_flops
-from trainer.build import Rank, build_engine, check_same_data, choose_dtype
+from trainer.build import Rank, build_engine, check_same_data, choose_dtype, open_snapshots
 from trainer.data import open_corpus
 from trainer.evaluate import sample, validate
 from trainer.job import Job
@@ -53,9 +55,18 @@ class Running:
 class Trainer:
     """Runs a job on this rank: in the process group if there is one, else alone."""
 
-    def __init__(self, job: Job, *, emit: Callable[[Event], None] | None = None, overrides: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        job: Job,
+        *,
+        emit: Callable[[Event], None] | None = None,
+        overrides: Sequence[str] = (),
+        roster: Roster | None = None,
+    ) -> None:
         """emit: gets each event of rank 0 (docs/architecture.md). None: they are shown on the terminal.
-        overrides: what the user typed, kept beside the config."""
+        overrides: what the user typed, kept beside the config. roster: the nodes' snapshot processes. None: one is
+        started here where snapshots are wanted and all ranks are on this machine."""
+        self._roster = roster
         self.job, self.overrides = job, tuple(overrides)
         self.where = Rank.current()
         self._emit = emit or Progress(job.train.steps, every_steps=job.logger.every_steps).show
@@ -77,6 +88,8 @@ class Trainer:
                     self._validate()
                 if self._due(self.job.checkpoint.every_steps):
                     self._save()
+                if self.snapshots.due(self.step):
+                    self._snapshot()
             return self._conclude()
 
     def train_step(self, step: int) -> Running:
@@ -91,6 +104,7 @@ class Trainer:
                 tokens, targets, scale=1 / (world * count), first=i == 0, last=i == count - 1
             )
         lr = learning_rate(job.optimizer, step, job.train.steps)
+        self.snapshots.wait_copied()
         grad_norm = self.engine.step(lr, job.train.clip_norm)
         values = torch.stack((loss / (world * count), torch.full_like(loss, bool(self._stop_reason)), grad_norm))
         if world > 1:
@@ -125,7 +139,7 @@ class Trainer:
             check_same_data(self.corpus, where)
             torch.manual_seed(job.train.seed + where.rank)
             self._build()
-            self._resume()
+            self._resume(cleanup)
             self._clock = time.perf_counter()
             yield
 
@@ -150,35 +164,48 @@ class Trainer:
         self._reports: deque[Running] = deque()
         self._lag = 1 if where.device.type == "cuda" else 0
 
-    def _resume(self) -> None:
-        """Load the checkpoint that ``run.resume`` names, if any. Rank 0 chooses it for all."""
+    def _resume(self, cleanup: ExitStack) -> None:
+        """Load what ``run.resume`` names, if there is any, from memory or storage. Rank 0 chooses it for all."""
         job, where = self.job, self.where
         writers = dist.new_group(backend="gloo") if where.world > 1 else None
         self.checkpoints = Checkpoints(
             self.run.checkpoint_url, job.checkpoint, where.rank, where.world, writers, self._tell
         )
-        chosen = torch.full((), -1)
-        if where.rank == 0 and (step := self.run.resume_step(self.checkpoints.steps())) is not None:
-            chosen.fill_(step)
+        self.snapshots = open_snapshots(job, where, self.run, self._roster, writers, self._tell)
+        cleanup.callback(self.snapshots.close)
+        chosen, in_memory = torch.full((2,), -1)
+        if where.rank == 0:
+            memory = self.snapshots.steps()
+            if (step := self.run.resume_step(sorted({*memory, *self.checkpoints.steps()}))) is not None:
+                chosen, in_memory = torch.tensor([step, step in memory])
         if where.world > 1:
             dist.broadcast(chosen, src=0)
-        if chosen < 0:
-            return
-        reader = self.checkpoints.open(int(chosen))
+            dist.broadcast(in_memory, src=0)
+        if chosen >= 0:
+            self._load(self.snapshots.open(int(chosen)) if in_memory else self.checkpoints.open(int(chosen)))
+        self.snapshots.start(self.engine.pieces(), rng_state(), self._meta())
+        if chosen >= 0:
+            self._snapshot()  # at once: what was restored may stand on fewer nodes, and lie otherwise for other ranks
+
+    def _load(self, reader: CheckpointReader | SnapshotReader) -> None:
+        job, where = self.job, self.where
         if reader.meta["data"] != self.corpus.fingerprint and job.run.on_change == "refuse":
             raise ValueError(
-                f"the data is not what the run {job.run_name} was trained on until step {int(chosen)}: files behind "
+                f"the data is not what the run {job.run_name} was trained on until step {reader.step}: files behind "
                 f"data.source={job.data.source} have changed; bring them back, or go on with run.on_change=accept"
             )
         self.engine.load(reader.read, moments=True)
-        self.step = self._saved_step = self.engine.updates = reader.meta["step"]
+        self.step = self.engine.updates = reader.meta["step"]
+        if isinstance(reader, CheckpointReader):
+            self._saved_step = self.step
         if reader.world == where.world:
             set_rng_state(reader.rank_state(where.rank))
         else:
             torch.manual_seed(job.train.seed + where.rank + where.world * self.step)
         if where.rank == 0:
             self.run.truncate(self.step)
-        self._tell(f"resumed from step {self.step} of {self.run.checkpoint_url}, written by {reader.world} ranks")
+        source = self.run.checkpoint_url if isinstance(reader, CheckpointReader) else "the snapshots in memory"
+        self._tell(f"resumed from step {self.step} of {source}, written by {reader.world} ranks")
 
     def _conclude(self) -> Event:
         """Save what is not saved, say how it ended."""
@@ -197,6 +224,8 @@ class Trainer:
         else:
             reason = self._stop_reason or "another rank was asked to stop"
             text = f"stopped after step {self.step} of {job.train.steps} ({reason}); the same command resumes it"
+        if not self.checkpoints.error():
+            self.snapshots.close(dropped=True)
         if error := self.checkpoints.error():
             text += f"\nits last steps are lost: {error}"
         end = {"type": "end", "status": "finished" if finished else "stopped", "step": self.step, "text": text}
@@ -259,13 +288,22 @@ class Trainer:
         self._clock = time.perf_counter()
 
     def _save(self) -> None:
-        """Copy the state; it is written while training goes on."""
+        """Save the state, while training goes on unless much of it is away from the device: then no copy is made."""
         self._flush()
-        samples = self.step * self.job.train.global_batch_size
-        meta = {"step": self.step, "samples": samples, "data": self.corpus.fingerprint, **self.run.provenance()}
-        self.checkpoints.save(self.step, self.engine.pieces(), rng_state(), meta)
+        background = self.job.offload.states == "none"
+        self.checkpoints.save(self.step, self.engine.pieces(), rng_state(), self._meta(), background=background)
         self._saved_step = self.step
         self._clock = time.perf_counter()
+
+    def _snapshot(self) -> None:
+        """The same into the nodes' memory; `wait_copied` comes before the next update."""
+        background = self.job.offload.states == "none"
+        self.snapshots.save(self.step, self.engine.pieces(), rng_state(), self._meta(), background=background)
+
+    def _meta(self) -> dict[str, Any]:
+        """What is saved beside the state, once for all ranks."""
+        samples = self.step * self.job.train.global_batch_size
+        return {"step": self.step, "samples": samples, "data": self.corpus.fingerprint, **self.run.provenance()}
 
     def _tell(self, text: str) -> None:
         self._event({"type": "message", "text": text})
