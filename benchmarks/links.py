@@ -31,7 +31,7 @@ from torch import nn  # noqa: E402
 
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard  # noqa: E402
 from parallel.collectives import Lane, all_gather, all_reduce, all_to_all  # noqa: E402
-from parallel.machine import Fit, Link, Machine  # noqa: E402
+from parallel.planning.machine import Fit, Link, Machine  # noqa: E402
 from parallel.quantize import Format, dequantize, quantize  # noqa: E402
 
 SIZES = [1 << n for n in range(12, 27, 2)]

@@ -22,12 +22,12 @@ sys.path.insert(0, str(HERE.parent))
 from report import write_report  # noqa: E402
 
 from parallel import Mesh, ParallelOptions, Placement  # noqa: E402
-from parallel.cost import Plan  # noqa: E402
-from parallel.machine import PRESETS, Machine  # noqa: E402
-from parallel.simulate import simulate  # noqa: E402
-from parallel.traffic import EXACT, Chain, Move, Traffic, UnitTraffic  # noqa: E402
+from parallel.planning.cost import Plan  # noqa: E402
+from parallel.planning.machine import PRESETS, Machine  # noqa: E402
+from parallel.planning.simulate import simulate  # noqa: E402
+from parallel.planning.traffic import EXACT, Chain, Move, Traffic, UnitTraffic  # noqa: E402
+from parallel.planning.workload import UnitCost, Workload, aligned  # noqa: E402
 from parallel.transport import Transport  # noqa: E402
-from parallel.workload import UnitCost, Workload, aligned  # noqa: E402
 
 
 class FlatZero3(Traffic):

@@ -94,8 +94,8 @@ def check(config: Config, crew: Crew) -> Config:
 
 def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
     """With levels: those that were given, else the named machine's, else what Ray's placement says."""
-    from parallel.machine import load_machine
     from parallel.placement import Placement
+    from parallel.planning.machine import load_machine
 
     options = config.parallel
     inner = {"gpu" if crew.device == "cuda" else "worker": crew.per_node}

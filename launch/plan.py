@@ -1,7 +1,7 @@
 """What ``atoll plan`` prints: does it fit, how long is a step, what limits it. Needs neither a GPU nor Ray.
 
-The figures are those of `parallel.cost` and `parallel.simulate` for the placement that is configured, or for the one
-that ``parallel=auto`` picks.
+The figures are those of `parallel.planning` for the placement that is configured, or for the one that
+``parallel=auto`` picks.
 """
 
 import math
@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from launch.config import Config
-from parallel.choose import Candidate, Choice, choose, preset_of
-from parallel.cost import KINDS, Plan, estimate
-from parallel.machine import PRESETS, Machine, load_machine
 from parallel.mesh import Mesh
 from parallel.options import QUANTIZE
 from parallel.placement import Placement
-from parallel.simulate import simulate
+from parallel.planning.choose import Candidate, Choice, choose, preset_of
+from parallel.planning.cost import KINDS, Plan, estimate
+from parallel.planning.machine import PRESETS, Machine, load_machine
+from parallel.planning.simulate import simulate
+from parallel.planning.workload import Workload
 from parallel.transport import Transport
-from parallel.workload import Workload
 
 HEADROOM = 0.92
 """The part of a tier's memory that a plan may fill: the rest is the driver's, the allocator's and the collectives'."""

@@ -8,8 +8,8 @@ from hydra import compose, initialize_config_module
 
 from launch.config import Config, register, to_config
 from launch.plan import named_machine, plan, settle, show
-from parallel.cost import KINDS
-from parallel.machine import PRESETS
+from parallel.planning.cost import KINDS
+from parallel.planning.machine import PRESETS
 
 
 def composed(*overrides: str) -> Config:

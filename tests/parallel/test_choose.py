@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 
 from parallel import Mesh
-from parallel.choose import choose, preset_of
-from parallel.cost import estimate
-from parallel.machine import PRESETS, Machine
 from parallel.placement import Placement
-from parallel.simulate import simulate
-from parallel.workload import UnitCost, Workload
+from parallel.planning.choose import choose, preset_of
+from parallel.planning.cost import estimate
+from parallel.planning.machine import PRESETS, Machine
+from parallel.planning.simulate import simulate
+from parallel.planning.workload import UnitCost, Workload
 
 UNIT = UnitCost(name="u", count=24, matrices=100 << 20, vectors=8192, forward_flops=2e8, backward_flops=4e8,
                 activation_bytes=1e5, input_bytes=1e4)  # fmt: skip
@@ -37,7 +37,7 @@ def test_the_best_of_all_is_found() -> None:
 
 
 def _plan(mesh: Mesh, triple: tuple[int, int, int]):
-    from parallel.cost import Plan
+    from parallel.planning.cost import Plan
 
     return Plan(mesh, Placement(*triple))
 

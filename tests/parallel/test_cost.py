@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from parallel import Mesh, ParallelOptions, Placement
-from parallel.cost import Plan, estimate, memory, traffic_of
-from parallel.machine import PRESETS, Fit, Link, Machine, expected_max, load_machine
-from parallel.traffic import EXACT, Traffic, wire_bytes
+from parallel.planning.cost import Plan, estimate, memory, traffic_of
+from parallel.planning.machine import PRESETS, Fit, Link, Machine, expected_max, load_machine
+from parallel.planning.traffic import EXACT, Traffic, wire_bytes
+from parallel.planning.workload import UnitCost, Workload
 from parallel.transport import Transport
-from parallel.workload import UnitCost, Workload
 
 HERE = Path(__file__).parent
 CUBE = {"node": 2, "gpu": 2, "die": 2}

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from parallel import Mesh, ParallelOptions, Placement
-from parallel.cost import Plan, estimate
-from parallel.machine import PRESETS, Link, Machine
-from parallel.simulate import simulate
+from parallel.planning.cost import Plan, estimate
+from parallel.planning.machine import PRESETS, Link, Machine
+from parallel.planning.simulate import simulate
+from parallel.planning.workload import UnitCost, Workload
 from parallel.transport import Transport
-from parallel.workload import UnitCost, Workload
 
 UNITS, ELEMENTS = 8, 1 << 20
 GATHER = 2 * ELEMENTS / 2
@@ -89,7 +89,7 @@ def test_accumulation_crosses_outer_levels_once() -> None:
 def test_extrapolated_micro_batches_equal_played_ones(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     load, here = work(micro_batches=7), machine(1.7, backend)
     quick = step_s(load, here, (1, 1, 1))
-    monkeypatch.setattr("parallel.simulate._PLAYED", 100)
+    monkeypatch.setattr("parallel.planning.simulate._PLAYED", 100)
     assert quick == pytest.approx(step_s(load, here, (1, 1, 1)), rel=0.01)
 
 

@@ -39,10 +39,10 @@ watch("all_to_all_single", "all_to_all", 0)
 watch("all_reduce", "all_reduce", 0)
 
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard  # noqa: E402
-from parallel.cost import Plan, buffers, memory, traffic_of  # noqa: E402
-from parallel.machine import Link, Machine  # noqa: E402
+from parallel.planning.cost import Plan, buffers, memory, traffic_of  # noqa: E402
+from parallel.planning.machine import Link, Machine  # noqa: E402
+from parallel.planning.workload import Workload  # noqa: E402
 from parallel.transport import Transport  # noqa: E402
-from parallel.workload import Workload  # noqa: E402
 from trainer.models import build_model  # noqa: E402
 from trainer.options import LlamaOptions  # noqa: E402
 

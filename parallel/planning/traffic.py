@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from parallel.layout import ALIGN
 from parallel.mesh import Mesh
 from parallel.placement import Placement
+from parallel.planning.workload import UnitCost, Workload
 from parallel.quantize import Format
 from parallel.transport import Transport
-from parallel.workload import UnitCost, Workload
 
 EXACT = Transport(weights=(), grads=())
 """Nothing is quantized, on any mesh."""

@@ -1,19 +1,20 @@
 """What a step costs: bytes and seconds per phase and level, and memory a rank, in closed form.
 
 Two models of time share the seconds of single collectives (`Clock`): `estimate` here, a few additions that rank
-hundreds of candidates, and `parallel.simulate`, which plays the engine's schedule. docs/cost-model.md explains both.
+hundreds of candidates, and `parallel.planning.simulate`, which plays the engine's schedule. docs/cost-model.md explains
+both.
 """
 
 import math
 from collections import Counter
 from dataclasses import dataclass
 
-from parallel.machine import Machine
 from parallel.mesh import Mesh
 from parallel.placement import Placement
-from parallel.traffic import EXACT, Chain, Move, Traffic
+from parallel.planning.machine import Machine
+from parallel.planning.traffic import EXACT, Chain, Move, Traffic
+from parallel.planning.workload import UnitCost, Workload
 from parallel.transport import Transport
-from parallel.workload import UnitCost, Workload
 
 KINDS = ("parameters", "gradients", "optimizer states", "communication buffers", "activations")
 

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
-from parallel.cost import Estimate, Plan, estimate
-from parallel.machine import Machine
 from parallel.mesh import Mesh
 from parallel.options import ParallelOptions
 from parallel.placement import Placement
-from parallel.simulate import Simulation, simulate
+from parallel.planning.cost import Estimate, Plan, estimate
+from parallel.planning.machine import Machine
+from parallel.planning.simulate import Simulation, simulate
+from parallel.planning.workload import Workload
 from parallel.transport import Transport
-from parallel.workload import Workload
 
 PRESETS = ("ddp", "zero1", "zero2", "zero3", "hsdp", "hfsdp", "topo")
 SIMULATED = 6

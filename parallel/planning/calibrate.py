@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from parallel.cost import Plan
-from parallel.machine import Fit, Link, Machine
-from parallel.simulate import simulate
-from parallel.workload import Workload
+from parallel.planning.cost import Plan
+from parallel.planning.machine import Fit, Link, Machine
+from parallel.planning.simulate import simulate
+from parallel.planning.workload import Workload
 
 
 @dataclass(frozen=True)

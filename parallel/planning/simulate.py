@@ -16,10 +16,10 @@ from collections import defaultdict, deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from parallel.cost import Clock, Plan, traffic_of, update_s
-from parallel.machine import Machine
-from parallel.traffic import Chain, Traffic, UnitTraffic
-from parallel.workload import UnitCost, Workload
+from parallel.planning.cost import Clock, Plan, traffic_of, update_s
+from parallel.planning.machine import Machine
+from parallel.planning.traffic import Chain, Traffic, UnitTraffic
+from parallel.planning.workload import UnitCost, Workload
 
 GLOO_THREADS = 2
 """Collectives of one group that gloo runs at once (one network device)."""
