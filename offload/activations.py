@@ -1,0 +1,274 @@
+"""Activations that leave the device between forward and backward, by block: what remains is made again.
+
+`Activations.wrap` gives each block a mode: ``keep``, ``swap`` (to host memory; of the matrix products the first α of
+the tokens, see `offload.activations_tape`) or ``recompute`` (the input and attention's output stay on the device). On CPU
+the same code runs without streams.
+
+[Note: who may use which memory, and when] Compute runs on the caller's stream, copies out and in on one each.
+- What a forward leaves is copied out when the block ends. Its tensors are held until the forward of the block two later
+  begins, which waits for that copy on its stream: at most two blocks' worth is in flight. The host never waits.
+- The backward of a block begins the copy-in of the block before it, into one of two buffers that take turns. A copy-in
+  waits for the event that was recorded when autograd had let go of the last tensor in it; autograd does that after it
+  launched the operator that read it.
+- A slot of host memory goes back likewise, and who takes it next waits for the copy-in that read it.
+All this hangs on the life of the tape: when autograd lets go of its last saved tensor, or drops the whole graph, buffer
+and slot go back.
+
+Source: arXiv 2407.12117, sections 4.1 and 4.2; arXiv 2403.06504 (which layers to swap).
+"""
+
+import logging
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_leaves
+
+from offload.activations_memory import (
+    Event,
+    Memory,
+    Pools,
+    elapsed_s,
+    link_bytes_per_s,
+    mark,
+    now,
+    on,
+    places,
+    room,
+    wait,
+)
+from offload.activations_plan import BlockCost, Choice, choose
+from offload.activations_tape import Tape
+from offload.activations_watch import intercept
+
+log = logging.getLogger(__name__)
+MODES = ("keep", "swap", "recompute", "auto")
+WARM_UP = 2
+"""Forwards before the one that ``auto`` measures: the first may compile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationOptions:
+    mode: str = "keep"
+    """What a block saves for its backward: ``keep`` it, ``swap`` it to host memory, ``recompute`` it from the block's
+    input (attention's output is kept), or ``auto``: swap as much as hides behind compute."""
+    alpha: float | None = None
+    """With ``swap``: the fraction of the tokens whose matrix products are swapped and not recomputed. None: chosen from
+    measured times, as with ``auto``."""
+    keep_last: int = 2
+    """With ``swap``: the last blocks keep what they save, which would have to come back as it leaves."""
+    host_bytes: int | None = None
+    """The most host memory for activations. None: what is needed."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"offload.activations.mode={self.mode!r}: choose one of {', '.join(MODES)}")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(f"offload.activations.alpha={self.alpha}: must be from 0 to 1")
+        if self.alpha is not None and self.mode != "swap":
+            raise ValueError(
+                f"offload.activations.alpha={self.alpha} is for offload.activations.mode=swap, not {self.mode}"
+            )
+        if self.keep_last < 0:
+            raise ValueError(f"offload.activations.keep_last={self.keep_last}: must be 0 or more")
+        if self.host_bytes is not None and self.host_bytes < 1:
+            raise ValueError(f"offload.activations.host_bytes={self.host_bytes}: must be 1 or more")
+
+
+@dataclass
+class _Lease:
+    """What a tape holds and gives back when it dies."""
+
+    slot: Memory
+    left: Event
+    """After it the sources are in `slot`."""
+    buffer: Memory | None = None
+    arrived: Event = None
+    """After it they are in `buffer`."""
+
+
+class Activations:
+    """Wraps blocks so that their activations leave; `close` lets go of all memory.
+
+    One thread at a time: forwards on the caller's, backwards where autograd runs them.
+    """
+
+    def __init__(
+        self,
+        options: ActivationOptions,
+        device: torch.device,
+        *,
+        pack: Callable[[Tensor], Any] | None = None,
+        unpack: Callable[[Any], Tensor] | None = None,
+        poison: bool = False,
+    ) -> None:
+        """pack, unpack: hooks for weights that are gathered, as `torch.autograd.graph.saved_tensors_hooks` takes them;
+        what `pack` returns unchanged is an activation. poison: fill memory with NaN when it is given back, to find who
+        still reads it."""
+        self.options, self.device = options, device
+        self._hooks = {"pack": pack, "unpack": unpack}
+        self.pools = Pools(device, options.host_bytes, poison=poison)
+        cuda = device.type == "cuda"
+        self._out = torch.cuda.Stream(device) if cuda else None
+        self._in = torch.cuda.Stream(device) if cuda else None
+        self._choices: list[Choice] = []
+        self._tapes: list[weakref.ref[Tape]] = []
+        """In the order of their forwards."""
+        self._leases: weakref.WeakKeyDictionary[Tape, _Lease] = weakref.WeakKeyDictionary()
+        self._leaving: deque[tuple[Event, list[Tensor]]] = deque()
+        self._auto = options.mode == "auto" or (options.mode == "swap" and options.alpha is None)
+        """Whether α is still to be chosen."""
+        self._num_forwards = 0
+        self._times: dict[int, tuple[Any, Any]] = {}
+        self._sizes: dict[int, dict[str, int]] = {}
+
+    # ------------------------------------------------------------------------------------------------ set-up
+
+    def wrap(self, blocks: Sequence[nn.Module]) -> None:
+        """Replace the forward of each of `blocks`, in the order they run; once. If they are compiled, then before this.
+        Hooks on the modules stay outside."""
+        if self._choices:
+            raise ValueError("these Activations have blocks; make others for other blocks")
+        o, n = self.options, len(blocks)
+        if o.mode == "keep":
+            self._choices = [Choice("keep")] * n
+            return
+        swap = o.mode in ("swap", "auto")
+        num_kept = min(n, o.keep_last) if swap else 0
+        away = Choice("swap", o.alpha or 0.0) if swap else Choice("recompute")
+        self._choices = [away] * (n - num_kept) + [Choice("keep")] * num_kept
+        for position, block in enumerate(blocks):
+            for module in block.modules():
+                intercept(module)
+            block.forward = partial(self._run, position, block, block.forward)
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """Mode and α of each block."""
+        return tuple(self._choices)
+
+    def set(self, choices: Sequence[Choice]) -> None:
+        """Choose for each block; between a backward and the next forward. Not for ``keep``, which wraps nothing."""
+        if len(choices) != len(self._choices) or self.options.mode == "keep":
+            raise ValueError(f"{len(choices)} choices for {len(self._choices)} blocks of {self.options}")
+        self._choices, self._auto = list(choices), False
+
+    def costs(self) -> list[BlockCost]:
+        """Of the blocks that swap, as measured; empty before. Waits for the device."""
+        return [
+            BlockCost(forward_s=elapsed_s(*self._times[position]), **{f"{kind}_bytes": n for kind, n in sizes.items()})
+            for position, sizes in sorted(self._sizes.items())
+        ]
+
+    def close(self) -> None:
+        """After the last backward: let go of the memory."""
+        self._settle(0)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.pools.close()
+
+    # ------------------------------------------------------------------------------------------------ forward
+
+    def _run(self, position: int, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        if position == 0:
+            self._decide()
+        while self._tapes and self._tapes[-1]() is None:
+            self._tapes.pop()
+        choice, previous = self._choices[position], len(self._tapes) - 1
+        if choice.mode == "keep":
+            out = forward(*args, **kwargs)
+        else:
+            self._settle(1)
+            tape = Tape(block, forward, args, kwargs, alpha=choice.alpha, **self._hooks)
+            start = now(self.device)
+            out = tape.record()
+            if self._auto and self._num_forwards > WARM_UP:
+                self._times[position], self._sizes[position] = (start, now(self.device)), tape.sizes()
+            if choice.mode == "swap":
+                self._depart(tape)
+            self._tapes.append(weakref.ref(tape))
+        if outputs := [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]:
+            register_multi_grad_hook(outputs, lambda _: self._before_backward(previous), mode="any")
+        return out
+
+    def _depart(self, tape: Tape) -> None:
+        """Copy a tape's sources to host memory; they are let go of once they are there."""
+        sources = [source for source in tape.sources if source.flat is not None]
+        num = sum(choice.mode == "swap" for choice in self._choices)
+        slot = self.pools.take_slot(room(sources, whole=False), num)
+        flats: list[Tensor] = []
+        wait(self.device, self._out, mark(self.device, None), slot.free)
+        with on(self._out):
+            for source, place in zip(sources, places(slot.data, sources, whole=False), strict=True):
+                assert source.flat is not None
+                place.copy_(source.flat[: source.stored], non_blocking=True)
+                flats.append(source.flat)
+                source.flat = None
+        lease = _Lease(slot, mark(self.device, self._out))
+        self._leaving.append((lease.left, flats))
+        self._leases[tape] = lease
+        weakref.finalize(tape, self._give_back, lease).atexit = False
+        tape.restore = self._restore
+
+    def _settle(self, most: int) -> None:
+        """Let go of tensors that have been copied out, until those of `most` blocks are still leaving."""
+        while len(self._leaving) > most:
+            left, _ = self._leaving.popleft()
+            wait(self.device, None, left)
+
+    # ------------------------------------------------------------------------------------------------ backward
+
+    def _before_backward(self, previous: int) -> None:
+        """When a block's backward begins: bring back what the block before it left."""
+        self._settle(0)
+        if 0 <= previous < len(self._tapes) and (tape := self._tapes[previous]()) is not None:
+            lease = self._leases.get(tape)
+            if lease is not None and lease.buffer is None:
+                self._fetch(tape, lease)
+
+    def _fetch(self, tape: Tape, lease: _Lease) -> None:
+        sources = [source for source in tape.sources if source.numel]
+        lease.buffer = self.pools.take_buffer(room(sources, whole=True))
+        stored = places(lease.slot.data, sources, whole=False)
+        wait(self.device, self._in, lease.left, lease.buffer.free)
+        with on(self._in):
+            for source, place, piece in zip(
+                sources, places(lease.buffer.data, sources, whole=True), stored, strict=True
+            ):
+                place[: source.stored].copy_(piece, non_blocking=True)
+                source.flat = place
+        lease.arrived = mark(self.device, self._in)
+
+    def _restore(self, tape: Tape) -> None:
+        lease = self._leases[tape]
+        if lease.buffer is None:
+            self._fetch(tape, lease)
+        wait(self.device, None, lease.arrived)
+        tape.replay()
+
+    def _give_back(self, lease: _Lease) -> None:
+        self.pools.give_slot(lease.slot, lease.arrived or lease.left)
+        if lease.buffer is not None:
+            self.pools.give_buffer(lease.buffer)
+
+    # ------------------------------------------------------------------------------------------------ auto
+
+    def _decide(self) -> None:
+        """After the forward that is measured, choose α for each block that swaps."""
+        self._num_forwards += 1
+        if not self._auto or self._num_forwards < WARM_UP + 2:
+            return
+        self._auto = False
+        rate = link_bytes_per_s(self.device)
+        chosen = choose(self.costs(), link_bytes_per_s=rate, host_bytes=self.options.host_bytes, keep_last=0)
+        for position, choice in zip(sorted(self._sizes), chosen, strict=True):
+            self._choices[position] = choice
+        log.info("activations: %s, link %.1f GB/s", ", ".join(f"{c.mode} {c.alpha:.2f}" for c in chosen), rate / 1e9)

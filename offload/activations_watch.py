@@ -1,0 +1,91 @@
+"""Standing between a block and its matrix products and attention, and giving it the same random numbers twice."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Watcher = Callable[[str, Sequence[Tensor], Callable[[], Tensor]], Tensor]
+"""``watcher(kind, inputs, call)`` returns what `call` would; kind: ``linear`` (input, weight, bias), ``attention``."""
+_attention = F.scaled_dot_product_attention
+_thread = threading.local()
+
+
+def intercept(module: nn.Module) -> None:
+    """Have a Linear's product told to the watcher; other modules are left alone."""
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        return
+    linear, original = module, module.forward
+
+    def forward(input: Tensor) -> Tensor:
+        watcher = getattr(_thread, "watcher", None)
+        if watcher is None or input.numel() == 0:
+            return original(input)
+        inputs = [input, linear.weight, *([linear.bias] if linear.bias is not None else [])]
+        out: Tensor = watcher("linear", inputs, lambda: original(input))
+        return out
+
+    linear.forward = torch.compiler.disable(forward)  # type: ignore[method-assign]
+
+
+def _tell_of_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    watcher = getattr(_thread, "watcher", None)
+    if watcher is None:
+        return _attention(query, key, value, *args, **kwargs)
+    out: Tensor = watcher("attention", (query, key, value), lambda: _attention(query, key, value, *args, **kwargs))
+    return out
+
+
+_watched_attention = torch.compiler.disable(_tell_of_attention)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Tell `watcher` of Linears and attention on this thread.
+
+    Models call attention by its name in torch.nn.functional, so that is where ours has to stand meanwhile. It is one
+    function for ever, so that blocks compiled while it stands there are not compiled again.
+    """
+    before, attention = getattr(_thread, "watcher", None), F.scaled_dot_product_attention
+    _thread.watcher = watcher
+    F.scaled_dot_product_attention = _watched_attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = attention
+        _thread.watcher = before
+
+
+def product(inputs: Sequence[Tensor], out: Tensor, first_row: int) -> None:
+    """Rows `first_row` and following of a Linear's result, into `out` (..., columns), contiguous."""
+    x, weight, *bias = inputs
+    x, out = x.reshape(-1, x.size(-1))[first_row:], out.view(-1, out.size(-1))[first_row:]
+    if bias:
+        torch.addmm(bias[0], x, weight.t(), out=out)
+    else:
+        torch.mm(x, weight.t(), out=out)
+
+
+def rng_state(device: torch.device) -> tuple[Tensor, ...]:
+    if device.type == "cuda":
+        return torch.get_rng_state(), torch.cuda.get_rng_state(device)
+    return (torch.get_rng_state(),)
+
+
+@contextmanager
+def with_rng(state: tuple[Tensor, Tensor | None] | None) -> Iterator[None]:
+    """The random numbers of the recording, if it took any; afterwards those that were next."""
+    if state is None:
+        yield
+        return
+    cpu, gpu = state
+    device = [torch.cuda.current_device()] if gpu is not None else []
+    with torch.random.fork_rng(device):
+        torch.set_rng_state(cpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu)
+        yield
