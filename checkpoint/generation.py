@@ -138,6 +138,7 @@ class Generation:
                 self._changed.notify_all()
             if making.step != step:
                 raise GivenUp(f"version {version} is of step {making.step}, not {step}: the ranks are not in step")
+            self._go_on(making)  # where there are no ranks
             return making.draft.slot
 
     def written(self, version: int, part: Written) -> None:
@@ -148,10 +149,13 @@ class Generation:
             if making.draft is None or part.start != start or not 0 <= part.data_bytes + part.blob_bytes <= size:
                 raise GivenUp(f"rank {part.rank} wrote {part}, its area is {start} + {size}")
             making.written[part.rank] = part
-            if len(making.written) == len(self.areas) and making.thread is None:
-                self._users += 1
-                making.thread = threading.Thread(target=self._make, args=(making,), name="snapshot", daemon=True)
-                making.thread.start()
+            self._go_on(making)
+
+    def _go_on(self, making: Making) -> None:
+        if len(making.written) == len(self.areas) and making.thread is None:
+            self._users += 1
+            making.thread = threading.Thread(target=self._make, args=(making,), name="snapshot", daemon=True)
+            making.thread.start()
 
     # ------------------------------------------------------------------------------------------------ one version
 

@@ -349,6 +349,7 @@ class Snapshots:
         version = self._granted
         try:
             slot = int(wire.ask({"do": "begin", "version": version, "step": job.step})["slot"])
+            self._wake(version, job.step)
         except Refused as error:  # given up before it began: the others will not have it either
             self._skip(version, job, error)
             return
@@ -389,6 +390,13 @@ class Snapshots:
             wire.ask({"do": "written", "version": version, "part": asdict(part)})
         except Refused as error:
             self._skip(version, job, error)
+
+    def _wake(self, version: int, step: int) -> None:
+        """From rank 0, the nodes without ranks, which keep parity alone: nobody else tells them of a step."""
+        if self._ranks.rank == 0:
+            for number in set(range(len(self._roster.nodes))) - set(self._roster.rank_nodes):
+                with Wire.connect(self._roster.nodes[number], self._roster.token) as wire:
+                    wire.ask({"do": "begin", "version": version, "step": step})
 
     def _skip(self, version: int, job: _Job, error: Refused) -> None:
         job.begun.set()

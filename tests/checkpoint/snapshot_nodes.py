@@ -68,9 +68,10 @@ class ThreadRanks:
 class Nodes:
     """`count` snapshot processes, each a node of its own."""
 
-    def __init__(self, count: int, *, folder: Path, run: bytes | None = None) -> None:
+    def __init__(self, count: int, *, folder: Path, run: bytes | None = None, hold_s: float = 60) -> None:
         self.run, self.token, self.folder = run or secrets.token_bytes(16), secrets.token_bytes(32), folder
         self.said: list[str] = []
+        self._hold_s = hold_s
         self._number = itertools.count()
         with ThreadPoolExecutor(count) as pool:
             self.nodes = list(pool.map(lambda _: self._start(), range(count)))
@@ -78,7 +79,7 @@ class Nodes:
 
     def _start(self) -> NodeAddress:
         label = f"n{next(self._number)}"
-        return start_process(self.run, label, self.token, hold_s=60, log=self.folder / f"{label}.log")
+        return start_process(self.run, label, self.token, hold_s=self._hold_s, log=self.folder / f"{label}.log")
 
     def replace(self, number: int) -> None:
         """A new, empty node in the place of one that was killed."""
@@ -106,12 +107,18 @@ class Nodes:
                 os.kill(pid, signal.SIGKILL)
 
     def ranks(
-        self, world: int, act: Callable[[Snapshots, int], Any], *, parity: int, roster: Roster | None = None
+        self,
+        world: int,
+        act: Callable[[Snapshots, int], Any],
+        *,
+        parity: int,
+        roster: Roster | None = None,
+        group_nodes: int | None = None,
     ) -> Any:
         """Run `act(snapshots, rank)` on every rank at the same time, spread over the nodes; what rank 0 returned."""
         shared: dict[str, Any] = {}
         roster = roster or self.roster([rank * len(self.nodes) // world for rank in range(world)])
-        options = CheckpointOptions(snapshot_every_steps="1", parity=parity)
+        options = CheckpointOptions(snapshot_every_steps="1", parity=parity, group_nodes=group_nodes)
 
         def one(rank: int) -> Any:
             snapshots = Snapshots(roster, options, ThreadRanks(rank, world, shared), self.said.append)
@@ -130,7 +137,9 @@ class Nodes:
                 raise error
             return calls[0].result()
 
-    def save(self, world: int, steps: Sequence[int], *, parity: int, numel: int = NUMEL) -> None:
+    def save(
+        self, world: int, steps: Sequence[int], *, parity: int, numel: int = NUMEL, group_nodes: int | None = None
+    ) -> None:
         """Snapshots of these steps, one after the other, all committed."""
 
         def act(snapshots: Snapshots, rank: int) -> None:
@@ -141,7 +150,7 @@ class Nodes:
                 snapshots.wait()
                 assert snapshots.error() is None, snapshots.error()
 
-        self.ranks(world, act, parity=parity)
+        self.ranks(world, act, parity=parity, group_nodes=group_nodes)
 
 
 def check_restored(reader: Any, step: int, readers: int = 1, numel: int = NUMEL) -> None:

@@ -1,0 +1,291 @@
+"""Snapshots over several snapshot processes: any m of n may be lost, any byte may be wrong, any ranks may read."""
+
+import itertools
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint.errors import CheckpointError
+from checkpoint.recovery import newest_snapshot
+from checkpoint.shared import Segment
+from checkpoint.snapshot_process import drop
+from checkpoint.snapshot_reader import SnapshotReader
+from checkpoint.wire import Wire, WireError
+from tests.checkpoint.snapshot_nodes import Nodes, check_restored, pieces
+
+SHM = Path("/dev/shm")
+
+
+@pytest.fixture
+def four(tmp_path: Path) -> Iterator[Nodes]:
+    nodes = Nodes(4, folder=tmp_path)
+    yield nodes
+    nodes.end()
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Nodes, int]]:
+    """Four nodes, four ranks, parity 1 or 2, steps 1 to 3 saved."""
+    nodes = Nodes(4, folder=tmp_path_factory.mktemp("nodes"))
+    nodes.save(4, [1, 2, 3], parity=request.param)
+    yield nodes, request.param
+    nodes.end()
+
+
+def segments(nodes: Nodes) -> list[Path]:
+    return sorted(path for path in SHM.glob(f"atoll-{nodes.run.hex()}-*") if path.suffix != ".door")
+
+
+def flip(path: Path, offset: int, bit: int = 3) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+def payload_offset(path: Path, version: int) -> tuple[int, int]:
+    """Where the payload of a version lies in its file, and its size."""
+    segment = Segment.open(path)
+    found = next(held for held in segment.committed() if held.version == version)
+    start, size = segment._slot(found.slot) + segment.meta_bytes, len(found.payload)
+    segment.close()
+    return start, size
+
+
+def test_every_subset_of_at_most_m_nodes_lost_is_restored_bitwise(saved: tuple[Nodes, int]):
+    nodes, parity = saved
+    for count in range(parity + 1):
+        for lost in itertools.combinations(range(4), count):
+            found = newest_snapshot(nodes.roster([], lost))
+            assert found is not None and found.lost == tuple(f"n{node}" for node in lost)
+            reader = SnapshotReader(found, nodes.token)
+            check_restored(reader, 3, readers=3)
+            reader.verify()
+            reader.close()
+
+
+def test_more_than_m_nodes_lost_is_refused_and_says_which(saved: tuple[Nodes, int]):
+    nodes, parity = saved
+    for lost in itertools.combinations(range(4), parity + 1):
+        said: list[str] = []
+        assert newest_snapshot(nodes.roster([], lost), said.append) is None
+        assert (
+            f"({', '.join(f'n{node}' for node in lost)}), checkpoint.parity={parity} makes up for {parity}" in said[-1]
+        )
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3, 5])
+def test_what_4_ranks_saved_any_number_reads(saved: tuple[Nodes, int], readers: int):
+    nodes, _ = saved
+    found = newest_snapshot(nodes.roster([], without=[2]))
+    assert found is not None
+    check_restored(SnapshotReader(found, nodes.token), 3, readers)
+
+
+def test_a_flipped_bit_in_any_fragment_is_found_and_repaired(four: Nodes):
+    four.save(4, [1, 2], parity=1)
+    for path in segments(four):
+        start, size = payload_offset(path, 2)
+        chunk = size // 4  # three of data and one of parity
+        for fragment in range(4):
+            flip(path, start + fragment * chunk + 1234)
+            found = newest_snapshot(four.roster([]))
+            assert found is not None and (found.version, found.num_bad) == (2, 1)
+            reader = SnapshotReader(found, four.token)
+            check_restored(reader, 2)
+            reader.verify()
+            reader.close()
+            flip(path, start + fragment * chunk + 1234)
+
+
+def test_bits_flipped_after_the_check_are_found_while_reading(four: Nodes):
+    four.save(4, [1], parity=1)
+    found = newest_snapshot(four.roster([]))
+    assert found is not None and found.num_bad == 0
+    reader = SnapshotReader(found, four.token)
+    start, size = payload_offset(segments(four)[1], 1)
+    flip(segments(four)[1], start + size // 4 + 7)  # in the second chunk, which nobody has read yet
+    check_restored(reader, 1)
+
+
+def test_too_much_damage_leads_to_the_version_before(four: Nodes):
+    four.save(4, [1, 2], parity=1)
+    for path in segments(four)[:2]:
+        start, size = payload_offset(path, 2)
+        for fragment in range(4):
+            flip(path, start + fragment * size // 4 + 10)
+    said: list[str] = []
+    found = newest_snapshot(four.roster([]), said.append)
+    assert found is not None and found.step == 1
+    assert "the snapshot of step 2 in memory cannot be restored" in said[0] and "damaged in one place" in said[0]
+    check_restored(SnapshotReader(found, four.token), 1)
+
+
+def test_a_damaged_header_costs_its_fragment_alone(four: Nodes):
+    four.save(4, [1], parity=1)
+    path = segments(four)[2]
+    segment = Segment.open(path)
+    version = segment.committed()[0]
+    start = segment._slot(version.slot)
+    at = start + version.meta.index(b"ATOLLFRG") + 30
+    segment.close()
+    flip(path, at)  # the record's CRC of the meta is wrong now: the node does not hold the version any more
+    found = newest_snapshot(four.roster([]))
+    assert found is not None and found.lost == ("n2",)
+    check_restored(SnapshotReader(found, four.token), 1)
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_another_number_of_ranks_goes_on_and_its_snapshots_replace_the_old(four: Nodes, after: int):
+    four.save(4, [1, 2], parity=1)
+
+    def go_on(snapshots, rank: int) -> None:
+        if rank == 0:
+            assert snapshots.steps() == [2]
+        reader = snapshots.open(2)
+        check_restored(reader, 2, after)
+        snapshots.start(pieces(rank, after, 2), {"rank": rank}, {"step": 0})
+        for step in (2, 3):
+            snapshots.save(step, pieces(rank, after, step), {"rank": rank, "step": step}, {"step": step})
+            snapshots.wait()
+            assert snapshots.error() is None
+
+    four.ranks(after, go_on, parity=1)
+    found = newest_snapshot(four.roster([], without=[0]))
+    assert found is not None and found.plan.world == after
+    check_restored(SnapshotReader(found, four.token), 3)
+    assert len(segments(four)) == 4
+
+
+def test_a_restored_snapshot_stays_until_the_first_of_the_new_start(four: Nodes):
+    four.save(4, [1, 2], parity=1)
+
+    def restore_and_die(snapshots, rank: int) -> None:
+        if rank == 0:
+            snapshots.steps()
+        snapshots.open(2)
+        snapshots.start(pieces(rank, 4, 2), {}, {})
+
+    four.ranks(4, restore_and_die, parity=1)
+    found = newest_snapshot(four.roster([], without=[3]))
+    assert found is not None
+    check_restored(SnapshotReader(found, four.token), 2)
+
+
+def test_what_was_passed_over_does_not_come_back(four: Nodes):
+    four.save(4, [1, 2], parity=1)
+    four.ranks(4, lambda snapshots, rank: snapshots.start(pieces(rank, 4, 0), {}, {}), parity=1)  # from storage
+    assert newest_snapshot(four.roster([])) is None
+
+
+def test_a_state_that_is_copied_before_save_returns(four: Nodes):
+    def act(snapshots, rank: int) -> None:
+        snapshots.start(pieces(rank, 4, 0), {"rank": rank}, {"step": 0})
+        shared = torch.empty(400_000)
+
+        def one_by_one(step: int):
+            for piece in pieces(rank, 4, step):
+                shared[: piece.stop - piece.start] = piece.tensor  # good until the next is asked for
+                yield type(piece)(**{**vars(piece), "tensor": shared[: piece.stop - piece.start]})
+
+        state = {"rank": rank, "step": 5}
+        snapshots.save(5, one_by_one(5), state, {"step": 5}, background=False)
+        shared.zero_()
+        snapshots.wait()
+        assert snapshots.error() is None
+
+    four.ranks(4, act, parity=2)
+    found = newest_snapshot(four.roster([], without=[0, 3]))
+    assert found is not None
+    check_restored(SnapshotReader(found, four.token), 5)
+
+
+def test_states_of_several_slices_and_groups(tmp_path: Path):
+    """Chunks of more than a slice, in two groups of two nodes."""
+    nodes = Nodes(4, folder=tmp_path)
+    try:
+        numel = 3_000_001
+        nodes.save(4, [1], parity=1, numel=numel, group_nodes=2)
+        for lost in itertools.product((0, 1), (2, 3)):
+            found = newest_snapshot(nodes.roster([], lost))
+            assert found is not None and found.plan.groups == (("n0", "n1"), ("n2", "n3"))
+            check_restored(SnapshotReader(found, nodes.token), 1, numel=numel)
+        assert newest_snapshot(nodes.roster([], without=[2, 3])) is None
+    finally:
+        nodes.end()
+
+
+def test_memory_of_two_versions(four: Nodes):
+    """RS(2+2): two versions of S(1 + m/k) are four times the state; RS(3+1): 2.7 times."""
+    four.save(4, [1], parity=1, numel=3_000_000)
+    held = sum(path.stat().st_size for path in segments(four))
+    largest = (
+        4 * 2 * 4 * 3_000_000 * 4 / 10
+    )  # the last rank has 4 of 10 parts, and all nodes are as large as the largest
+    assert held < 1.02 * largest * 2 * (1 + 1 / 3)
+
+
+def test_shared_memory_is_private_and_what_listens_listens_on_loopback(four: Nodes):
+    four.save(4, [1], parity=1)
+    files = list(SHM.glob(f"atoll-{four.run.hex()}-*"))
+    assert len(files) == 8 and all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in files)
+    for pid in four.pids.values():
+        sockets = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+        rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+        listening = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
+        assert listening and all(address.startswith("0100007F:") for address in listening), listening
+
+
+def test_a_stranger_learns_nothing(four: Nodes):
+    address = four.nodes[0]
+    with pytest.raises(WireError):
+        Wire.connect(address, b"x" * 32)
+    with socket.create_connection((address.host, address.port)) as connection:
+        connection.sendall(b"\0" * 4096)
+        connection.settimeout(10)
+        said = b""
+        try:
+            while part := connection.recv(4096):
+                said += part
+        except ConnectionResetError:
+            pass
+        assert said.startswith(b"ATOLLHI1") and len(said) == 24  # a greeting and a nonce
+    assert newest_snapshot(four.roster([])) is None  # and it goes on answering those who know the token
+
+
+def test_nothing_is_left_in_shared_memory_after_a_drop(four: Nodes):
+    four.save(4, [1], parity=1)
+    four.kill(2)
+    drop(four.roster([]))
+    deadline = time.monotonic() + 10
+    while list(SHM.glob(f"atoll-{four.run.hex()}-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not list(SHM.glob(f"atoll-{four.run.hex()}-*"))
+
+
+def test_a_process_that_is_left_alone_ends(tmp_path: Path):
+    nodes = Nodes(1, folder=tmp_path, hold_s=1)
+    nodes.save(1, [1], parity=0)
+    deadline = time.monotonic() + 15
+    while list(SHM.glob(f"atoll-{nodes.run.hex()}-*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not list(SHM.glob(f"atoll-{nodes.run.hex()}-*"))
+    nodes.end()
+
+
+def test_too_little_shared_memory_is_said_before_the_first_step(four: Nodes):
+    def act(snapshots, rank: int) -> None:
+        huge = torch.empty(0).expand(0)
+        whole = [type(piece)(**{**vars(piece), "stop": piece.start + (1 << 40)}) for piece in pieces(rank, 1, 0)[:1]]
+        whole = [type(piece)(**{**vars(piece), "shape": (1 << 41,), "tensor": huge}) for piece in whole]
+        snapshots.start(whole, {}, {})
+
+    with pytest.raises(CheckpointError, match=r"snapshots need \d+ bytes of shared memory, \d+ are free; enlarge"):
+        four.ranks(1, act, parity=1)
