@@ -73,8 +73,11 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_level(mesh: Mesh, level: int, seconds: float, device: torch.device) -> dict[str, Any]:
-    """Fits of the three collectives over one level, and the points that they were fitted to."""
+def measure_level(
+    mesh: Mesh, level: int, seconds: float, device: torch.device, largest: int = SIZES[-1]
+) -> dict[str, Any]:
+    """Fits of the three collectives over one level, up to messages of `largest` bytes, and the points that they were
+    fitted to."""
     group, n = mesh.group(level, level + 1), mesh.sizes[level]
     assert group is not None
     lane = Lane(device)
@@ -89,7 +92,7 @@ def measure_level(mesh: Mesh, level: int, seconds: float, device: torch.device) 
                 "all_to_all": lambda out=out, whole=whole: all_to_all(out, whole, group),
                 "all_reduce": lambda whole=whole: all_reduce(whole, group),
             }[kind]
-            if points and points[-1][1] * 4 > seconds:
+            if points and (points[-1][1] * 4 > seconds or size > largest):
                 break
             took = timed(lambda steps=steps: lane.launch(steps()).finish(), seconds / 4, device)
             factor = 2 if kind == "all_reduce" else 1
@@ -226,7 +229,7 @@ def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
     for level, name in enumerate(mesh.names):
         if mesh.sizes[level] == 1:
             continue
-        found = measure_level(mesh, level, args.seconds, device)
+        found = measure_level(mesh, level, args.seconds, device, args.largest)
         slows, slowed = (0.0, 0.0) if gpu else measure_disturbance(mesh, level, args.seconds, device)
         fair = found["fits"]["all_reduce"]
         alone = measure_alone(mesh, level, found["points"]["all_reduce"], device)
@@ -294,6 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--levels", required=True, help="slowest first: node=2,gpu=2")
     parser.add_argument("--seconds", type=float, default=2.0, help="about so long for each collective and level")
+    parser.add_argument("--largest", type=int, default=SIZES[-1], help="bytes of the largest message")
     parser.add_argument("--tokens", type=int, default=512, help="of a micro-batch, for compute")
     parser.add_argument("--name", default="")
     parser.add_argument("--out", default="")

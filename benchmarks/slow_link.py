@@ -68,7 +68,7 @@ class Cell:
 class World:
     """The ranks of a mesh, one process each, inside the network's nodes."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, program: Path = HERE / "slow_link_worker.py") -> None:
         self.network = network
         self.generation = 0
         self._log = tempfile.TemporaryFile("w+")
@@ -79,7 +79,7 @@ class World:
         network.set_rates({})
         for rank in range(world):
             read, write = os.pipe()
-            command = [sys.executable, str(HERE / "slow_link_worker.py"), os.getpid(), "--rank", rank, "--world", world]
+            command = [sys.executable, str(program), os.getpid(), "--rank", rank, "--world", world]
             command += ["--address", network.address(0), "--port", PORT, "--answers", write]
             self._processes.append(subprocess.Popen(
                 network.command(rank // network.ranks_per_node, *map(str, command)), stdin=subprocess.PIPE,

@@ -127,7 +127,8 @@ class Atoll:
         self.engine.step(OPTIMIZER.lr, None)
 
     def settle(self) -> None:
-        self.engine._finish_refresh()
+        for flat in self.engine._trainable:
+            self.engine._finish_update(flat)
 
     def optimizer_bytes(self) -> int:
         return self.engine.state_bytes()["optimizer"]

@@ -68,10 +68,7 @@ class Rank:
         self._steps_taken = 0
 
     def build(self, job: str, engine: str, overlap: bool, levels: dict[str, int], generation: int) -> dict[str, Any]:
-        store = dist.PrefixStore(str(generation), self._store)
-        dist.init_process_group(
-            "gloo", store=store, rank=self.rank, world_size=self.world, timeout=timedelta(minutes=10)
-        )
+        self._join(generation)
         self._job_name, self._job, self._steps_taken = job, JOBS[job], 0
         model = self._job.build()
         model_bytes = 4 * sum(param.numel() for param in model.parameters())
@@ -104,6 +101,13 @@ class Rank:
         dist.destroy_process_group()
         return {}
 
+    def _join(self, generation: int) -> None:
+        """A process group of its own for everything that is built."""
+        store = dist.PrefixStore(str(generation), self._store)
+        dist.init_process_group(
+            "gloo", store=store, rank=self.rank, world_size=self.world, timeout=timedelta(minutes=10)
+        )
+
     def _step(self, num: int) -> float:
         assert self._side is not None
         batches = [self._job.micro_batch(self._steps_taken, self.rank, index) for index in range(num)]
@@ -113,7 +117,7 @@ class Rank:
         return sum(float(loss) for loss in losses) / num
 
 
-def main() -> None:
+def main(kind: type[Rank] = Rank) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parent", type=int, help="process id of the driver")
     for name in ("rank", "world", "port", "answers"):
@@ -123,7 +127,7 @@ def main() -> None:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)  # many pairs
     with os.fdopen(args.answers, "w") as answers:
-        rank = Rank(args.rank, args.world, args.address, args.port)
+        rank = kind(args.rank, args.world, args.address, args.port)
         print(json.dumps({"ok": {}}), file=answers, flush=True)
         for line in sys.stdin:
             command = json.loads(line)
