@@ -1,18 +1,17 @@
 """Activations that leave the device between forward and backward, by block: what remains is made again.
 
-`Activations.wrap` gives each block a mode: ``keep``, ``swap`` (to host memory; of the matrix products the first α of
-the tokens, see `offload.activations_tape`) or ``recompute`` (the input and attention's output stay on the device). On CPU
-the same code runs without streams.
+`Activations.wrap` gives each block a mode: ``keep``, ``swap`` (to host memory; of the matrix products the rows of the
+first α of the tokens, see `offload.activations_tape`) or ``recompute`` (the input and attention's output stay on the
+device). On CPU the same code runs without streams.
 
 [Note: who may use which memory, and when] Compute runs on the caller's stream, copies out and in on one each.
 - What a forward leaves is copied out when the block ends. Its tensors are held until the forward of the block two later
   begins, which waits for that copy on its stream: at most two blocks' worth is in flight. The host never waits.
-- The backward of a block begins the copy-in of the block before it, into one of two buffers that take turns. A copy-in
-  waits for the event that was recorded when autograd had let go of the last tensor in it; autograd does that after it
-  launched the operator that read it.
-- A slot of host memory goes back likewise, and who takes it next waits for the copy-in that read it.
-All this hangs on the life of the tape: when autograd lets go of its last saved tensor, or drops the whole graph, buffer
-and slot go back.
+- The backward of a block begins the copy-in of the block before it, into one of two buffers that take turns.
+- A buffer and a slot of host memory are given back once autograd has let go of the last saved tensor of the tape, or of
+  the whole graph, and the next block begins, forward or backward: autograd may let go of a tensor before it launches
+  what reads it (it does for compiled blocks), but not later than it begins another block. Who takes a buffer next
+  waits for the event recorded then, who takes a slot for the copy-in that read it.
 
 Source: arXiv 2407.12117, sections 4.1 and 4.2; arXiv 2403.06504 (which layers to swap).
 """
@@ -121,7 +120,12 @@ class Activations:
         self._tapes: list[weakref.ref[Tape]] = []
         """In the order of their forwards."""
         self._leases: weakref.WeakKeyDictionary[Tape, _Lease] = weakref.WeakKeyDictionary()
-        self._leaving: deque[tuple[Event, list[Tensor]]] = deque()
+        self._leaving: deque[tuple[int, Event, list[Tensor]]] = deque()
+        """Of which forward, after what they have been copied out, and what."""
+        self._clock = 0
+        """Forwards of blocks so far."""
+        self._ended: list[_Lease] = []
+        """Of tapes that are no more; what reads their buffers may not be launched yet."""
         self._auto = options.mode == "auto" or (options.mode == "swap" and options.alpha is None)
         """Whether α is still to be chosen."""
         self._num_forwards = 0
@@ -169,6 +173,7 @@ class Activations:
     def close(self) -> None:
         """After the last backward: let go of the memory."""
         self._settle(0)
+        self._give_back()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.pools.close()
@@ -178,6 +183,9 @@ class Activations:
     def _run(self, position: int, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        self._clock += 1
+        self._give_back()
+        self._settle(2)
         if position == 0:
             self._decide()
         while self._tapes and self._tapes[-1]() is None:
@@ -186,7 +194,6 @@ class Activations:
         if choice.mode == "keep":
             out = forward(*args, **kwargs)
         else:
-            self._settle(1)
             tape = Tape(block, forward, args, kwargs, alpha=choice.alpha, **self._hooks)
             start = now(self.device)
             out = tape.record()
@@ -213,22 +220,23 @@ class Activations:
                 flats.append(source.flat)
                 source.flat = None
         lease = _Lease(slot, mark(self.device, self._out))
-        self._leaving.append((lease.left, flats))
+        self._leaving.append((self._clock, lease.left, flats))
         self._leases[tape] = lease
-        weakref.finalize(tape, self._give_back, lease).atexit = False
+        weakref.finalize(tape, self._ended.append, lease).atexit = False
         tape.restore = self._restore
 
-    def _settle(self, most: int) -> None:
-        """Let go of tensors that have been copied out, until those of `most` blocks are still leaving."""
-        while len(self._leaving) > most:
-            left, _ = self._leaving.popleft()
-            wait(self.device, None, left)
+    def _settle(self, age: int) -> None:
+        """Let go of what left in a forward `age` or more forwards ago, once it has been copied out."""
+        while self._leaving and self._clock - self._leaving[0][0] >= age:
+            wait(self.device, None, self._leaving[0][1])
+            self._leaving.popleft()
 
     # ------------------------------------------------------------------------------------------------ backward
 
     def _before_backward(self, previous: int) -> None:
         """When a block's backward begins: bring back what the block before it left."""
         self._settle(0)
+        self._give_back()
         if 0 <= previous < len(self._tapes) and (tape := self._tapes[previous]()) is not None:
             lease = self._leases.get(tape)
             if lease is not None and lease.buffer is None:
@@ -254,10 +262,13 @@ class Activations:
         wait(self.device, None, lease.arrived)
         tape.replay()
 
-    def _give_back(self, lease: _Lease) -> None:
-        self.pools.give_slot(lease.slot, lease.arrived or lease.left)
-        if lease.buffer is not None:
-            self.pools.give_buffer(lease.buffer)
+    def _give_back(self) -> None:
+        """What ended tapes held; called where a block begins, so that whatever the one before it reads is launched."""
+        while self._ended:
+            lease = self._ended.pop()
+            self.pools.give_slot(lease.slot, lease.arrived or lease.left)
+            if lease.buffer is not None:
+                self.pools.give_buffer(lease.buffer)
 
     # ------------------------------------------------------------------------------------------------ auto
 

@@ -56,8 +56,7 @@ class _Slots:
 
 
 class Pools:
-    """Buffers and slots of one device. Memory comes back from whichever thread lets go of a graph; list operations are
-    atomic, and no lock is held, since that may happen while one here runs."""
+    """Buffers and slots of one device. One thread at a time."""
 
     def __init__(self, device: torch.device, host_bytes: int | None, *, poison: bool) -> None:
         """host_bytes: the most for slots. poison: fill with NaN what is given back."""
@@ -124,7 +123,7 @@ class Pools:
         if self.host_bytes is not None and wanted > self.host_bytes:
             raise ValueError(
                 f"offload.activations.host_bytes={self.host_bytes}: {num} blocks swap {slot_bytes} bytes each, "
-                f"{wanted} in all; raise it, lower offload.activations.alpha, or use offload.activations.mode=auto or recompute"
+                f"{wanted} in all; raise it, lower offload.activations.alpha, or use offload.activations.mode=recompute"
             )
         old, self._slots = self._slots, None
         if old is not None:

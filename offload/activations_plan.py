@@ -3,10 +3,10 @@
 With S the bytes of a block's input, of what attention saves and of the matrix products, B the link's bytes a second and
 n blocks, α is the largest for which
 
-    (S_in + S_attn + α S_rest) / B <= T_fwd        and        n (S_in + S_attn + α S_rest) <= M_host
+    (S_in + S_attn + α S_rest) / B <= T_fwd   and   n (S_in + S_attn + α S_rest) <= M_host
 
-Source: arXiv 2407.12117, section 4.2. What GPU memory is left over keeps blocks first (arXiv 2403.06504): the last ones,
-whose backward comes first, so that what they keep is soonest free again.
+Source: arXiv 2407.12117, section 4.2. What GPU memory is left over keeps blocks first (arXiv 2403.06504): the last
+ones, whose backward comes first, so that what they keep is soonest free again.
 """
 
 from collections.abc import Sequence
@@ -65,9 +65,9 @@ def choose(
 ) -> list[Choice]:
     """A choice for each block, in the order of the forward.
 
-    host_bytes: for all of them together; None: no limit. gpu_bytes: what is left over on the device: as many of the last
-    blocks as fit there keep everything, and at least `keep_last`. A block whose share of host memory is less than its
-    input and attention is recomputed. ValueError for rates or sizes below zero.
+    host_bytes: for all of them together; None: no limit. gpu_bytes: what is left over on the device: as many of the
+    last blocks as fit there keep everything, and at least `keep_last`. A block whose share of host memory is less than
+    its input and attention is recomputed. ValueError for rates or sizes below zero.
     """
     if link_bytes_per_s <= 0 or gpu_bytes < 0 or keep_last < 0 or (host_bytes is not None and host_bytes < 0):
         raise ValueError(

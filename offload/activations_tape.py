@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from offload.activations_watch import product, rng_state, watched, with_rng
+from offload.activations_watch import product, rng_state, same, set_rng_state, watched, with_rng
 
 SMALL_BYTES = 64
 """What an operator saves below this (seeds of random numbers) stays where it is."""
@@ -98,6 +98,8 @@ class _Region:
     requires_grad: bool = True
     nbytes: int = 0
     """Of the result."""
+    rng: tuple[Tensor, ...] | None = None
+    """What random numbers come next, if the call took any."""
     aliases: dict[int, View] = field(default_factory=dict)
     """What the call saved that are its inputs, by number; `of` counts the inputs."""
     stored: dict[int, View] = field(default_factory=dict)
@@ -131,20 +133,23 @@ class Tape:
         self._like: dict[int, tuple[torch.Size, torch.dtype]] = {}
         self._region: _Region | None = None
         self._last = -1
-        self._rng: tuple[Tensor, Tensor | None] | None = None
-        self._inputs: dict[int, View] = {}
-        """Of the flattened arguments, those that gradients flow to."""
+        self._rng: tuple[Tensor, ...] | None = None
+        self._inputs: dict[int, tuple[View, bool]] = {}
+        """Of the flattened arguments, those that are stored, and whether gradients flow to them."""
         self._by_storage: dict[int, tuple[int, Tensor]] = {}
         fixed = [t for t in (*module.parameters(), *module.buffers()) if isinstance(t, Tensor)]
-        for place, leaf in enumerate(self._leaves):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                self._inputs[place] = self._store(leaf.detach(), "input")
-            elif isinstance(leaf, Tensor):
+        tensors = {place: leaf for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)}
+        if not tensors:
+            raise ValueError(f"{type(module).__name__} got no tensor: it is no block whose activations can leave")
+        # Masks and tables of positions need no gradient; behind a frozen embedding the input does not either.
+        moving = {place for place, leaf in tensors.items() if leaf.requires_grad} or {min(tensors)}
+        for place, leaf in tensors.items():
+            if place in moving:
+                self._inputs[place] = self._store(leaf, "input"), leaf.requires_grad
+            else:
                 fixed.append(leaf)
-        if not self._inputs:
-            raise ValueError("a block whose activations leave needs an input that requires a gradient; it got none")
         self._fixed = {t.untyped_storage().data_ptr() for t in fixed}
-        self.device = next(self._leaves[place].device for place in self._inputs)
+        self.device = tensors[min(moving)].device
 
     def sizes(self) -> dict[str, int]:
         """Bytes on the device by kind: ``input``, ``attention``, and ``rest``, the products as if α were 1."""
@@ -162,14 +167,13 @@ class Tape:
         args, kwargs = tree_unflatten(self._leaves, self._spec)
         with saved_tensors_hooks(self._pack, self._unpack), watched(self._record_call):
             result = self._forward(*args, **kwargs)
-        if any(not torch.equal(a, b) for a, b in zip(rng, rng_state(self.device), strict=True)):
-            self._rng = rng[0], rng[1] if len(rng) > 1 else None
+        self._rng = rng if not same(rng, rng_state(self.device)) else None
         self._finish()
         return result
 
     def _finish(self) -> None:
         self._last = max(self.saved, default=-1)
-        used = {view.of for view in self._inputs.values()}
+        used = {view.of for view, _ in self._inputs.values()}
         for region in self.regions:
             used |= {view.of for view in region.stored.values()}
             if region.output is not None and region.stop <= self._last:
@@ -219,6 +223,7 @@ class Tape:
 
     def _record_call(self, kind: str, inputs: Sequence[Tensor], call: Callable[[], Tensor]) -> Tensor:
         region = _Region(self.num_seen, kind, list(inputs))
+        rng = rng_state(self.device) if kind == "attention" else ()
         self._region = region
         try:
             out = call()
@@ -226,14 +231,17 @@ class Tape:
             self._region, region.inputs = None, []
         region.stop, region.requires_grad, region.nbytes = self.num_seen, out.requires_grad, out.nbytes
         if region.kind == "attention":
-            region.output = self._store(out.detach(), "attention")
+            after = rng_state(self.device)
+            region.rng = after if not same(rng, after) else None
+            region.output = self._store(out, "attention")
         elif region.kind == "linear" and (num_rows := int(self._alpha * (out.numel() // out.size(-1)))):
-            region.output = self._store(out.detach(), "rest", num_rows * out.size(-1))
+            region.output = self._store(out, "rest", num_rows * out.size(-1))
         self.regions.append(region)
         return out
 
     def _store(self, tensor: Tensor, kind: str, stored: int | None = None) -> View:
         """Have a tensor among the sources; a view of one that is there is not stored again."""
+        tensor = tensor.detach()  # or what is being copied out would hold the graph, and that this tape
         pointer = tensor.untyped_storage().data_ptr()
         if pointer in self._by_storage:
             number, known = self._by_storage[pointer]
@@ -252,15 +260,15 @@ class Tape:
     def replay(self) -> None:
         """Give every saved tensor that is still wanted; the sources must be on the device."""
         self.num_seen, self._next_region = 0, 0
-        for place, view in self._inputs.items():
-            self._leaves[place] = self._seen(view).requires_grad_()
+        for place, (view, requires_grad) in self._inputs.items():
+            self._leaves[place] = self._seen(view).requires_grad_(requires_grad)
         args, kwargs = tree_unflatten(self._leaves, self._spec)
         for place in self._inputs:
             self._leaves[place] = None
         try:
             with (
                 torch.enable_grad(),
-                with_rng(self._rng),
+                with_rng(self._rng, self.device),
                 saved_tensors_hooks(self._collect, _refuse),
                 watched(self._replay_call),
             ):
@@ -308,6 +316,8 @@ class Tape:
         self.num_seen = region.stop
         if region.stop > self._last:
             raise _Enough
+        if region.rng is not None:
+            set_rng_state(region.rng)
         out = self._seen(region.output)
         source = self.sources[region.output.of]
         if source.stored < source.numel:

@@ -71,21 +71,31 @@ def product(inputs: Sequence[Tensor], out: Tensor, first_row: int) -> None:
 
 
 def rng_state(device: torch.device) -> tuple[Tensor, ...]:
+    """Of the CPU, and of `device`; on the host."""
     if device.type == "cuda":
         return torch.get_rng_state(), torch.cuda.get_rng_state(device)
     return (torch.get_rng_state(),)
 
 
+def set_rng_state(state: tuple[Tensor, ...]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state(state[1])
+
+
+def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 @contextmanager
-def with_rng(state: tuple[Tensor, Tensor | None] | None) -> Iterator[None]:
-    """The random numbers of the recording, if it took any; afterwards those that were next."""
+def with_rng(state: tuple[Tensor, ...] | None, device: torch.device) -> Iterator[None]:
+    """The random numbers of `state`, and afterwards those that were next; None: those that come."""
     if state is None:
         yield
         return
-    cpu, gpu = state
-    device = [torch.cuda.current_device()] if gpu is not None else []
-    with torch.random.fork_rng(device):
-        torch.set_rng_state(cpu)
-        if gpu is not None:
-            torch.cuda.set_rng_state(gpu)
+    before = rng_state(device)
+    set_rng_state(state)
+    try:
         yield
+    finally:
+        set_rng_state(before)

@@ -1,0 +1,527 @@
+"""Activations that leave: the gradients are those of blocks that keep everything, in far less memory on the device.
+
+On CPU the same code runs as on a GPU, each copy done when it is asked for. Memory is poisoned when it is given back.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import offload.activations_watch as watch
+from offload.activations import ActivationOptions, Activations
+from offload.activations_memory import POISON
+from offload.activations_plan import BlockCost, Choice, choose, choose_alpha
+from offload.plan import Recorder
+from trainer.models.llama import Llama
+from trainer.options import LlamaOptions
+
+CPU = torch.device("cpu")
+LAYERS, SEQ = 5, 48
+OPTIONS = LlamaOptions(dim=64, ffn_dim=192, num_layers=LAYERS, num_heads=4, num_kv_heads=2, head_dim=16)
+SWAPPED = [(mode, alpha) for mode, alpha in (("swap", 1.0), ("swap", 0.0), ("recompute", None))]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on busy cores take longer than these models."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def llama(dtype: torch.dtype = torch.float32, device: torch.device = CPU, options: LlamaOptions = OPTIONS) -> Llama:
+    """The same weights every time."""
+    model = Llama(options, vocab_size=128, seq_len=2 * SEQ, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(0)
+    tied: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            values = torch.randn(p.shape, generator=generator) * 0.1 + (1 if p.ndim == 1 else 0)
+            setattr(module, name, tied.setdefault(p, nn.Parameter(values.to(device, dtype))))
+    return model
+
+
+def batch(length: int = SEQ, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(128, (2, length + 1), generator=torch.Generator().manual_seed(1)).to(device)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def gradients(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss = model(*inputs)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def leaving(model: Any, mode: str = "swap", alpha: float | None = 1.0, **options: Any) -> Activations:
+    device = next(model.parameters()).device
+    hooks = {name: options.pop(name) for name in ("pack", "unpack") if name in options}
+    made = Activations(ActivationOptions(mode=mode, alpha=alpha, **options), device, poison=True, **hooks)
+    made.wrap(model.blocks())
+    return made
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+# ---------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize(("mode", "alpha"), SWAPPED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_bitwise_those_of_blocks_that_keep_all(mode: str, alpha: float | None, dtype) -> None:
+    expected = gradients(llama(dtype), *batch())
+    model = llama(dtype)
+    with_swap = leaving(model, mode, alpha)
+    for _ in range(3):
+        assert_equal(gradients(model, *batch()), expected)
+    with_swap.close()
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.3, 0.5, 0.99])
+def test_gradients_with_part_of_the_tokens_swapped(alpha: float) -> None:
+    """Products of fewer rows may round differently, but for that they are the same."""
+    expected, model = gradients(llama(), *batch()), llama()
+    leaving(model, "swap", alpha)
+    for a, b in zip(gradients(model, *batch()), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_every_block_may_choose_for_itself() -> None:
+    expected, model = gradients(llama(), *batch()), llama()
+    swap = leaving(model)
+    swap.set([Choice("recompute"), Choice("swap", 1.0), Choice("keep"), Choice("swap", 0.0), Choice("keep")])
+    assert_equal(gradients(model, *batch()), expected)
+
+
+def test_gradients_accumulate_over_micro_batches() -> None:
+    plain, model = llama(), llama()
+    leaving(model)
+    for _ in range(3):
+        for one in (plain, model):
+            one(*batch()).backward()
+    assert_equal([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+
+
+def test_a_frozen_embedding_is_no_hindrance() -> None:
+    plain, model = llama(), llama()
+    for one in (plain, model):
+        one.embed.requires_grad_(False)
+    leaving(model)
+    assert_equal(gradients(model, *batch()), gradients(plain, *batch()))
+
+
+def test_a_graph_may_be_gone_through_twice() -> None:
+    plain, model = HFLoss("qwen3"), HFLoss("qwen3")
+    leaving(model)
+    for one in (plain, model):
+        loss = one(*batch())
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert_equal([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+
+
+class Noisy(nn.Module):
+    """Dropout before a product, an inner bias, no attention; sees its input as several views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> tuple[Tensor, None]:
+        y = self.inner(self.drop(x.transpose(0, 1))).transpose(0, 1)
+        return x + self.outer(torch.tanh(y) * scale) + x[:, :1], None
+
+
+class Chain(nn.Module):
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.list = nn.ModuleList(blocks)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.list)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.list:
+            x, _ = block(x, scale=torch.full((32, 64), 0.5))
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_dropout_drops_the_same_again(alpha: float) -> None:
+    found = []
+    for away in (False, True):
+        torch.manual_seed(3)
+        model, x = Chain([Noisy() for _ in range(3)]), torch.randn(2, 32, 32)
+        if away:
+            leaving(model, "swap", alpha, keep_last=0)
+        found.append([*gradients(model, x), torch.rand(4)])  # and what comes after draws the same numbers too
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def tiny_hf(kind: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
+    configs: dict[str, Callable[[], Any]] = {
+        "qwen3": lambda: transformers.Qwen3Config(**sizes, num_key_value_heads=2, head_dim=16),
+        "gemma2": lambda: transformers.Gemma2Config(**sizes, num_key_value_heads=2, head_dim=16, sliding_window=16),
+        "gpt2": lambda: transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=3, n_head=4),
+        "mixtral": lambda: transformers.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4),
+    }
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(configs[kind]())
+
+
+class HFLoss(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.lm: Any = tiny_hf(kind)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(max((m for m in self.lm.modules() if isinstance(m, nn.ModuleList)), key=len))
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        torch.manual_seed(9)  # GPT-2 has dropout
+        logits = self.lm(input_ids=tokens, use_cache=False).logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_any_model_of_hugging_face(kind: str, alpha: float) -> None:
+    expected, model = gradients(HFLoss(kind).train(), *batch()), HFLoss(kind).train()
+    leaving(model, "swap", alpha, keep_last=1)
+    assert_equal(gradients(model, *batch()), expected)
+
+
+@pytest.mark.parametrize(("mode", "alpha"), [("swap", 1.0), ("swap", 0.5), ("recompute", None)])
+def test_compiled_blocks(mode: str, alpha: float | None) -> None:
+    """Linears and attention are graph breaks; the pieces are compiled once and the replay runs the same ones."""
+    options = replace(OPTIONS, num_layers=3)
+    expected, model = gradients(llama(options=options), *batch()), llama(options=options)
+    torch._dynamo.reset()
+    for block in model.blocks():
+        block.forward = torch.compile(block.forward, backend="aot_eager")
+    leaving(model, mode, alpha, keep_last=1)
+    first = gradients(model, *batch())
+    for a, b in zip(first, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_equal(gradients(model, *batch()), first)
+
+
+# ---------------------------------------------------------------------------------------------------- what is done
+
+
+def flops(mode: str, alpha: float | None) -> int:
+    model = llama()
+    if mode != "keep":
+        leaving(model, mode, alpha, keep_last=0)
+    with FlopCounterMode(display=False) as counter:
+        gradients(model, *batch())
+    return counter.get_total_flops()
+
+
+def test_what_is_computed_again_is_the_share_of_the_products_that_was_not_swapped() -> None:
+    tokens, o = 2 * SEQ, OPTIONS
+    width = (o.num_heads + 2 * o.num_kv_heads) * o.head_dim
+    again = 2 * tokens * o.dim * (width + o.num_heads * o.head_dim + 2 * o.ffn_dim) * LAYERS  # not that of `down`
+    kept = flops("keep", None)
+    assert flops("swap", 1.0) == kept
+    assert flops("swap", 0.0) == flops("recompute", None) == kept + again
+    assert flops("swap", 0.75) == kept + again // 4
+
+
+@pytest.mark.parametrize(("mode", "alpha"), [*SWAPPED, ("swap", 0.5)])
+def test_attention_runs_once(mode: str, alpha: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = watch._attention
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args[0].shape)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(watch, "_attention", counted)
+    model = llama()
+    leaving(model, mode, alpha, keep_last=0)
+    gradients(model, *batch())
+    assert len(calls) == LAYERS
+
+
+def held_after_forward(num_layers: int, mode: str, alpha: float | None, keep_last: int = 0) -> int:
+    """Bytes that a forward leaves on the device, of all that operators made; slots in host memory are not theirs."""
+    model = llama(options=replace(OPTIONS, num_layers=num_layers))
+    swap = leaving(model, mode, alpha, keep_last=keep_last)
+    inputs = batch()
+    with Recorder() as recorder:
+        loss = model(*inputs)
+        swap._settle(0)
+        torch.zeros(())  # a step after it, or what was let go of still counts
+        end = recorder.num_steps - 1
+        held = sum(r.size_bytes for r in recorder.requests() if r.last == end)
+    del loss
+    return held
+
+
+def test_what_leaves_is_held_no_more() -> None:
+    tokens, o = 2 * SEQ, OPTIONS
+    one, two = (held_after_forward(n, "keep", None) for n in (1, 2))
+    block = two - one
+    outside = one - block
+    assert held_after_forward(6, "swap", 1.0) <= outside
+    assert held_after_forward(6, "swap", 0.3, keep_last=2) <= outside + 2 * block
+    stays = 4 * tokens * (o.dim + o.num_heads * o.head_dim + o.num_heads)  # input, output, log-sum-exp
+    assert held_after_forward(6, "recompute", None) <= outside + 6 * stays
+    assert 6 * stays < block
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def test_nothing_grows_over_fifty_steps() -> None:
+    model = llama()
+    swap = leaving(model, "swap", 0.5)
+
+    def state() -> tuple[Any, ...]:
+        gc.collect()
+        tensors = sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+        slots = swap.pools._slots
+        return tensors, swap.pools.size_bytes(), swap.pools.num_buffers, slots.num, len(swap._tapes), len(swap._leases)
+
+    for _ in range(2):
+        gradients(model, *batch())
+    before = state()
+    for _ in range(50):
+        gradients(model, *batch())
+    assert state() == before
+    assert swap.pools.num_buffers == 2
+    assert swap.pools._slots.num == LAYERS - 2
+
+
+def test_memory_that_is_given_back_is_poisoned() -> None:
+    """So the other tests would find whoever still reads it."""
+    model = llama()
+    swap = leaving(model)
+    gradients(model, *batch())
+    swap._give_back()
+    given = [*swap.pools._buffers, *swap.pools._slots.free]
+    assert len(given) == 2 + LAYERS - 2
+    assert all(bool((memory.data == POISON).all()) for memory in given)
+
+
+def test_a_graph_that_is_dropped_gives_its_memory_back() -> None:
+    model = llama()
+    swap = leaving(model)
+    expected = gradients(llama(), *batch())
+    for _ in range(3):
+        loss = model(*batch())
+        del loss
+        swap._give_back()
+    assert len(swap.pools._slots.free) == swap.pools._slots.num == LAYERS - 2
+    assert_equal(gradients(model, *batch()), expected)
+
+
+def test_lengths_may_vary_and_only_longer_ones_take_more() -> None:
+    plain, model = llama(), llama()
+    swap = leaving(model, "swap", 1.0)
+    sizes = []
+    for length in (SEQ, SEQ // 3, SEQ, 2 * SEQ, 7, SEQ):
+        assert_equal(gradients(model, *batch(length)), gradients(plain, *batch(length)))
+        sizes.append(swap.pools.size_bytes()["host"])
+    assert len(set(sizes[:3])) == len(set(sizes[3:])) == 1
+    assert sizes[3] > sizes[0]
+    assert swap.pools.num_buffers == 2
+
+
+def test_weights_go_through_the_engines_hooks() -> None:
+    """As with weights that are gathered: autograd holds handles, and none of the weights."""
+    expected, model = gradients(llama(), *batch()), llama()
+    weights = {p.data_ptr(): p for p in model.parameters()}
+    packed = []
+
+    def pack(tensor: Tensor) -> Any:
+        if tensor.data_ptr() not in weights:
+            return tensor
+        packed.append(tensor.data_ptr())
+        return ("weight", tensor.data_ptr(), tensor.shape, tensor.stride())
+
+    def unpack(handle: Any) -> Tensor:
+        _, pointer, shape, stride = handle
+        return weights[pointer].detach().as_strided(shape, stride)
+
+    leaving(model, "swap", 1.0, keep_last=0, pack=pack, unpack=unpack)
+    assert_equal(gradients(model, *batch()), expected)
+    assert {p.data_ptr() for block in model.blocks() for p in block.parameters()} <= set(packed)
+
+
+def test_evaluation_passes_through() -> None:
+    model, plain = llama(), llama()
+    swap = leaving(model)
+    with torch.no_grad():
+        assert torch.equal(model(*batch()), plain(*batch()))
+    assert swap.pools.size_bytes() == {"buffers": 0, "host": 0}
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_block_that_changes_between_runs_is_told() -> None:
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.runs = nn.Linear(32, 32), 0
+
+        def forward(self, x: Tensor, *, scale: Tensor) -> tuple[Tensor, None]:
+            self.runs += 1
+            x = self.inner(x)
+            return (x.sin().exp() if self.runs == 1 else x.sum(0, keepdim=True).exp().expand_as(x)), None
+
+    model = Chain([Fickle()])
+    leaving(model, keep_last=0)
+    with pytest.raises(RuntimeError, match="offload.activations.mode=keep"):
+        gradients(model, torch.randn(2, 32, 32))
+
+
+def test_two_forwards_before_a_backward_are_refused() -> None:
+    model = llama()
+    leaving(model)
+    first = model(*batch())
+    with pytest.raises(MemoryError, match="before the backward of the last"):
+        model(*batch())
+    del first
+
+
+def test_too_little_host_memory_is_told_in_bytes() -> None:
+    model = llama()
+    leaving(model, host_bytes=4096)
+    with pytest.raises(ValueError, match=r"offload\.activations\.host_bytes=4096: 3 blocks swap \d+ bytes each"):
+        model(*batch())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "swop"}, "choose one of keep, swap, recompute, auto"),
+        ({"mode": "swap", "alpha": 1.5}, "must be from 0 to 1"),
+        ({"mode": "recompute", "alpha": 0.5}, "is for offload.activations.mode=swap"),
+        ({"mode": "swap", "keep_last": -1}, "must be 0 or more"),
+        ({"mode": "swap", "host_bytes": 0}, "must be 1 or more"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ActivationOptions(**options)
+
+
+# ---------------------------------------------------------------------------------------------------- choosing
+
+
+def cost(seconds: float = 1.0, kept: int | None = None) -> BlockCost:
+    return BlockCost(forward_s=seconds, input_bytes=10, attention_bytes=20, rest_bytes=100, kept_bytes=kept)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rate", "host", "alpha"),
+    [(1, 80, 1e9, 0.5), (1, 1000, 1e9, 1.0), (1, 10, 1e9, 0.0), (1, 1000, 55, 0.25), (2, 40, 1e9, 0.5)],
+)
+def test_alpha_is_what_hides_and_fits(seconds: float, rate: float, host: float, alpha: float) -> None:
+    assert choose_alpha(cost(seconds), link_bytes_per_s=rate, host_bytes=host) == pytest.approx(alpha)
+
+
+def test_a_block_without_room_in_host_memory_is_recomputed() -> None:
+    assert choose_alpha(cost(), link_bytes_per_s=1000, host_bytes=29) is None
+    assert choose([cost()] * 3, link_bytes_per_s=1000, host_bytes=60, keep_last=1)[0] == Choice("swap", 0.0)
+    modes = [c.mode for c in choose([cost()] * 3, link_bytes_per_s=1000, host_bytes=40, keep_last=0)]
+    assert modes == ["recompute", "recompute", "swap"]
+
+
+def test_memory_left_on_the_device_keeps_the_last_blocks() -> None:
+    modes = [c.mode for c in choose([cost(kept=200)] * 6, link_bytes_per_s=80, gpu_bytes=799, keep_last=2)]
+    assert modes == ["swap"] * 3 + ["keep"] * 3
+
+
+@given(
+    st.lists(st.tuples(*[st.integers(0, 10**9)] * 3, st.floats(1e-3, 10)), min_size=1, max_size=12),
+    st.floats(1e6, 1e11),
+    st.none() | st.integers(0, 10**10),
+)
+def test_no_choice_takes_more_than_there_is(blocks, rate: float, host: int | None) -> None:
+    costs = [BlockCost(input_bytes=a, attention_bytes=b, rest_bytes=c, forward_s=s) for a, b, c, s in blocks]
+    chosen = choose(costs, link_bytes_per_s=rate, host_bytes=host, keep_last=0)
+    assert len(chosen) == len(costs)
+    taken = 0.0
+    for c, choice in zip(costs, chosen, strict=True):
+        if choice.mode != "swap":
+            continue
+        swapped = c.least_bytes + choice.alpha * c.rest_bytes
+        taken += swapped
+        assert 0 <= choice.alpha <= 1
+        assert choice.alpha == 0 or not c.rest_bytes or swapped <= rate * c.forward_s * (1 + 1e-9)
+    assert host is None or taken <= host * (1 + 1e-9)
+
+
+def test_auto_measures_and_then_chooses() -> None:
+    expected, model = gradients(llama(), *batch()), llama()
+    swap = leaving(model, "auto", None)
+    for _ in range(3):
+        assert_equal(gradients(model, *batch()), expected)
+        assert swap.choices[0] == Choice("swap", 0.0)
+    for a, b in zip(gradients(model, *batch()), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    tokens, o = 2 * SEQ, OPTIONS
+    found = swap.costs()[0]
+    assert found.input_bytes == 4 * tokens * o.dim
+    assert found.rest_bytes == 4 * tokens * (128 + 64 + 2 * o.ffn_dim)
+    assert swap.choices[0].alpha > 0, "a copy in memory is faster than a block"
+
+
+# ---------------------------------------------------------------------------------------------------- on a GPU
+
+LARGE = LlamaOptions(dim=512, ffn_dim=1536, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("mode", "alpha"), SWAPPED)
+def test_gradients_on_a_gpu(mode: str, alpha: float | None) -> None:
+    gpu = torch.device("cuda")
+    inputs = batch(device=gpu)
+    expected, model = gradients(llama(torch.bfloat16, gpu, LARGE), *inputs), llama(torch.bfloat16, gpu, LARGE)
+    swap = leaving(model, mode, alpha)
+    for _ in range(10):
+        for a, b in zip(gradients(model, *inputs), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-4)  # flash attention's backward adds in any order
+    swap.close()
+
+
+@pytest.mark.gpu
+def test_the_peak_on_a_gpu_is_lower_and_does_not_grow() -> None:
+    gpu = torch.device("cuda")
+    tokens = torch.randint(128, (8, 2 * SEQ + 1), device=gpu)
+    peaks = {}
+    for mode in ("keep", "swap"):
+        model = llama(torch.bfloat16, gpu, LARGE)
+        swap = leaving(model, "swap", 1.0) if mode == "swap" else None
+        for step in range(20):
+            torch.cuda.reset_peak_memory_stats()
+            gradients(model, tokens[:, :-1], tokens[:, 1:])
+            peaks[mode, step] = torch.cuda.max_memory_allocated()
+        if swap:
+            swap.close()
+        del model
+        torch.cuda.empty_cache()
+    assert peaks["swap", 19] < peaks["keep", 19]
+    assert peaks["swap", 19] <= peaks["swap", 3]
