@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 Watcher = Callable[[str, Sequence[Tensor], Callable[[], Tensor]], Tensor]
 """``watcher(kind, inputs, call)`` returns what `call` would; kind: ``linear`` (input, weight, bias), ``attention``."""
-_attention = F.scaled_dot_product_attention
 _thread = threading.local()
 
 
@@ -33,10 +32,10 @@ def intercept(module: nn.Module) -> None:
 
 
 def _tell_of_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    watcher = getattr(_thread, "watcher", None)
-    if watcher is None:
-        return _attention(query, key, value, *args, **kwargs)
-    out: Tensor = watcher("attention", (query, key, value), lambda: _attention(query, key, value, *args, **kwargs))
+    attention = _thread.attention
+    out: Tensor = _thread.watcher(
+        "attention", (query, key, value), lambda: attention(query, key, value, *args, **kwargs)
+    )
     return out
 
 
@@ -51,7 +50,7 @@ def watched(watcher: Watcher) -> Iterator[None]:
     function for ever, so that blocks compiled while it stands there are not compiled again.
     """
     before, attention = getattr(_thread, "watcher", None), F.scaled_dot_product_attention
-    _thread.watcher = watcher
+    _thread.watcher, _thread.attention = watcher, attention
     F.scaled_dot_product_attention = _watched_attention
     try:
         yield

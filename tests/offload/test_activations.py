@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import offload.activations_watch as watch
 from offload.activations import ActivationOptions, Activations
 from offload.activations_memory import POISON
 from offload.activations_plan import BlockCost, Choice, choose, choose_alpha
@@ -249,13 +249,13 @@ def test_what_is_computed_again_is_the_share_of_the_products_that_was_not_swappe
 @pytest.mark.parametrize(("mode", "alpha"), [*SWAPPED, ("swap", 0.5)])
 def test_attention_runs_once(mode: str, alpha: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = watch._attention
+    real = F.scaled_dot_product_attention
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(args[0].shape)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(watch, "_attention", counted)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
     model = llama()
     leaving(model, mode, alpha, keep_last=0)
     gradients(model, *batch())

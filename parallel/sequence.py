@@ -1,0 +1,194 @@
+"""Sequence parallelism: a rank has a part of the tokens, and during attention all of them for a part of the heads.
+
+Only attention looks at other tokens. Before it an all-to-all gives each rank all tokens of its share of the heads,
+after it another brings every rank's tokens back with all heads (Ulysses). For each of S tokens a rank then sends
+(2H + 2K) / P heads, with H query heads, K key-value heads and P ranks; a ring passes on all keys and values.
+
+- P must divide H. Key-value heads that it does not divide are repeated, only as often as needed, so that each rank has
+  those that its query heads ask for; their gradients are summed by the same repetition.
+- Lengths may be uneven: the first ranks have a token more.
+
+Everything else is local to a token, so a model runs on its part as it is, if its positions are those of its part:
+within `SequenceParallel.attention` our attention stands in for `torch.nn.functional.scaled_dot_product_attention`. The
+mean over all tokens is the sum over ranks of the mean over a part times `share`, and so are the gradients of weights.
+
+Source: arXiv 2309.14509 (DeepSpeed Ulysses).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.mesh import Mesh
+
+
+class SequenceParallel:
+    """The ranks that share a sequence."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        """group: those ranks in the order of their tokens; None: this one alone."""
+        self.group = group
+        self.size = dist.get_world_size(group) if group is not None else 1
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self._kernel: Any = None
+        self._num_tokens = 0
+        self._stand_in = torch.compiler.disable(self._attend)  # one for ever, or compiled blocks are compiled again
+
+    @classmethod
+    def of(cls, mesh: Mesh, level: str) -> "SequenceParallel":
+        """Over one level of `mesh`. Collective over the world. ValueError for a level that it does not have."""
+        if level not in mesh.names:
+            raise ValueError(f"parallel.sequence={level}: the levels are {', '.join(mesh.names)} (parallel.levels)")
+        place = mesh.names.index(level)
+        return cls(mesh.group(place, place + 1))
+
+    def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
+        """ValueError where the heads cannot be shared."""
+        if num_heads % self.size:
+            raise ValueError(
+                f"a sequence over {self.size} ranks (parallel.sequence): each takes as many of the query heads, but "
+                f"{num_heads} are not divisible by {self.size}; choose a level whose size divides model.num_heads"
+            )
+        if num_heads % num_kv_heads:
+            raise ValueError(f"{num_heads} query heads, {num_kv_heads} key and value heads: must divide the first")
+
+    def lengths(self, num_tokens: int) -> list[int]:
+        """How many of `num_tokens` each rank has. ValueError where one would have none."""
+        if num_tokens < self.size:
+            raise ValueError(f"{num_tokens} tokens a sequence over {self.size} ranks: each needs one (train.seq_len)")
+        return [num_tokens // self.size + (rank < num_tokens % self.size) for rank in range(self.size)]
+
+    def part(self, num_tokens: int) -> slice:
+        """This rank's tokens."""
+        lengths = self.lengths(num_tokens)
+        start = sum(lengths[: self.rank])
+        return slice(start, start + lengths[self.rank])
+
+    def share(self, num_tokens: int) -> float:
+        """What the mean over this rank's tokens weighs in the mean over all."""
+        return self.lengths(num_tokens)[self.rank] / num_tokens
+
+    @contextmanager
+    def attention(self, num_tokens: int) -> Iterator[None]:
+        """Within it models' attention is over all `num_tokens`. The backward belongs inside if attention is recomputed.
+
+        Not to be nested.
+        """
+        self._kernel, self._num_tokens = F.scaled_dot_product_attention, num_tokens
+        F.scaled_dot_product_attention = self._stand_in
+        try:
+            yield
+        finally:
+            F.scaled_dot_product_attention = self._kernel
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.attend(query, key, value, self._num_tokens, self._kernel, *args, **kwargs)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        num_tokens: int,
+        kernel: Any,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Attention over the tokens of all ranks, by `kernel`: torch's scaled_dot_product_attention or alike.
+
+        query (B, H, S, E), key and value (B, K, S, E), S this rank's part of `num_tokens`; returns (B, H, S, E).
+        ValueError for heads that cannot be shared, another part, a mask or dropout.
+        """
+        if self.size == 1:
+            alone: Tensor = kernel(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+            return alone
+        lengths = self.lengths(num_tokens)
+        self._check(query, key, value, lengths, attn_mask, dropout_p)
+        if not enable_gqa and query.size(1) != key.size(1):
+            raise ValueError(
+                f"{query.size(1)} query heads, {key.size(1)} key heads: must be as many without enable_gqa"
+            )
+        repeats = math.lcm(key.size(1), self.size) // key.size(1)
+        if repeats > 1:
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        counts = [t.size(1) // self.size for t in (query, key, value)]
+        # (B, S, P, heads, E): what goes to one rank lies side by side, so q, k and v take one collective
+        shares = [
+            t.transpose(1, 2).unflatten(2, (self.size, n)) for t, n in zip((query, key, value), counts, strict=True)
+        ]
+        whole: Tensor = _ToHeads.apply(torch.cat(shares, dim=3), lengths, self.group)  # type: ignore[no-untyped-call]
+        q, k, v = (t.transpose(1, 2) for t in whole.split(counts, dim=2))
+        out = kernel(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=counts[0] != counts[1])
+        back: Tensor = _ToTokens.apply(  # type: ignore[no-untyped-call]
+            out.transpose(1, 2), lengths, self.group, self.rank
+        )
+        return back.flatten(2, 3).transpose(1, 2)
+
+    def _check(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], mask: Tensor | None, dropout: float
+    ) -> None:
+        self.check_heads(query.size(1), key.size(1))
+        if mask is not None or dropout:
+            raise ValueError("a sequence over several ranks (parallel.sequence) takes no attention mask and no dropout")
+        found = {t.size(2) for t in (query, key, value)}
+        if found != {lengths[self.rank]}:
+            raise ValueError(
+                f"rank {self.rank} of {self.size} has {lengths[self.rank]} of {sum(lengths)} tokens, but attention got "
+                f"{sorted(found)}"
+            )
+
+
+def _to_heads(x: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """(B, S of this rank, P, heads, E) to (B, all S, heads, E)."""
+    batch, _, size, heads, width = x.shape
+    token = batch * heads * width
+    out = torch.empty(token * sum(lengths), dtype=x.dtype, device=x.device)
+    sent = x.permute(2, 0, 1, 3, 4).contiguous().flatten()
+    dist.all_to_all_single(out, sent, [token * n for n in lengths], [sent.numel() // size] * size, group=group)
+    if batch == 1:  # the parts already lie one after the other
+        return out.view(1, sum(lengths), heads, width)
+    parts = out.split([token * n for n in lengths])
+    return torch.cat([part.view(batch, n, heads, width) for part, n in zip(parts, lengths, strict=True)], dim=1)
+
+
+def _to_tokens(x: Tensor, lengths: Sequence[int], group: dist.ProcessGroup, rank: int) -> Tensor:
+    """(B, all S, heads, E) to (B, S of this rank, P, heads, E); undoes `_to_heads`."""
+    batch, _, heads, width = x.shape
+    token, size, mine = batch * heads * width, len(lengths), lengths[rank]
+    sent = x.contiguous().flatten() if batch == 1 else torch.cat([part.flatten() for part in x.split(list(lengths), 1)])
+    out = torch.empty(size * token * mine, dtype=x.dtype, device=x.device)
+    dist.all_to_all_single(out, sent, [token * mine] * size, [token * n for n in lengths], group=group)
+    return out.view(size, batch, mine, heads, width).permute(1, 2, 0, 3, 4)
+
+
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.lengths, ctx.group = lengths, group
+        return _to_heads(x, lengths, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _to_tokens(grad, ctx.lengths, ctx.group, dist.get_rank(ctx.group)), None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: list[int], group: dist.ProcessGroup, rank: int) -> Tensor:
+        ctx.lengths, ctx.group = lengths, group
+        return _to_tokens(x, lengths, group, rank)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _to_heads(grad, ctx.lengths, ctx.group), None, None, None

@@ -1,0 +1,95 @@
+"""A sequence over 2 and 4 ranks: loss and gradients are those of one rank with the whole sequence."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from parallel import Mesh
+from parallel.sequence import SequenceParallel
+
+ROOT = Path(__file__).parents[2]
+CASES = {
+    "even": {"heads": 8, "kv": 8, "tokens": 32, "batch": 1},
+    "uneven, several sequences": {"heads": 8, "kv": 4, "tokens": 37, "batch": 3},
+    "fewer key-value heads than ranks": {"heads": 8, "kv": 1, "tokens": 30, "batch": 2},
+    "key-value heads that ranks do not divide": {"heads": 12, "kv": 6, "tokens": 33, "batch": 1},
+    "activations swapped": {"heads": 8, "kv": 2, "tokens": 37, "batch": 2, "activations": ["swap", 1.0]},
+    "products recomputed": {"heads": 8, "kv": 2, "tokens": 37, "batch": 2, "activations": ["swap", 0.0]},
+    "heads that ranks do not divide": {"heads": 5, "kv": 5, "tokens": 16, "batch": 1},
+    "fewer tokens than ranks": {"heads": 8, "kv": 8, "tokens": 1, "batch": 1},
+}
+
+
+@cache
+def answers(world: int) -> dict[str, float | str]:
+    done = subprocess.run(
+        [sys.executable, "tests/parallel/sequence_world.py", str(world)],
+        cwd=ROOT,
+        input=json.dumps(list(CASES.values())),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("case", list(CASES)[:6])
+def test_loss_and_gradients_are_those_of_one_rank(world: int, case: str) -> None:
+    difference = answers(world)[case]
+    assert isinstance(difference, float), difference
+    assert difference < 1e-12
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_heads_that_cannot_be_shared_are_refused(world: int) -> None:
+    assert f"5 are not divisible by {world}" in str(answers(world)["heads that ranks do not divide"])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_too_short_a_sequence_is_refused(world: int) -> None:
+    assert f"1 tokens a sequence over {world} ranks" in str(answers(world)["fewer tokens than ranks"])
+
+
+@pytest.mark.parametrize(("num_tokens", "size"), [(8, 4), (10, 4), (7, 2), (5, 5)])
+def test_parts_are_the_whole(num_tokens: int, size: int) -> None:
+    sequence, parts = SequenceParallel(None), []
+    sequence.size = size
+    for sequence.rank in range(size):
+        part = sequence.part(num_tokens)
+        parts += range(num_tokens)[part]
+        assert sequence.share(num_tokens) == len(range(num_tokens)[part]) / num_tokens
+    assert parts == list(range(num_tokens))
+
+
+def test_one_rank_alone_is_plain_attention() -> None:
+    q, k = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
+    with SequenceParallel.of(Mesh({"node": 1}), "node").attention(9):
+        found = F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+    assert torch.equal(found, F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True))
+
+
+def test_a_level_that_the_mesh_lacks_is_named() -> None:
+    with pytest.raises(ValueError, match="parallel.sequence=gpu: the levels are node"):
+        SequenceParallel.of(Mesh({"node": 1}), "gpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"attn_mask": torch.ones(4, 4)}, "no attention mask"), ({"dropout_p": 0.1}, "no dropout"), ({}, "got \\[4\\]")],
+)
+def test_what_attention_over_ranks_cannot_do_is_refused(options: dict, message: str) -> None:
+    sequence = SequenceParallel(None)
+    sequence.size = 2  # checked before anything is sent
+    q = torch.randn(1, 4, 4, 8)
+    with pytest.raises(ValueError, match=message):
+        sequence.attend(q, q, q, 8 if options else 10, F.scaled_dot_product_attention, **options)
