@@ -134,16 +134,21 @@ def measure_alone(mesh: Mesh, level: int, points: list[tuple[float, float]], dev
     return points[-1][0] / timed(act, 0.0, device)
 
 
-def measure_quantize(seconds: float, device: torch.device) -> float:
-    """Bytes/s read and written by packing and unpacking, all ranks at a time."""
-    values, format = torch.randn(1 << 20, device=device), Format(bits=4, block=128)
-    packed = torch.empty(format.packed_bytes(values.numel()), dtype=torch.uint8, device=device)
+def measure_quantize(seconds: float, device: torch.device) -> dict[str, float]:
+    """Bytes/s read and written by packing and unpacking, and seconds of each whatever its size, all ranks at a time."""
+    format, points = Format(bits=4, block=128), []
+    for numel in (1 << 14, 1 << 20):
+        values = torch.randn(numel, device=device)
+        packed = torch.empty(format.packed_bytes(numel), dtype=torch.uint8, device=device)
 
-    def act() -> None:
-        quantize(values, format, packed)
-        dequantize(packed, format, values)
+        def act(values: torch.Tensor = values, packed: torch.Tensor = packed) -> None:
+            quantize(values, format, packed)
+            dequantize(packed, format, values)
 
-    return 2 * (values.nbytes + packed.nbytes) / timed(act, seconds, device)
+        points.append((values.nbytes + packed.nbytes, timed(act, seconds, device) / 2))
+    (few, short), (many, long) = points
+    rate = (many - few) / max(1e-9, long - short)
+    return {"quantize_rate": rate, "quantize_s": max(0.0, short - few / rate)}
 
 
 def measure_compute(tokens: int, seconds: float, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -186,34 +191,22 @@ def measure_memory(seconds: float, device: torch.device) -> float:
     return 2 * a.nbytes / timed(lambda: a.mul_(1.0001), seconds, device)
 
 
-def measure_disturbance(mesh: Mesh, level: int, seconds: float, device: torch.device) -> tuple[float, float]:
-    """How much longer compute takes while the level's link is busy, and transfers while the rank computes."""
-    group = mesh.group(level, level + 1)
+def measure_core(mesh: Mesh, level: int, seconds: float) -> float:
+    """Which part of a rank's cores all-to-alls over a level take while all ranks do nothing else."""
+    group, n = mesh.group(level, level + 1), mesh.sizes[level]
     assert group is not None
-    n, matrix, size = mesh.sizes[level], torch.ones(256, 256), 1 << 14
-    transfer_s, out = 0.0, matrix
-    while transfer_s <= seconds / 4 and size < 1 << 25:
-        size *= 2
-        whole = torch.ones(size // n * n)
-        out = torch.empty_like(whole)
-
-        def transfer(out: torch.Tensor = out, whole: torch.Tensor = whole) -> None:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world))
+    whole = torch.ones((1 << 18) // n * n)
+    out, took, busy = torch.empty_like(whole), 0.0, 0.0
+    while took < seconds / 4:
+        dist.barrier()
+        start, start_cpu = time.perf_counter(), time.process_time()
+        for _ in range(4):
             dist.all_to_all_single(out, whole, group=group)
-
-        transfer_s = timed(transfer, seconds / 8, device)
-    product_s = timed(lambda: [torch.mm(matrix, matrix) for _ in range(20)] and None, seconds / 8, device) / 20
-    dist.barrier()
-    counted, start = 0, time.perf_counter()
-    work = dist.all_to_all_single(out, whole, group=group, async_op=True)
-    while not work.is_completed():
-        torch.mm(matrix, matrix)
-        counted += 1
-    took = time.perf_counter() - start
-    work.wait()
-    both = torch.tensor([took / max(1, counted) / product_s - 1, took / transfer_s - 1])
-    dist.all_reduce(both)
-    slows, slowed = (both / mesh.world).clamp(min=0).tolist()
-    return slows, slowed
+        one = torch.tensor([time.perf_counter() - start, time.process_time() - start_cpu])
+        dist.all_reduce(one)  # all ranks repeat as often
+        took, busy = took + float(one[0]) / mesh.world, busy + float(one[1]) / mesh.world
+    return min(1.0, busy / took * here / (os.cpu_count() or 1))
 
 
 def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
@@ -230,7 +223,7 @@ def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
         if mesh.sizes[level] == 1:
             continue
         found = measure_level(mesh, level, args.seconds, device, args.largest)
-        slows, slowed = (0.0, 0.0) if gpu else measure_disturbance(mesh, level, args.seconds, device)
+        core = 0.0 if gpu else measure_core(mesh, level, args.seconds)
         fair = found["fits"]["all_reduce"]
         alone = measure_alone(mesh, level, found["points"]["all_reduce"], device)
         below = int(np.prod(mesh.sizes[level + 1 :]))
@@ -238,11 +231,11 @@ def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
         links.append(Link(
             name=name, size=None if level == 0 else mesh.sizes[level], latency=fair.latency,
             bandwidth=fair.bandwidth * below if shared else fair.bandwidth, shared=shared,
-            rank_bandwidth=alone if shared else None, fits=found["fits"], slows_compute=slows, slowed_by_compute=slowed,
+            rank_bandwidth=alone if shared else None, fits=found["fits"], core=core,
         ))  # fmt: skip
         points[name] = found["points"]
     memory_rate = measure_memory(args.seconds / 4, device)
-    quantize_rate = measure_quantize(args.seconds / 4, device)
+    packing = measure_quantize(args.seconds / 4, device)
     compute = measure_compute(args.tokens, args.seconds / 4, device, torch.bfloat16 if gpu else torch.float32)
     if gpu:
         memory = {"gpu": float(torch.cuda.mem_get_info()[1])}
@@ -252,8 +245,7 @@ def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
         return
     machine = Machine(
         name=args.name or socket.gethostname(), links=tuple(links), memory_rate=memory_rate, memory=memory,
-        quantize_rate=quantize_rate,
-        backend="nccl" if gpu else "gloo", **compute,
+        backend="nccl" if gpu else "gloo", **packing, **compute,
     )  # fmt: skip
     show(machine, points)
     if args.out:
@@ -263,7 +255,8 @@ def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
 def show(machine: Machine, points: dict[str, Any]) -> None:
     print(
         f"{machine.name}, a rank: {machine.compute / 1e9:.3g} GFLOP/s, {machine.memory_rate / 1e9:.3g} GB/s of memory, "
-        f"{(machine.quantize_rate or 0) / 1e9:.3g} GB/s packing, {1e3 * machine.unit_s:.3g} ms a unit, "
+        f"{(machine.quantize_rate or 0) / 1e9:.3g} GB/s packing and "
+        f"{1e3 * machine.quantize_s:.3g} ms each time, {1e3 * machine.unit_s:.3g} ms a unit, "
         f"{1e3 * machine.step_s:.3g} ms a step"
     )
     print(f"{'level':8}{'collective':12}{'MB/s a rank':>12}{'ms to start':>12}{'worst fit':>11}{'points':>8}")
@@ -275,9 +268,8 @@ def show(machine: Machine, points: dict[str, Any]) -> None:
             print(f"{link.name:8}{kind:12}{fit.bandwidth / 1e6:12.4g}{1e3 * start:12.3g}{worst:11.0%}{len(at):8}")
         whose = "shared by the ranks below it" if link.shared else "each rank's own"
         print(
-            f"{link.name:8}is {whose} ({link.alone / 1e6:.4g} MB/s for a rank alone); compute takes "
-            f"{1 + link.slows_compute:.2f} as long while it is busy, transfers {1 + link.slowed_by_compute:.2f} while "
-            f"the rank computes"
+            f"{link.name:8}is {whose} ({link.alone / 1e6:.4g} MB/s for a rank alone); a transfer takes "
+            f"{link.core:.0%} of a rank's cores"
         )
 
 

@@ -89,6 +89,11 @@ class World:
             self._answers.append(read)
         self._collect(120)
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the ranks."""
+        return [process.pid for process in self._processes]
+
     def do(self, timeout_s: float, **command: Any) -> list[dict[str, Any]]:
         """Every rank's answer. CellFailed for an error, a death or none in time."""
         for process in self._processes:

@@ -38,8 +38,8 @@ class Clock:
         ]
         self._below = [math.prod(mesh.sizes[i + 1 :]) for i in range(mesh.num_levels)]
         self._slow = machine.slowest_of(mesh.world) / machine.compute
-        self.slows_compute = [link.slows_compute if link else 0.0 for link in self._links]
-        self.slowed_by_compute = [link.slowed_by_compute if link else 0.0 for link in self._links]
+        self.core = [link.core if link else 0.0 for link in self._links]
+        """By level, see [Note: shared cores]."""
 
     def wait(self, move: Move) -> float:
         """What a collective takes beside its bytes."""
@@ -71,8 +71,12 @@ class Clock:
         return self._local(move, move.after)
 
     def _local(self, move: Move, size_bytes: float) -> float:
-        rate = self._machine.quantize_rate if move.packed else None
-        return size_bytes / (rate or self._machine.memory_rate)
+        return self.packing(size_bytes) if move.packed else self.memory(size_bytes)
+
+    def packing(self, size_bytes: float) -> float:
+        """Quantizing or dequantizing, with so many bytes read and written; 0 for none."""
+        rate = self._machine.quantize_rate or self._machine.memory_rate
+        return size_bytes / rate + (self._machine.quantize_s if size_bytes else 0.0)
 
     def chain(self, chain: Chain) -> float:
         return sum(map(self.move, chain))
@@ -199,15 +203,16 @@ def traffic_of(work: Workload, plan: Plan, machine: Machine, system: type[Traffi
 
 def update_s(work: Workload, traffic: Traffic, clock: Clock) -> float:
     """The norm and the optimizer's pass over memory, and packing the new weights."""
-    total = 0.0
+    total = packing = 0.0
     for unit in work.units:
         for numel, trained, packs in traffic.flats(unit):
             if trained:
+                owned = traffic.shard(numel, traffic.placement.optim)
                 out = work.compute_bytes if traffic.master_apart(packs) else 0
-                packing = 5 if packs and traffic.weights_format else 0
-                per_element = 4 + 4 + (4 + 4 * work.moments) * 2 + out + packing
-                total += unit.count * traffic.shard(numel, traffic.placement.optim) * per_element
-    return clock.memory(total)
+                total += unit.count * owned * (4 + 4 + (4 + 4 * work.moments) * 2 + out)
+                if packs and traffic.weights_format:
+                    packing += unit.count * clock.packing(4 * owned + traffic.weights_format.packed_bytes(owned))
+    return clock.memory(total) + packing
 
 
 def memory(work: Workload, traffic: Traffic) -> dict[str, float]:

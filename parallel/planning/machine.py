@@ -5,6 +5,10 @@ stated share of the nominal figures. Bandwidths are bytes/s in one direction, li
 
 [Note: shared links] The outermost link of a node is its network card, which all ranks of the node use at once: its
 bandwidth is divided by the ranks below it. An NVLink port belongs to one rank. `Link.shared` says which.
+
+[Note: shared cores] Where ranks compute on CPUs, what crosses a link is copied by the same cores: a transfer takes
+`Link.core` of them, compute takes all. What wants more than there is gets it as a fair scheduler shares it: nobody less
+than an equal part, unless it wants less. On GPUs `core` is 0 and transfers are free.
 """
 
 import difflib
@@ -46,10 +50,8 @@ class Link:
     """The most that one rank gets of a shared link where it is alone, for example one of several cards. None: all."""
     fits: Mapping[str, Fit] = field(default_factory=dict)
     """Measured per collective, with all ranks of all groups taking part: a rank's share, where the link is shared."""
-    slows_compute: float = 0.0
-    """Compute takes 1 + this times as long while the link is busy (CPU: sockets take cores)."""
-    slowed_by_compute: float = 0.0
-    """A transfer takes 1 + this times as long while the rank computes."""
+    core: float = 0.0
+    """Part of a rank's cores that a transfer takes at full speed, see [Note: shared cores]. 0 to 1."""
 
     def __post_init__(self) -> None:
         if self.bandwidth <= 0 or self.latency < 0 or (self.rank_bandwidth is not None and self.rank_bandwidth <= 0):
@@ -57,6 +59,8 @@ class Link:
                 f"machine.links.{self.name}: bandwidth={self.bandwidth} must be above 0 bytes/s and "
                 f"latency={self.latency} at least 0 s"
             )
+        if not 0 <= self.core <= 1:
+            raise ValueError(f"machine.links.{self.name}.core={self.core}: a part of the cores is from 0 to 1")
         if self.size is not None and self.size < 1:
             raise ValueError(f"machine.links.{self.name}.size={self.size}: a level has at least one member")
         if unknown := set(self.fits) - set(COLLECTIVES):
@@ -93,6 +97,8 @@ class Machine:
     """Bytes a rank has of each tier: ``gpu`` (or, without one, ``host``), ``host``, ``nvme``."""
     quantize_rate: float | None = None
     """Bytes/s read and written while values are packed and unpacked; None: as fast as memory (a GPU's kernels are)."""
+    quantize_s: float = 0.0
+    """Seconds that packing or unpacking takes beside its bytes."""
     backend: str = "nccl"
     """``nccl``: chains run on side streams; ``gloo``: the host moves them on, see `parallel.collectives`."""
     unit_s: float = 0.0

@@ -93,6 +93,10 @@ class _Flow:
     left: float = 0.0
     stage: int = -1
 
+    @property
+    def level(self) -> int:
+        return self.stages[self.stage][0]
+
 
 @dataclass(eq=False)
 class _Chain:
@@ -278,12 +282,25 @@ class _Program:
             self.ops.append(("compute", seconds))
 
 
+def fair(rates: list[float], wanted: list[float]) -> list[float]:
+    """`rates`, each slowed as far as it gets less of the cores than the part that it wants, see [Note: shared cores]:
+    the cores are shared evenly, and what some do not want is the others'."""
+    left, waiting = 1.0, len(wanted)
+    slowed = list(rates)
+    for i in sorted(range(len(wanted)), key=wanted.__getitem__):
+        got = min(wanted[i], left / waiting)
+        if wanted[i] > 0:
+            slowed[i] *= got / wanted[i]
+        left, waiting = left - got, waiting - 1
+    return slowed
+
+
 class _Run:
     """Plays the operations. `marks` are (time, seconds spent so far by cause), one a step."""
 
     def __init__(self, program: _Program) -> None:
         self._ops, self._names = program.ops, program.plan.mesh.names
-        self._slows, self._slowed = program.clock.slows_compute, program.clock.slowed_by_compute
+        self._core = program.clock.core
         self._active: list[_Flow] = []
         self._waiting: list[_Flow] = []
         self._busy_groups: dict[Any, int] = defaultdict(int)
@@ -320,13 +337,13 @@ class _Run:
         """Move everything on to the next event; the seconds until it."""
         users: dict[int, int] = defaultdict(int)
         for flow in self._active:
-            users[flow.stages[flow.stage][0]] += 1
-        compute_rate = 1 / (1 + sum(self._slows[level] for level in users if level >= 0))
-        rates = []
-        for flow in self._active:
-            level = flow.stages[flow.stage][0]
-            drag = 1 + self._slowed[level] if compute_left and level >= 0 else 1.0
-            rates.append(1.0 if level < 0 else 1 / (users[level] * drag))
+            users[flow.level] += 1
+        rates = [1.0 if flow.level < 0 else 1 / users[flow.level] for flow in self._active]
+        wanted = [
+            0.0 if flow.level < 0 else self._core[flow.level] * rate
+            for flow, rate in zip(self._active, rates, strict=True)
+        ]
+        *rates, compute_rate = fair([*rates, 1.0], [*wanted, 1.0 if compute_left else 0.0])
         events = [flow.left / rate for flow, rate in zip(self._active, rates, strict=True)]
         if compute_left:
             events.append(compute_left / compute_rate)

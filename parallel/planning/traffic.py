@@ -313,7 +313,9 @@ class Traffic:
             if mesh.sizes[level] > 1:
                 parts = math.prod(mesh.sizes[: level + 1])
                 moves.append(self.all_gather(parts * finest.packed_bytes(piece // members), level))
-        moves[-1] = replace(moves[-1], packed=True, after=4.0 * piece + piece * finest.bits / 8)
+        part = piece // members
+        moves[0] = replace(moves[0], packed=True, before=4.0 * part + finest.packed_bytes(part))
+        moves[-1] = replace(moves[-1], packed=True, after=4.0 * piece + members * finest.packed_bytes(part))
         return (*chain, *scatters, *moves)
 
 

@@ -110,7 +110,7 @@ def test_what_gloo_leaves_to_the_host_shows() -> None:
 
 def test_a_busy_link_slows_compute() -> None:
     free = step_s(work(), machine(0.9, "gloo"), (1, 1, 1))
-    assert step_s(work(), machine(0.9, "gloo", slows_compute=0.5), (1, 1, 1)) > 1.1 * free
+    assert step_s(work(), machine(0.9, "gloo", core=0.5), (1, 1, 1)) > 1.1 * free
 
 
 def test_a_step_waits_for_the_slowest_rank() -> None:

@@ -1,0 +1,469 @@
+"""How well the cost model tells a step's seconds and bytes: a grid of measured steps, a third of it never fitted to.
+
+    sudo python benchmarks/cost_model.py [--rates 100 400] [--rounds 2] [--budget-s 440] [--out FILE]
+    sudo python benchmarks/cost_model.py --read FILE     # fits and judges again what was measured before
+
+1. Ranks in network namespaces, 2 nodes x 2 ranks (`slow_link`). At each rate `links` describes the machine.
+2. Every placement, quantization, accumulation and overlap of the grid at each rate: seconds of steps in the steady
+   state (the first after a change of rate is left out); bytes of payload as the interfaces count them. What other
+   processes took of the cores meanwhile is noted, and a point where that was over ``--quiet`` is measured again. A time
+   is the median over the steps of the quiet rounds; where there is none, of the quietest, and said so.
+3. Two thirds of the steps at a rate correct that machine's figures (`parallel.planning.calibrate`); the last third,
+   every third one along each axis of the grid (`held_out`), only tells how far the prediction is off.
+4. For each rate and accumulation: what ``parallel=auto`` takes, beside the fastest of the grid. What it takes and the
+   grid lacks is measured then.
+
+The last line is one JSON object.
+"""
+
+import sys
+
+if __name__ == "__main__" and "--rank" in sys.argv:  # a rank: before the imports that take seconds
+    from namespaces import die_with
+
+    die_with(int(sys.argv[1]))
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import links  # noqa: E402
+import slow_link_worker  # noqa: E402
+import torch  # noqa: E402
+from namespaces import Network  # noqa: E402
+from report import write_report  # noqa: E402
+from slow_link import World  # noqa: E402
+from slow_link_engines import Atoll, Job  # noqa: E402
+from torch import nn  # noqa: E402
+
+from parallel import Mesh, ParallelOptions, Placement  # noqa: E402
+from parallel.planning.calibrate import Run, calibrate  # noqa: E402
+from parallel.planning.choose import choose  # noqa: E402
+from parallel.planning.cost import Plan, estimate, traffic_of  # noqa: E402
+from parallel.planning.machine import Machine  # noqa: E402
+from parallel.planning.simulate import simulate  # noqa: E402
+from parallel.planning.workload import UnitCost, Workload, aligned  # noqa: E402
+from parallel.transport import Transport  # noqa: E402
+
+Row = dict[str, Any]
+LEVELS = {"node": 2, "rank": 2}
+WIDTH, LAYERS, TOKENS = 384, 6, 32
+PLACEMENTS = ("ddp", "zero2", "zero3", "hsdp", "hfsdp")
+"""On two levels ``topo`` is ``hfsdp``."""
+QUANTIZE = ("none", "outer", "all")
+ACCUMULATION = (1, 4)
+STEPS = 4
+"""Of a round and a point of the grid, the first not counted."""
+HEADER = 66
+"""Bytes of Ethernet, IPv4 and TCP with timestamps before the payload of a packet, as the interfaces count packets."""
+
+
+class Layers(nn.Module):
+    """Linear layers, each a unit, and the mean square of what comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])
+
+    def units(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self.layers(x).square().mean()
+        return loss
+
+
+def batch(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    return (torch.randn(TOKENS, WIDTH, generator=generator),)
+
+
+class Rank(slow_link_worker.Rank):
+    """Also does ``{"do": "links"}``, and ``build`` takes a point of the grid."""
+
+    def build(self, generation: int, overlap: bool, options: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        self._join(generation)
+        self._job, self._steps_taken = Job(Layers, batch), 0
+        self._side = Atoll(Layers(), LEVELS, overlap=overlap, dtype=torch.float32, **options)
+        return {}
+
+    def links(self, generation: int, seconds: float, out: str) -> dict[str, Any]:
+        self._join(generation)
+        links.measure(
+            LEVELS, argparse.Namespace(seconds=seconds, tokens=TOKENS, largest=1 << 22, name="namespaces", out=out)
+        )
+        return self.drop()
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured configuration."""
+
+    rate: float
+    placement: str
+    quantize: str
+    accumulation: int
+    overlap: bool
+    triple: tuple[int, int, int] | None = None
+    """P, G, O where ``placement`` is ``free``."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        named = {"placement": self.placement, "quantize": self.quantize}
+        if self.triple is None:
+            return named
+        return named | dict(zip(("params", "grads", "optim"), self.triple, strict=True))
+
+    def __str__(self) -> str:
+        name = self.placement if self.triple is None else "free" + "".join(map(str, self.triple))
+        shown = f"{self.rate:6g} {name:7} {self.quantize:6} x{self.accumulation}"
+        return shown + ("" if self.overlap else " overlap off")
+
+
+def grid(rates: list[float]) -> list[Point]:
+    points = itertools.product(rates, PLACEMENTS, QUANTIZE, ACCUMULATION, (True, False))
+    return [Point(*point) for point in points]
+
+
+def held_out(point: Point) -> bool:
+    """Every third one along the axes of placement and quantization, shifted by accumulation and overlap."""
+    if point.triple is not None or point.placement not in PLACEMENTS:
+        return True
+    where = PLACEMENTS.index(point.placement) + QUANTIZE.index(point.quantize)
+    return (where + ACCUMULATION.index(point.accumulation) + 2 * point.overlap) % 3 == 0
+
+
+def mesh() -> Mesh:
+    return Mesh.of(LEVELS, rank=0, world=math.prod(LEVELS.values()))
+
+
+def problem(point: Point) -> tuple[Workload, Plan]:
+    """What the cost model is asked about a point."""
+    size = WIDTH * WIDTH
+    first = UnitCost(  # its input needs no gradient, so its backward has one product and asks for no weights
+        name="first", matrices=aligned(size), forward_flops=2.0 * size, backward_flops=2.0 * size,
+        gathers_backward=False,
+    )  # fmt: skip
+    rest = replace(first, name="layer", count=LAYERS - 1, backward_flops=4.0 * size, gathers_backward=True)
+    work = Workload(
+        units=(first, rest), tokens=TOKENS, micro_batches=point.accumulation, compute_bytes=4, reduce_bytes=4,
+        num_parameters=LAYERS, overlap=point.overlap,
+    )  # fmt: skip
+    options = ParallelOptions(**point.options)
+    placement = Placement.of(options, len(LEVELS))
+    return work, Plan(mesh(), placement, Transport.of(options, mesh(), placement))
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+class Bench:
+    """Measures points; the rows and machines that came of it."""
+
+    def __init__(self, out: str, budget_s: float, quiet: float) -> None:
+        self.out, self.started, self.budget_s, self.quiet = out, time.monotonic(), budget_s, quiet
+        self.rows: dict[Point, Row] = {}
+        self.machines: dict[float, Row] = {}
+        self.hardware = (
+            f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, "
+            f"load average {os.getloadavg()[0]:.1f} at the start"
+        )
+
+    def over(self) -> bool:
+        return time.monotonic() - self.started > self.budget_s
+
+    def describe_machine(self, world: World, rate: float) -> None:
+        world.network.set_rates({"node": rate})
+        world.generation += 1
+        with tempfile.TemporaryDirectory() as folder:
+            out = f"{folder}/machine.json"
+            world.do(120, do="links", generation=world.generation, seconds=0.3, out=out)
+            self.machines[rate] = json.loads(Path(out).read_text())
+        self.keep()
+
+    def measure(self, world: World, points: list[Point], number: int) -> None:
+        """Rounds of all points of one build: they differ in rate and accumulation alone."""
+        network, first = world.network, points[0]
+        network.set_rates({})
+        world.generation += 1
+        world.do(60, do="build", generation=world.generation, overlap=first.overlap, options=first.options)
+        world.do(60, do="time", accumulation=1, steps=1)
+        for point in points:
+            network.set_rates({"node": point.rate})
+            row = self.rows.setdefault(point, {**vars(point), "rounds": []})
+            for _ in range(3):
+                row["rounds"].append(self._round(world, point.accumulation))
+                if row["rounds"][-1]["others"] <= self.quiet or self.over():
+                    break
+            quiet = [found for found in row["rounds"] if found["others"] <= self.quiet]
+            row["is_quiet"] = bool(quiet)
+            kept = quiet or [min(row["rounds"], key=lambda found: float(found["others"]))]
+            row["step_s"] = statistics.median(itertools.chain(*(found["steps_s"] for found in kept)))
+            row["sent"] = row["rounds"][-1]["sent"]
+        world.do(60, do="drop")
+        say(f"round {number}: {first.placement} {first.quantize}{'' if first.overlap else ', overlap off'}")
+        self.keep()
+
+    def _round(self, world: World, accumulation: int) -> Row:
+        """Seconds of steps, bytes of payload a rank and step by level, and the part of the cores that others took."""
+        sent, own, all_, start = payload(world.network), user_s(world.pids), busy_s(), time.monotonic()
+        answers = world.do(120, do="time", accumulation=accumulation, steps=STEPS)
+        wall = time.monotonic() - start
+        others = max(0.0, busy_s() - all_ - (user_s(world.pids) - own)) / wall / (os.cpu_count() or 1)
+        steps = [statistics.fmean(times) for times in zip(*(a["steps_s"] for a in answers), strict=True)]
+        now = payload(world.network)
+        return {
+            "steps_s": [round(step, 5) for step in steps[1:]], "others": round(others, 3),
+            "sent": {level: (now[level] - sent[level]) / STEPS / mesh().world for level in now},
+        }  # fmt: skip
+
+    def read(self, path: str) -> None:
+        """What an earlier run kept."""
+        report = json.loads(Path(path).read_text())
+        self.hardware = report["hardware"]
+        names = [field.name for field in fields(Point)]
+        for row in report["rows"]:
+            if row["kind"] == "machine":
+                self.machines[row["rate"]] = {"machine": row["machine"], "points": row["points"]}
+            elif row["kind"] == "step":
+                values = {name: row[name] for name in names}
+                self.rows[Point(**values | {"triple": row["triple"] and tuple(row["triple"])})] = row
+
+    def keep(self, more: Sequence[Row] = ()) -> None:
+        rows = [{"kind": "machine", "rate": rate, **machine} for rate, machine in self.machines.items()]
+        write_report(self.out, self.hardware, [*rows, *({"kind": "step", **row} for row in self.rows.values()), *more])
+
+
+def payload(network: Network) -> dict[str, float]:
+    """Bytes that nodes sent to each other and to themselves, without headers and acknowledgements."""
+    total = dict.fromkeys(network.levels, 0.0)
+    for node in range(network.num_nodes):
+        for link in json.loads(subprocess.check_output(["ip", "-n", network.namespace(node), "-s", "-j", "link"])):
+            level = {"eth0": "node", "lo": "rank"}[link["ifname"]]
+            total[level] += link["stats64"]["tx"]["bytes"] - HEADER * link["stats64"]["tx"]["packets"]
+    return total
+
+
+def busy_s() -> float:
+    """Core seconds so far of every program, and of other machines on these cores; not the kernel's own."""
+    user, nice, _, _, _, _, _, steal, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+    return (user + nice + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def user_s(pids: list[int]) -> float:
+    """Core seconds so far of these processes, not in the kernel."""
+    stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(stat[11]) for stat in stats) / os.sysconf("SC_CLK_TCK")
+
+
+def by_build(points: list[Point]) -> list[list[Point]]:
+    builds: dict[tuple[Any, ...], list[Point]] = {}
+    for p in points:
+        builds.setdefault((p.placement, p.quantize, p.overlap, p.triple), []).append(p)
+    return list(builds.values())
+
+
+def measure_grid(args: argparse.Namespace) -> Bench:
+    bench = Bench(args.out, args.budget_s, args.quiet)
+    with Network(LEVELS) as network:
+        world = World(network, Path(__file__).resolve())
+        try:
+            for rate in args.rates:
+                bench.describe_machine(world, rate)
+            say(f"links measured after {time.monotonic() - bench.started:.0f} s")
+            for number in range(args.rounds):
+                builds = by_build(grid(args.rates))
+                for points in builds if number % 2 == 0 else reversed(builds):
+                    if bench.over():
+                        say(f"round {number} ends early: more than --budget-s={args.budget_s:g}")
+                        break
+                    bench.measure(world, points, number)
+        finally:
+            world.close()
+    say(f"measured in {time.monotonic() - bench.started:.0f} s")
+    return bench
+
+
+def measure_more(bench: Bench, points: list[Point]) -> None:
+    """Points outside the grid that ``parallel=auto`` takes."""
+    with Network(LEVELS) as network:
+        world = World(network, Path(__file__).resolve())
+        try:
+            for build in by_build(points):
+                bench.measure(world, build, 0)
+        finally:
+            world.close()
+
+
+# ------------------------------------------------------------------------------------------------------- judging
+
+
+def described(row: Row) -> Machine:
+    """The machine as `links` measured it, with one bandwidth a link: what a collective alone does not fill, those that
+    run beside it in a step do."""
+    machine = Machine.of(row["machine"])
+    return replace(machine, links=tuple(replace(link, fits={}) for link in machine.links))
+
+
+def fit(bench: Bench) -> dict[float, Machine]:
+    """The machine at each rate, corrected by what is not held out."""
+    fitted = {}
+    for rate, measured in bench.machines.items():
+        known = [point for point in bench.rows if point.rate == rate and not held_out(point)]
+        runs = [Run(*problem(point), bench.rows[point]["step_s"]) for point in known]
+        fitted[rate] = calibrate(described(measured), runs)
+    return fitted
+
+
+def judge(bench: Bench, fitted: dict[float, Machine]) -> Row:
+    """Predict and compare; the summary. Rows get their prediction."""
+    found: list[Row] = []
+    for rate, measured in bench.machines.items():
+        points = [point for point in bench.rows if point.rate == rate]
+        runs = {point: Run(*problem(point), bench.rows[point]["step_s"]) for point in points}
+        base = described(measured)
+        for point, run in runs.items():
+            row, work, plan = bench.rows[point], run.work, run.plan
+            row["simulated_s"] = simulate(work, plan, fitted[rate]).step_s
+            row["closed_s"] = estimate(work, plan, fitted[rate]).step_s
+            row["uncorrected_s"] = simulate(work, plan, base).step_s
+            row["held_out"] = held_out(point)
+            sent = traffic_of(work, plan, base).sent_bytes().values()
+            row["model_sent"] = dict(zip(LEVELS, map(sum, zip(*sent, strict=True)), strict=True))
+            row["bytes_error"] = {k: row["sent"][k] / v - 1 for k, v in row["model_sent"].items() if v}
+            found.append(row)
+    summary: Row = {"points": len(found)}
+    for name, rows in {
+        "fitted": [row for row in found if not row["held_out"]],
+        "held_out": [row for row in found if row["held_out"]],
+        "held_out_exact": [row for row in found if row["held_out"] and row["quantize"] == "none"],
+        "held_out_quiet": [row for row in found if row["held_out"] and row["is_quiet"]],
+    }.items():
+        for what in ("simulated_s", "closed_s", "uncorrected_s"):
+            summary[f"{name}_{what.removesuffix('_s')}"] = spread([row[what] / row["step_s"] - 1 for row in rows])
+    quiet = [[r for r in row["rounds"] if r["others"] <= bench.quiet] for row in found]
+    again = [spread_of(rounds) for rounds in quiet if len(rounds) > 1]
+    summary["repeated_quiet"] = spread(again) if again else {}
+    summary["bytes_worst"] = max(abs(error) for row in found for error in row["bytes_error"].values())
+    summary["auto"] = [
+        judge_choice(bench, fitted[rate], rate, accumulation, allowed)
+        for rate, accumulation, allowed in itertools.product(fitted, ACCUMULATION, (("none",), QUANTIZE))
+    ]
+    summary["machines"] = {f"{rate:g}": machine.to_mapping() for rate, machine in fitted.items()}
+    return summary
+
+
+def judge_choice(bench: Bench, machine: Machine, rate: float, accumulation: int, allowed: tuple[str, ...]) -> Row:
+    """What ``parallel=auto`` takes beside the fastest of what was measured, overlap on."""
+    work, _ = problem(Point(rate, "ddp", "none", accumulation, True))
+    best = choose(work, mesh(), machine, cap_bytes=math.inf, quantize=allowed).best
+    triple = best.plan.placement.params, best.plan.placement.grads, best.plan.placement.optim
+    point = Point(rate, "free", best.quantize, accumulation, True, triple)
+    for name in PLACEMENTS:
+        if Placement.of(ParallelOptions(placement=name), len(LEVELS)) == best.plan.placement:
+            point = Point(rate, name, best.quantize, accumulation, True)
+    same = [
+        p for p in bench.rows
+        if (p.rate, p.accumulation, p.overlap) == (rate, accumulation, True) and p.quantize in allowed
+    ]  # fmt: skip
+    fastest = min(same, key=lambda p: float(bench.rows[p]["step_s"]))
+    row: Row = {
+        "rate": rate, "accumulation": accumulation, "allowed": list(allowed), "chosen": str(point), "point": point,
+        "fastest": str(fastest), "fastest_s": bench.rows[fastest]["step_s"],
+    }  # fmt: skip
+    if point in bench.rows:
+        row["chosen_s"] = bench.rows[point]["step_s"]
+        row["slower"] = row["chosen_s"] / row["fastest_s"] - 1
+    return row
+
+
+def spread(errors: list[float]) -> dict[str, float]:
+    sizes = sorted(map(abs, errors))
+    within = sum(size <= 0.1 for size in sizes) / len(sizes)
+    figures = {"median": statistics.median(sizes), "p90": sizes[math.ceil(0.9 * len(sizes)) - 1], "worst": sizes[-1]}
+    return {name: round(size, 4) for name, size in {**figures, "within_10_percent": within}.items()} | {
+        "of": len(sizes)
+    }
+
+
+def spread_of(rounds: list[Row]) -> float:
+    """How far apart the slowest and the fastest round of a point are."""
+    medians = [statistics.median(found["steps_s"]) for found in rounds]
+    return max(medians) / min(medians) - 1
+
+
+def print_tables(bench: Bench, summary: Row) -> None:
+    print("Seconds a step: measured, simulated with the machine corrected by the other two thirds, error; bytes a rank")
+    print(f"{'Mbit/s placement':38}{'measured':>9}{'simulated':>10}{'':>7}{'closed':>7}{'bytes: node':>12}{'rank':>7}")
+    for point, row in bench.rows.items():
+        off, closed = (row[what] / row["step_s"] - 1 for what in ("simulated_s", "closed_s"))
+        sizes = "".join(
+            f"{row['bytes_error'].get(level, 0):{width}.1%}" for level, width in (("node", 12), ("rank", 7))
+        )
+        notes = ("  held out" if row["held_out"] else "") + ("" if row["is_quiet"] else "  not quiet")
+        shown = f"{point!s:38}{row['step_s']:9.4f}{row['simulated_s']:10.4f}{off:7.0%}{closed:7.0%}{sizes}{notes}"
+        print(shown)
+    print("\nErrors of the step time")
+    for name, figures in summary.items():
+        if isinstance(figures, dict) and "median" in figures:
+            print(
+                f"{name:26} median {figures['median']:6.1%}  90% within {figures['p90']:6.1%}  worst "
+                f"{figures['worst']:6.1%}  within 10%: {figures['within_10_percent']:4.0%} of {figures['of']}"
+            )
+    print(f"bytes of every level and point within {summary['bytes_worst']:.1%} of the model\n\nparallel=auto")
+    for row in summary["auto"]:
+        result = f"{row['slower']:+.1%}" if "slower" in row else "not measured"
+        print(f"{row['chosen']:34} {result:>7} of {row['fastest']} ({row['fastest_s']:.4f} s)")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rates", type=float, nargs="+", default=[100.0, 400.0], help="Mbit/s between nodes")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--budget-s", type=float, default=440.0, help="no further configuration is begun after this")
+    parser.add_argument("--quiet", type=float, default=0.05, help="part of the cores that others may take")
+    parser.add_argument("--out", default=str(HERE / "results" / "cost_model.json"))
+    parser.add_argument("--read", default="", help="a file written before, to be judged again")
+    args = parser.parse_args()
+    if args.read:
+        bench = Bench(args.out, 0.0, args.quiet)
+        bench.read(args.read)
+    else:
+        bench = measure_grid(args)
+    fitted = fit(bench)
+    summary = judge(bench, fitted)
+    if more := list(dict.fromkeys(row["point"] for row in summary["auto"] if "slower" not in row)):
+        say(f"parallel=auto takes what the grid lacks, measured now: {', '.join(map(str, more))}")
+        bench.budget_s = math.inf
+        measure_more(bench, more)
+        summary = judge(bench, fitted)
+    for row in summary["auto"]:
+        del row["point"]
+    bench.keep([{"kind": "summary", **summary}])
+    print_tables(bench, summary)
+    print(json.dumps({name: value for name, value in summary.items() if name != "machines"}))
+
+
+if __name__ == "__main__":
+    if "--rank" in sys.argv:
+        slow_link_worker.main(Rank)
+    else:
+        main()
