@@ -45,9 +45,12 @@ from offload.activations_memory import (
 from offload.activations_plan import BlockCost, Choice, choose
 from offload.activations_tape import Tape
 from offload.activations_watch import intercept
+from offload.device import host_available_bytes
 
 log = logging.getLogger(__name__)
 MODES = ("keep", "swap", "recompute", "auto")
+HOST_SHARE = 0.8
+"""Of the memory still available, what ``auto`` may take where `ActivationOptions.host_bytes` does not say."""
 WARM_UP = 2
 """Forwards before the one that ``auto`` measures: the first may compile."""
 
@@ -63,7 +66,7 @@ class ActivationOptions:
     keep_last: int = 2
     """With ``swap``: the last blocks keep what they save, which would have to come back as it leaves."""
     host_bytes: int | None = None
-    """The most host memory for activations. None: what is needed."""
+    """The most host memory for activations. None: what is needed, and with a chosen α 80% of what is available."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -195,9 +198,10 @@ class Activations:
             out = forward(*args, **kwargs)
         else:
             tape = Tape(block, forward, args, kwargs, alpha=choice.alpha, **self._hooks)
-            start = now(self.device)
+            measured = self._auto and self._num_forwards > WARM_UP
+            start = now(self.device) if measured else None
             out = tape.record()
-            if self._auto and self._num_forwards > WARM_UP:
+            if measured:
                 self._times[position], self._sizes[position] = (start, now(self.device)), tape.sizes()
             if choice.mode == "swap":
                 self._depart(tape)
@@ -278,8 +282,11 @@ class Activations:
         if not self._auto or self._num_forwards < WARM_UP + 2:
             return
         self._auto = False
-        rate = link_bytes_per_s(self.device)
-        chosen = choose(self.costs(), link_bytes_per_s=rate, host_bytes=self.options.host_bytes, keep_last=0)
+        rate, most = link_bytes_per_s(self.device), self.options.host_bytes
+        if most is None:
+            most = int(HOST_SHARE * (host_available_bytes() + self.pools.size_bytes()["host"]))
+        chosen = choose(self.costs(), link_bytes_per_s=rate, host_bytes=most, keep_last=0)
         for position, choice in zip(sorted(self._sizes), chosen, strict=True):
             self._choices[position] = choice
-        log.info("activations: %s, link %.1f GB/s", ", ".join(f"{c.mode} {c.alpha:.2f}" for c in chosen), rate / 1e9)
+        shown = ", ".join(f"{choice.mode} {choice.alpha:.2f}" for choice in chosen)
+        log.info("activations: %s; link %.1f GB/s, at most %.1f GB of host memory", shown, rate / 1e9, most / 1e9)

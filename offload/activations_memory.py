@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from offload.activations_tape import Source
-from offload.arena import Arena
+from offload.arena import Arena, ArenaError
 from offload.space import round_up
 
 ALIGN = 512
@@ -129,7 +129,14 @@ class Pools:
         if old is not None:
             old.close_if_idle()  # first, or both would have to fit
         register = self.device if self.device.type == "cuda" else None
-        self._slots = _Slots(Arena(wanted, register=register), slot_bytes, num)
+        try:
+            self._slots = _Slots(Arena(wanted, register=register), slot_bytes, num)
+        except ArenaError as error:
+            raise ArenaError(
+                error.errno,
+                f"{num} blocks swap {slot_bytes} bytes each: {error.strerror}. Lower offload.activations.alpha or "
+                "train.micro_batch_size, or use offload.activations.mode=recompute",
+            ) from error
 
     def close(self) -> None:
         self._buffers.clear()
