@@ -491,7 +491,7 @@ def test_auto_measures_and_then_chooses() -> None:
 
 # ---------------------------------------------------------------------------------------------------- on a GPU
 
-LARGE = LlamaOptions(dim=512, ffn_dim=1536, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=64)
+LARGE = LlamaOptions(dim=512, ffn_dim=1536, num_layers=12, num_heads=8, num_kv_heads=4, head_dim=64)
 
 
 @pytest.mark.gpu
@@ -503,7 +503,7 @@ def test_gradients_on_a_gpu(mode: str, alpha: float | None) -> None:
     swap = leaving(model, mode, alpha)
     for _ in range(10):
         for a, b in zip(gradients(model, *inputs), expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-4)  # flash attention's backward adds in any order
+            assert (a - b).abs().max() <= 0.01 * b.abs().max()  # attention's backward may add in any order
     swap.close()
 
 
