@@ -133,7 +133,7 @@ def _nothing_fits(work: Workload, everyone: Sequence[Candidate], cap_bytes: floa
     if any(unit.activation_bytes and not unit.recompute for unit in work.units):
         help_.insert(0, "offload=recompute")
     help_.insert(1, "a smaller train.micro_batch_size")
-    if work.prefetch_units:
+    if work.prefetch_units and _ranks(least.plan.mesh, least.plan.placement.params) > 1:
         help_.append("parallel.prefetch_units=0")
     return (
         f"nothing fits: of {len(everyone)} placements the smallest ({least.overrides}) needs {needed / 2**30:.1f} GiB "
