@@ -7,7 +7,9 @@
 2. Every placement, quantization, accumulation and overlap of the grid at each rate: seconds of steps in the steady
    state (the first after a change of rate is left out); bytes of payload as the interfaces count them. What other
    processes took of the cores meanwhile is noted, and a point where that was over ``--quiet`` is measured again. A time
-   is the median over the steps of the quiet rounds; where there is none, of the quietest, and said so.
+   is the median over the steps of the quiet rounds; where there is none, of the quietest, and said so. Cores of a
+   virtual machine do not run evenly: beside each round ranks time work that is always the same (the yardstick), and
+   the machine that predicts a point is that much slower or faster.
 3. Two thirds of the steps at a rate correct that machine's figures (`parallel.planning.calibrate`); the last third,
    every third one along each axis of the grid (`held_out`), only tells how far the prediction is off.
 4. For each rate and accumulation: what ``parallel=auto`` takes, beside the fastest of the grid. What it takes and the
@@ -44,6 +46,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import links  # noqa: E402
 import slow_link_worker  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from namespaces import Network  # noqa: E402
 from report import write_report  # noqa: E402
 from slow_link import World  # noqa: E402
@@ -51,7 +54,7 @@ from slow_link_engines import Atoll, Job  # noqa: E402
 from torch import nn  # noqa: E402
 
 from parallel import Mesh, ParallelOptions, Placement  # noqa: E402
-from parallel.planning.calibrate import Run, calibrate  # noqa: E402
+from parallel.planning.calibrate import Run, calibrate, slowed  # noqa: E402
 from parallel.planning.choose import choose  # noqa: E402
 from parallel.planning.cost import Plan, estimate, traffic_of  # noqa: E402
 from parallel.planning.machine import Machine  # noqa: E402
@@ -68,6 +71,8 @@ QUANTIZE = ("none", "outer", "all")
 ACCUMULATION = (1, 4)
 STEPS = 4
 """Of a round and a point of the grid, the first not counted."""
+FRESH = 4
+"""Builds that a set of ranks serves: ranks age, after thirty builds the same step takes 1.3 to 1.7 times as long."""
 HEADER = 66
 """Bytes of Ethernet, IPv4 and TCP with timestamps before the payload of a packet, as the interfaces count packets."""
 
@@ -100,6 +105,21 @@ class Rank(slow_link_worker.Rank):
         self._job, self._steps_taken = Job(Layers, batch), 0
         self._side = Atoll(Layers(), LEVELS, overlap=overlap, dtype=torch.float32, **options)
         return {}
+
+    def time(self, accumulation: int, steps: int) -> dict[str, Any]:
+        """Also how long the cores take for work that is always the same, while all ranks do it."""
+        if not hasattr(self, "_matrix"):
+            self._matrix, self._memory = torch.ones(256, 256), torch.ones(1 << 20)
+        took = []
+        for _ in range(3):
+            dist.barrier()
+            start = time.perf_counter()
+            for _ in range(8):
+                torch.mm(self._matrix, self._matrix)
+            for _ in range(4):
+                self._memory.mul_(1.0)
+            took.append(time.perf_counter() - start)
+        return super().time(accumulation, steps) | {"yardstick_s": statistics.median(took)}
 
     def links(self, generation: int, seconds: float, out: str) -> dict[str, Any]:
         self._join(generation)
@@ -213,6 +233,7 @@ class Bench:
             row["is_quiet"] = bool(quiet)
             kept = quiet or [min(row["rounds"], key=lambda found: float(found["others"]))]
             row["step_s"] = statistics.median(itertools.chain(*(found["steps_s"] for found in kept)))
+            row["yardstick_s"] = statistics.median(found["yardstick_s"] for found in kept)
             row["sent"] = row["rounds"][-1]["sent"]
         world.do(60, do="drop")
         say(f"round {number}: {first.placement} {first.quantize}{'' if first.overlap else ', overlap off'}")
@@ -228,6 +249,7 @@ class Bench:
         now = payload(world.network)
         return {
             "steps_s": [round(step, 5) for step in steps[1:]], "others": round(others, 3),
+            "yardstick_s": statistics.fmean(answer["yardstick_s"] for answer in answers),
             "sent": {level: (now[level] - sent[level]) / STEPS / mesh().world for level in now},
         }  # fmt: skip
 
@@ -287,10 +309,13 @@ def measure_grid(args: argparse.Namespace) -> Bench:
             say(f"links measured after {time.monotonic() - bench.started:.0f} s")
             for number in range(args.rounds):
                 builds = by_build(grid(args.rates))
-                for points in builds if number % 2 == 0 else reversed(builds):
+                for count, points in enumerate(builds if number % 2 == 0 else reversed(builds)):
                     if bench.over():
                         say(f"round {number} ends early: more than --budget-s={args.budget_s:g}")
                         break
+                    if count % FRESH == 0:
+                        world.close()
+                        world = World(network, Path(__file__).resolve())
                     bench.measure(world, points, number)
         finally:
             world.close()
@@ -324,9 +349,19 @@ def fit(bench: Bench) -> dict[float, Machine]:
     fitted = {}
     for rate, measured in bench.machines.items():
         known = [point for point in bench.rows if point.rate == rate and not held_out(point)]
-        runs = [Run(*problem(point), bench.rows[point]["step_s"]) for point in known]
+        runs = [Run(*problem(point), bench.rows[point]["step_s"], slowness(bench, point)) for point in known]
         fitted[rate] = calibrate(described(measured), runs)
     return fitted
+
+
+def slowness(bench: Bench, point: Point) -> float:
+    """How long the cores took for the yardstick beside this point, relative to the middle of all points of its rate.
+    1 where it was not measured."""
+    sizes = [
+        row["yardstick_s"] for other, row in bench.rows.items() if other.rate == point.rate and "yardstick_s" in row
+    ]
+    mine = bench.rows[point].get("yardstick_s")
+    return float(mine / statistics.median(sizes)) if mine else 1.0
 
 
 def judge(bench: Bench, fitted: dict[float, Machine]) -> Row:
@@ -334,13 +369,15 @@ def judge(bench: Bench, fitted: dict[float, Machine]) -> Row:
     found: list[Row] = []
     for rate, measured in bench.machines.items():
         points = [point for point in bench.rows if point.rate == rate]
-        runs = {point: Run(*problem(point), bench.rows[point]["step_s"]) for point in points}
+        runs = {point: Run(*problem(point), bench.rows[point]["step_s"], slowness(bench, point)) for point in points}
         base = described(measured)
         for point, run in runs.items():
             row, work, plan = bench.rows[point], run.work, run.plan
-            row["simulated_s"] = simulate(work, plan, fitted[rate]).step_s
-            row["closed_s"] = estimate(work, plan, fitted[rate]).step_s
-            row["uncorrected_s"] = simulate(work, plan, base).step_s
+            row["slowness"] = run.slowness
+            row["simulated_s"] = simulate(work, plan, slowed(fitted[rate], run.slowness)).step_s
+            row["closed_s"] = estimate(work, plan, slowed(fitted[rate], run.slowness)).step_s
+            row["uncorrected_s"] = simulate(work, plan, slowed(base, run.slowness)).step_s
+            row["even_s"] = row["step_s"] * simulate(work, plan, fitted[rate]).step_s / row["simulated_s"]
             row["held_out"] = held_out(point)
             sent = traffic_of(work, plan, base).sent_bytes().values()
             row["model_sent"] = dict(zip(LEVELS, map(sum, zip(*sent, strict=True)), strict=True))
@@ -388,6 +425,8 @@ def judge_choice(bench: Bench, machine: Machine, rate: float, accumulation: int,
     if point in bench.rows:
         row["chosen_s"] = bench.rows[point]["step_s"]
         row["slower"] = row["chosen_s"] / row["fastest_s"] - 1
+        even = [bench.rows[p]["even_s"] for p in same]
+        row["slower_even"] = bench.rows[point]["even_s"] / min(even) - 1
     return row
 
 
@@ -424,10 +463,11 @@ def print_tables(bench: Bench, summary: Row) -> None:
                 f"{name:26} median {figures['median']:6.1%}  90% within {figures['p90']:6.1%}  worst "
                 f"{figures['worst']:6.1%}  within 10%: {figures['within_10_percent']:4.0%} of {figures['of']}"
             )
-    print(f"bytes of every level and point within {summary['bytes_worst']:.1%} of the model\n\nparallel=auto")
+    print(f"bytes of every level and point within {summary['bytes_worst']:.1%} of the model")
+    print("\nparallel=auto beside the fastest of the grid (had the cores run evenly)")
     for row in summary["auto"]:
-        result = f"{row['slower']:+.1%}" if "slower" in row else "not measured"
-        print(f"{row['chosen']:34} {result:>7} of {row['fastest']} ({row['fastest_s']:.4f} s)")
+        result = f"{row['slower']:+.1%} ({row['slower_even']:+.1%})" if "slower" in row else "not measured"
+        print(f"{row['chosen']:34} {result:>16} of {row['fastest']} ({row['fastest_s']:.4f} s)")
 
 
 def say(text: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from parallel import Mesh, Placement
-from parallel.planning.calibrate import Run, calibrate, errors
+from parallel.planning.calibrate import Run, calibrate, errors, slowed
 from parallel.planning.cost import Plan
 from parallel.planning.machine import Link, Machine
 from parallel.planning.simulate import simulate
@@ -47,3 +47,16 @@ def test_wrong_rates_are_corrected_by_measured_steps() -> None:
 def test_calibrating_needs_a_measured_step() -> None:
     with pytest.raises(ValueError, match="at least one measured step"):
         calibrate(TRUTH, [])
+
+
+def test_slower_cores_take_longer_to_compute_and_links_carry_as_much() -> None:
+    here = slowed(TRUTH, 2.0)
+    assert here.compute == pytest.approx(TRUTH.compute / 2) and here.step_s == pytest.approx(2 * TRUTH.step_s)
+    assert [link.bandwidth for link in here.links] == [link.bandwidth for link in TRUTH.links]
+    assert [link.core for link in here.links] == [pytest.approx(0.4), 1.0]  # no more than all cores
+
+
+def test_a_step_measured_on_slower_cores_is_predicted_for_them() -> None:
+    run = runs((2,))[0]
+    later = replace(run, step_s=simulate(run.work, run.plan, slowed(TRUTH, 1.5)).step_s, slowness=1.5)
+    assert errors(TRUTH, [later]) == [pytest.approx(0.0, abs=1e-9)]
