@@ -131,6 +131,10 @@ def _check_engine(job: Job, parallel: ParallelOptions) -> None:
             f"parallel.quantize, weights_format and grads_format need engine=native; engine={job.engine} does not read "
             f"them"
         )
+    if job.offload.away:
+        raise ValueError(
+            f"offload.states and offload.weights need engine=native; engine={job.engine} does not read them"
+        )
     if job.engine == "deepspeed" and parallel.levels:
         raise ValueError("parallel.levels is not read by engine=deepspeed; leave it empty, or set engine=native")
 

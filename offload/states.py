@@ -23,6 +23,7 @@ optimizer step beside the next forward).
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -146,6 +147,8 @@ class AwayStates:
         self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._under_way: list[Update] = []
+        self.update_s = 0.0
+        """Seconds that the last updates took, from when their gradients and the factor were known."""
         self._ring: deque[Tensor] = deque()
 
     # ------------------------------------------------------------------------------------------------ memory
@@ -282,6 +285,7 @@ class AwayStates:
         if batch.known is not None:
             batch.known.synchronize()
         scale = 1.0 if batch.scale is None else float(batch.scale)
+        start_s = time.perf_counter()
         for shard, runs, _ in batch.work:
             if shard.arrived is not None:
                 shard.arrived.synchronize()
@@ -292,6 +296,7 @@ class AwayStates:
                 self._step(shard, start, state, runs, scale, batch)
             yield self._send(shard)
         next(states, None)  # hands the last chunk to the drives
+        self.update_s = time.perf_counter() - start_s
 
     def _step(self, shard: Shard, start: int, state: State, runs: Sequence[Run], scale: float, batch: _Batch) -> None:
         stop, place = start + state[0].numel(), start

@@ -140,6 +140,9 @@ class DeepSpeedEngine:
             foreign.load_buffers(self.model, read)
         self._refresh_weights()
 
+    def close(self) -> None:
+        """See `Engine`. Nothing is held outside the device's memory."""
+
     def state_bytes(self) -> dict[str, int]:
         """See `Engine`. Gradients as held after a backward; the buckets they pass through are not counted."""
         params: list[Any] = list(self.model.parameters())

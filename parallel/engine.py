@@ -29,7 +29,10 @@ class Engine(Protocol):
         """Clip, update, and make the new weights visible. Returns the global gradient norm before clipping."""
 
     def pieces(self) -> Iterator[Piece]:
-        """The ranges of state that this rank writes into a checkpoint: over all ranks, each element exactly once."""
+        """The ranges of state that this rank writes into a checkpoint: over all ranks, each element exactly once.
+
+        With state away from the device, a piece is good until the next is asked for.
+        """
 
     def load(self, read: Read, *, moments: bool) -> None:
         """Fill the weights (and the optimizer's state, if `moments`) from `read`, each rank its own ranges."""
@@ -37,3 +40,6 @@ class Engine(Protocol):
     def state_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds for good: ``parameters master optimizer``, ``residuals`` (of error feedback), and
         ``buffers`` (what is gathered and on its way)."""
+
+    def close(self) -> None:
+        """Let go of host memory, drives and threads; the engine is of no use afterwards."""

@@ -138,12 +138,12 @@ class Trainer:
             self.corpus = open_corpus(job.data, job.train.seq_len, job.train.seed, say=self._tell)
             check_same_data(self.corpus, where)
             torch.manual_seed(job.train.seed + where.rank)
-            self._build()
+            self._build(cleanup)
             self._resume(cleanup)
             self._clock = time.perf_counter()
             yield
 
-    def _build(self) -> None:
+    def _build(self, cleanup: ExitStack) -> None:
         """Make the model and the engine, and tell what was derived."""
         job, where = self.job, self.where
         dtype, _ = choose_dtype(job.train.dtype, where.device)
@@ -157,6 +157,7 @@ class Trainer:
         self._flops_per_token = model.flops_per_token(job.train.seq_len)
         self._peak_flops = peak_flops(where.device, dtype)
         self.engine = build_engine(job, model, where, dtype)
+        cleanup.callback(self.engine.close)
         self._event({"type": "plan", "text": describe(job, where, self.corpus, model, self.engine)})
         self.step = 0
         self._saved_step = -1

@@ -9,6 +9,8 @@ from trainer.job import Job
 from trainer.models import LanguageModel
 from trainer.progress import size
 
+AWAY = {"host": "offloaded to host memory", "nvme": "offloaded to NVMe"}
+
 
 def describe(job: Job, where: Rank, corpus: Corpus, model: LanguageModel, engine: Engine) -> str:
     """Aligned lines: parameters, FLOPs, world, mesh and placement, micro-batches, bytes of state, dtype and why."""
@@ -18,6 +20,7 @@ def describe(job: Job, where: Rank, corpus: Corpus, model: LanguageModel, engine
     micro, count = job.micro_batches(where.world)
     tokens = job.train.global_batch_size * job.train.seq_len
     state = engine.state_bytes()
+    away = "".join(f"; {size(num)} {place}" for name, place in AWAY.items() if (num := state.pop(name, 0)))
     tier = "GPU" if where.device.type == "cuda" else "host"
     held = ", ".join(f"{kind} {size(held)}" for kind, held in state.items() if held)
     rows = {
@@ -26,7 +29,7 @@ def describe(job: Job, where: Rank, corpus: Corpus, model: LanguageModel, engine
         "world": f"{where.world} x {where.device.type}, {_mesh(job, where)}",
         **_transport(job, where),
         "step": f"{tokens:,} tokens = {where.world} ranks x {count} micro-batches x {micro} x {job.train.seq_len}",
-        "state": f"{size(sum(state.values()))} a rank in {tier} memory ({held})",
+        "state": f"{size(sum(state.values()))} a rank in {tier} memory ({held}){away}",
         "dtype": f"{str(dtype).removeprefix('torch.')}: {why}",
     }
     return "\n".join(f"{name:>6}  {text}" for name, text in rows.items())

@@ -1,6 +1,4 @@
-import os
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,18 +27,6 @@ def torch_pool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host
         assert not made.native
         yield made
     _library.cache_clear()
-
-
-@pytest.fixture
-def disk_folder() -> Iterator[Path]:
-    """A folder on a file system with direct I/O, whatever is under the folder of temporary files."""
-    for place in (os.environ.get("TMPDIR", "/tmp"), "/var/tmp", str(Path.cwd())):
-        with tempfile.TemporaryDirectory(dir=place, prefix="atoll-test-") as name:
-            kind = subprocess.run(["stat", "-f", "-c", "%T", name], capture_output=True, text=True).stdout.strip()
-            if kind not in ("tmpfs", "ramfs"):
-                yield Path(name)
-                return
-    pytest.skip("no folder on a drive")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from offload.options import OffloadOptions
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -82,7 +83,7 @@ def plain(model, dtype):
     return step, lambda: masters
 
 
-def sharded(placement: str, mesh: Mesh, **options):
+def sharded(placement: str, mesh: Mesh, offload: dict | None = None, **options):
     def make(model, dtype):
         source = {name: p.detach().clone().flatten() for name, p in model.named_parameters()}
         shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -90,7 +91,7 @@ def sharded(placement: str, mesh: Mesh, **options):
         engine = shard(
             model, mesh, Placement.of(config, mesh.num_levels), units=list(model.layers),
             initial=lambda name, kind, start, stop: source[name][start:stop], optimizer=OptimizerOptions(),
-            options=config, dtype=dtype, device=torch.device("cuda"),
+            options=config, dtype=dtype, device=torch.device("cuda"), offload=OffloadOptions(**offload or {}),
         )  # fmt: skip
 
         def step(parts):
@@ -106,6 +107,7 @@ def sharded(placement: str, mesh: Mesh, **options):
             for piece in engine.pieces():
                 if piece.kind == "master":
                     state[piece.name].view(-1)[piece.start : piece.stop] = piece.tensor
+            engine.close()
             return list(state.values())
 
         return step, weights
@@ -146,6 +148,29 @@ def test_equals_a_plain_loop_alone(accumulation) -> None:
     expected = losses(plain, torch.bfloat16, accumulation)
     found = losses(sharded("zero3", Mesh({"gpu": 1})), torch.bfloat16, accumulation)
     assert found[0] == pytest.approx(expected[0], rel=2e-3)
+
+
+HOST = {"states": "host", "threads": 4}
+STREAMED = HOST | {"weights": "host"}
+
+
+@pytest.mark.parametrize("placement", ["zero1", "zero3"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_states_and_weights_away_change_no_bit(nccl, disk_folder, placement, accumulation) -> None:
+    """Host memory, part of it on the device, NVMe, weights streamed: near a plain loop, alike where all are away."""
+    nvme = {"states": "nvme", "nvme_path": [str(disk_folder)], "threads": 4}
+    mesh = SelfMesh({"node": 1, "gpu": 1})
+    expected = losses(plain, torch.bfloat16, accumulation)
+    found = [
+        losses(sharded(placement, mesh, offload), torch.bfloat16, accumulation)
+        for offload in (HOST, STREAMED, nvme, nvme | {"weights": "host"}, HOST | {"gpu_bytes": 10_000_000})
+    ]
+    for other in found:
+        assert other[0] == pytest.approx(expected[0], rel=2e-3)
+        for a, b in zip(other[1], expected[1], strict=True):
+            assert (a - b).norm() / b.norm() < 2e-3
+    for other in found[1:4]:
+        assert other[0] == found[0][0] and all(map(torch.equal, other[1], found[0][1]))
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
