@@ -52,8 +52,14 @@ def test_matrix(quantize: str, feedback: bool) -> None:
     check(run_world(4, cases))
 
 
-def test_three_levels_and_free_triples() -> None:
-    triples = [(0, 0, 2), (1, 2, 3), (0, 1, 2), (2, 3, 3), (1, 1, 1)]
+@pytest.mark.parametrize(
+    "triples",
+    [
+        pytest.param([(0, 1, 2)], id="one"),
+        pytest.param([(0, 0, 2), (1, 2, 3), (2, 3, 3), (1, 1, 1)], id="others", marks=pytest.mark.slow),
+    ],
+)
+def test_three_levels_and_free_triples(triples: list[tuple[int, int, int]]) -> None:
     cases = [case(free(*triple), quantize="all", accumulation=2) | {"levels": CUBE} for triple in triples]
     mixed = {"weights_format": {"gpu": "int8"}, "grads_format": {"node": "int4", "die": "int8"}}
     check(run_world(8, [*cases, case(free(2, 2, 3), **mixed) | {"levels": CUBE}]))
