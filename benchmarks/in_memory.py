@@ -10,6 +10,7 @@ a table and writes benchmarks/results/in_memory.json.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -94,7 +95,8 @@ def run(command: list[str], timeout_s: float) -> dict:
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     if not found:
         print(done.stdout[-2000:], done.stderr[-4000:], sep="\n", flush=True)
-        return {"failed": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
+        errors = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        return {"failed": errors[-1][:400] if errors else f"exit {done.returncode}"}
     return json.loads(found[-1].removeprefix("RESULT"))
 
 

@@ -27,13 +27,19 @@ OURS = {
     "host+8": {"states": "host", "gpu_bytes": 8 << 30},
     "host+10": {"states": "host", "gpu_bytes": 10 << 30},
     "streamed": {"states": "host", "weights": "host"},
+    "streamed+4": {"states": "host", "weights": "host", "gpu_bytes": 4 << 30},
     "streamed+8": {"states": "host", "weights": "host", "gpu_bytes": 8 << 30},
     "streamed+12": {"states": "host", "weights": "host", "gpu_bytes": 12 << 30},
+    "host+11": {"states": "host", "gpu_bytes": 11 << 30},
+    "speculate": {"states": "host", "update": "speculate"},
+    "speculate+4": {"states": "host", "update": "speculate", "gpu_bytes": 4 << 30},
+    "speculate+8": {"states": "host", "update": "speculate", "gpu_bytes": 8 << 30},
+    "speculate+10": {"states": "host", "update": "speculate", "gpu_bytes": 10 << 30},
     "nvme": {"states": "nvme"},
     "nvme-half": {"states": "nvme", "host_bytes": 10 << 30},
     "memory": {},
 }
-"""Settings of ours by name; sizes are GiB."""
+"""Settings of ours by name; sizes are GiB. ``name@8``: with 8 threads for the CPU optimizer."""
 
 
 def ours(spec: dict) -> None:
@@ -74,6 +80,7 @@ def ours(spec: dict) -> None:
         for i in range(spec["steps"]):
             torch.cuda.synchronize()
             start = time.perf_counter()
+            engine.expect(1e-5)
             for micro in range(count):
                 loss = engine.forward_backward(
                     rows[:, :-1], rows[:, 1:], scale=1.0 / count, first=micro == 0, last=micro == count - 1
@@ -129,8 +136,10 @@ def main() -> None:
         model, seq_len, batch, *count = case.split(":")
         accumulation = int(count[0]) if count else 1
         for name in [*args.ours, *args.baselines] * args.repeats:
-            if name in OURS:
-                offload = OURS[name] | ({"nvme_path": [args.nvme]} if name.startswith("nvme") else {})
+            setting, _, threads = name.partition("@")
+            if setting in OURS:
+                offload = OURS[setting] | ({"nvme_path": [args.nvme]} if name.startswith("nvme") else {})
+                offload |= {"threads": int(threads)} if threads else {}
                 spec = {
                     "name": name, "model": model, "seq": int(seq_len), "batch": int(batch), "clip": args.clip,
                     "accumulation": accumulation, "offload": offload, "steps": args.steps,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 ACTIVATIONS = ("keep", "recompute")
 STATES = ("none", "host", "nvme")
 WEIGHTS = ("device", "host")
+UPDATES = ("just_in_time", "speculate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,10 @@ class OffloadOptions:
     weights: str = "device"
     """Where the weights live that the device computes with: ``device``, or ``host``: a unit's are brought when it
     runs."""
+    update: str = "just_in_time"
+    """When states in host memory are updated: ``just_in_time``, once the gradient norm is known, beside the next
+    forward; or ``speculate``: beside the backward, and again where the norm then asks for clipping. The same bits;
+    12 bytes a parameter more."""
     gpu_bytes: int = 0
     """Device memory for optimizer states, 12 bytes a parameter (and for weights, with ``weights=host``): the units that
     run first get it."""
@@ -34,9 +39,15 @@ class OffloadOptions:
     """``keep`` what a block saves for its backward, or ``recompute`` it from the block's input (33% more FLOPs)."""
 
     def __post_init__(self) -> None:
-        for key, allowed in (("activations", ACTIVATIONS), ("states", STATES), ("weights", WEIGHTS)):
+        allowed_by_key = {"activations": ACTIVATIONS, "states": STATES, "weights": WEIGHTS, "update": UPDATES}
+        for key, allowed in allowed_by_key.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"offload.{key}={getattr(self, key)!r}: choose one of {', '.join(allowed)}")
+        if self.update == "speculate" and (self.states == "none" or self.weights == "host"):
+            raise ValueError(
+                "offload.update=speculate needs offload.states=host (or nvme, for the part in host memory) and "
+                "offload.weights=device"
+            )
         if self.states == "nvme" and not self.nvme_path:
             raise ValueError("offload.states=nvme needs a folder on a drive: offload.nvme_path=[/path/on/the/drive]")
         for key in ("gpu_bytes", "host_bytes", "nvme_bytes"):

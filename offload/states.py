@@ -13,6 +13,13 @@ memory (one arena, cut once), the drives, the threads, and the order of things:
 updated in the order in which the next forward asks for them, while it runs. The factor itself is awaited by the
 updating thread: whoever calls `update` does not wait for the device.
 
+[Note: speculation] With `speculate` a shard in host memory has its states twice. Version t is never overwritten: while
+the backward still runs, t+1 is made beside it from each gradient that arrives, as if the norm would not ask for
+clipping. If it does not, t+1 is there when the backward ends, and has reached the device; if it does, or parameters
+got no gradient on some rank alone, t+1 is made again from t, just in time. The bits are the same either way. What the
+threads have not come to when the factor is known is made just in time too: the backward brings last what the next
+forward asks for first. After a clipped step the next one is not speculated on: what is made in vain takes bandwidth.
+
 [Note: NVMe] A shard's states lie in chunks of ``[master | exp_avg | exp_avg_sq]``. A ring of buffers in the arena is
 read ahead across shards and written behind; the tier answers loads as if in the order asked, so that a chunk may be
 asked for while its last store is under way.
@@ -44,6 +51,7 @@ KINDS = (MASTER, "exp_avg", "exp_avg_sq")
 CHUNK = (4 << 20) + 1184
 """Parameters in a chunk on NVMe: its arrays begin 4736 bytes apart modulo 64 KiB, see `offload/arena.py`."""
 RING = 5
+_OUTGOING = 3
 _BLOCK = 4096
 
 
@@ -53,6 +61,16 @@ class AdamW:
     beta2: float
     eps: float
     weight_decay: float
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What an update is made by, beside the gradient."""
+
+    lr: float
+    updates: int
+    """How many updates there were, this one included."""
+    runs: "tuple[Run, ...]"
 
 
 @dataclass(frozen=True)
@@ -89,11 +107,15 @@ class Shard:
     on_nvme: bool
     dtype: torch.dtype
     """Of the slot: the dtype in which gradients leave and weights come back."""
+    pingpong: bool
+    """Whether the states are there twice."""
     slot: Tensor = field(init=False)
     target: Tensor | None = None
     """Where on the device new weights go; None: they stay in the slot."""
-    state: State = field(init=False)
-    """In host memory, unless it is on NVMe."""
+    versions: list[State] = field(default_factory=list)
+    """In host memory, the current one first; none on NVMe."""
+    made: Terms | None = None
+    """By which terms the other version was made from the gradient in the slot."""
     place: int = 0
     """Bytes from the start of the tier."""
     arrived: torch.cuda.Event | None = None
@@ -116,11 +138,17 @@ def chunk_bytes(numel: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    work: Sequence[tuple[Shard, Sequence[Run], Update]]
+    work: Sequence[tuple[Shard, Terms, Update]]
     scale: Tensor | None
     known: torch.cuda.Event | None
-    lr: float
-    updates: int
+
+
+@dataclass(frozen=True)
+class _Guess:
+    """An update to be made before the factor is known."""
+
+    shard: Shard
+    terms: Terms
 
 
 class AwayStates:
@@ -128,15 +156,25 @@ class AwayStates:
 
     def __init__(
         self,
-        adamw: AdamW,
+        optimizer: AdamW,
         *,
         device: torch.device,
         pool: HostPool,
         nvme_folders: Sequence[Path] = (),
         nvme_direct: bool = True,
+        speculate: bool = False,
     ) -> None:
-        self._adamw, self._device, self.pool = adamw, device, pool
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self._adamw, self._device, self.pool = optimizer, device, pool
         self._folders, self._direct = nvme_folders, nvme_direct
+        self.speculate = speculate
+        self._clipped = False
+        self._submitted = False
+        self._known: torch.cuda.Event | None = None
+        self.guesses = self.hits = 0
+        """Updates of shards made before the factor was known, and how many of them stood."""
+        self._outgoing: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self.shards: list[Shard] = []
         self._extra_bytes = 0
         self.arena: Arena | None = None
@@ -144,18 +182,21 @@ class AwayStates:
         self._cuda = device.type == "cuda"
         self._out = torch.cuda.Stream(device) if self._cuda else None
         self._in = torch.cuda.Stream(device) if self._cuda else None
-        self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._batches: queue.SimpleQueue[_Batch | _Guess | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._under_way: list[Update] = []
+        self._idle = threading.Event()
+        self._idle.set()
         self.update_s = 0.0
         """Seconds that the last updates took, from when their gradients and the factor were known."""
         self._ring: deque[Tensor] = deque()
 
     # ------------------------------------------------------------------------------------------------ memory
 
-    def add(self, numel: int, dtype: torch.dtype, *, on_nvme: bool) -> Shard:
-        """A shard to be; its memory comes with `allocate`."""
-        shard = Shard(numel=numel, on_nvme=on_nvme, dtype=dtype)
+    def add(self, numel: int, dtype: torch.dtype, *, on_nvme: bool, to_device: bool) -> Shard:
+        """A shard to be; its memory comes with `allocate`. to_device: whether it will have a `target`."""
+        pingpong = self.speculate and to_device and not on_nvme
+        shard = Shard(numel=numel, on_nvme=on_nvme, dtype=dtype, pingpong=pingpong)
         self.shards.append(shard)
         return shard
 
@@ -166,7 +207,8 @@ class AwayStates:
     @property
     def host_bytes(self) -> int:
         """What the arena needs for the shards added and the memory reserved."""
-        return self._extra_bytes + sum(map(self._shard_bytes, self.shards)) + self._ring_bytes()
+        outgoing = _OUTGOING * round_up(self._largest_weight(), ALIGN)
+        return self._extra_bytes + sum(map(self._shard_bytes, self.shards)) + self._ring_bytes() + outgoing
 
     @property
     def nvme_bytes(self) -> int:
@@ -193,13 +235,19 @@ class AwayStates:
                 shard.slot, shard.place = self.arena.take(shard.numel, shard.dtype), place
                 place += sum(chunk_bytes(stop - start) for start, stop, _ in shard.chunks())
             else:
-                *state, shard.slot = self.arena.take_together(shard.numel, self._dtypes(shard))
-                shard.state = (state[0], state[1], state[2])
+                *states, shard.slot = self.arena.take_together(shard.numel, self._dtypes(shard))
+                shard.versions = [(a, b, c) for a, b, c in zip(states[::3], states[1::3], states[2::3], strict=True)]
+        for _ in range(_OUTGOING if self._largest_weight() else 0):
+            self._outgoing.append((self.arena.take(self._largest_weight(), torch.uint8), None))
         self._thread = threading.Thread(target=self._work, name="offload-update", daemon=True)
         self._thread.start()
 
     def _dtypes(self, shard: Shard) -> list[torch.dtype]:
-        return [torch.float32, torch.float32, torch.float32, shard.dtype]
+        return [torch.float32] * (6 if shard.pingpong else 3) + [shard.dtype]
+
+    def _largest_weight(self) -> int:
+        """Bytes of the weights of the largest shard whose slot keeps the gradient when the weights are made."""
+        return max((shard.numel * shard.dtype.itemsize for shard in self.shards if shard.pingpong), default=0)
 
     def _shard_bytes(self, shard: Shard) -> int:
         if shard.on_nvme:
@@ -231,13 +279,18 @@ class AwayStates:
             shard.arrived = self._out.record_event()
         grad.record_stream(self._out)
 
-    def update(
-        self, work: Sequence[tuple[Shard, Sequence[Run]]], *, scale: Tensor | None, lr: float, updates: int
-    ) -> list[Update]:
+    def guess(self, shard: Shard, terms: Terms) -> None:
+        """Start making the next version from the gradient just taken, see [Note: speculation], where that is due."""
+        self._submitted = False
+        if shard.pingpong and not self._clipped:
+            self.guesses += 1
+            self._batches.put(_Guess(shard, terms))
+
+    def update(self, work: Sequence[tuple[Shard, Terms]], *, scale: Tensor | None) -> list[Update]:
         """Start updating shards from the gradients in their slots, in this order.
 
-        scale: None, or a 0-dim tensor on the device that gradients are multiplied by. updates: how many there were,
-        this one included. What no run covers keeps its state, and its weight is put into the slot again.
+        scale: None, or a 0-dim tensor on the device that gradients are multiplied by. What no run of the terms covers
+        keeps its state and its weight.
         """
         known = None
         if scale is not None and self._cuda:
@@ -245,16 +298,19 @@ class AwayStates:
             host.copy_(scale, non_blocking=True)
             scale, known = host, torch.cuda.current_stream().record_event()
         answers = [Update() for _ in work]
-        batch = [(shard, runs, answer) for (shard, runs), answer in zip(work, answers, strict=True)]
+        batch = [(shard, terms, answer) for (shard, terms), answer in zip(work, answers, strict=True)]
         self._under_way = answers
-        self._batches.put(_Batch(work=batch, scale=scale, known=known, lr=lr, updates=updates))
+        self._idle.clear()
+        self._known, self._submitted = known, True
+        self._batches.put(_Batch(work=batch, scale=scale, known=known))
         return answers
 
     def settle(self) -> None:
-        """Wait until no update is under way."""
+        """Wait until no update is under way, and what was stored is."""
         for update in self._under_way:
             update.answer.result()
         self._under_way = []
+        self._idle.wait()
 
     def close(self) -> None:
         """Let go of threads, drives and memory. A second time does nothing."""
@@ -269,42 +325,95 @@ class AwayStates:
 
     def _work(self) -> None:
         if self._cuda:
-            torch.cuda.set_device(self._device)
-        while batch := self._batches.get():
-            answers = deque(answer for *_, answer in batch.work)
+            torch.cuda.set_device(self._device.index)
+        failed: BaseException | None = None  # of a guess: told to those who wait for the step's updates
+        while item := self._batches.get():
+            if isinstance(item, _Guess):
+                try:
+                    self._guess(item.shard, item.terms)
+                except BaseException as error:
+                    failed = error
+                continue
+            answers = deque(answer for *_, answer in item.work)
             try:
-                for event in self._update(batch):
+                if failed is not None:
+                    raise failed
+                for event in self._update(item):
                     answers.popleft().answer.set_result(event)
             except BaseException as error:
                 for answer in answers:
                     answer.answer.set_exception(error)
+            self._idle.set()
+
+    def _guess(self, shard: Shard, terms: Terms) -> None:
+        if self._submitted and (self._known is None or self._known.query()):
+            return
+        self._await_gradient(shard)
+        self._make(shard, terms, 1.0)
+        shard.made = terms
 
     def _update(self, batch: _Batch) -> Iterator[torch.cuda.Event | None]:
         """Update the shards of a batch; yields each one's event."""
-        states = self.walk([shard for shard, *_ in batch.work], write=True)
+        states = self.walk([shard for shard, *_ in batch.work if shard.on_nvme], write=True)
         if batch.known is not None:
             batch.known.synchronize()
         scale = 1.0 if batch.scale is None else float(batch.scale)
+        self._clipped = scale != 1.0
         start_s = time.perf_counter()
-        for shard, runs, _ in batch.work:
-            if shard.arrived is not None:
-                shard.arrived.synchronize()
+        for shard, terms, _ in batch.work:
+            self._await_gradient(shard)
+            stands, shard.made = scale == 1.0 and shard.made == terms, None
+            if stands:
+                self.hits += 1
+                shard.versions.reverse()
+                yield shard.left
+                continue
+            if shard.left is not None:  # of a guess, whose weights must not arrive after these
+                shard.left.synchronize()
             done = 0
             while done < shard.numel:
-                start, state = next(states)
+                start, state = next(states) if shard.on_nvme else (0, shard.versions[0])
                 done = start + state[0].numel()
-                self._step(shard, start, state, runs, scale, batch)
-            yield self._send(shard)
+                self._step(shard, terms, scale, start, state, state, shard.slot)
+            yield self._send(shard, shard.slot)
         next(states, None)  # hands the last chunk to the drives
         self.update_s = time.perf_counter() - start_s
 
-    def _step(self, shard: Shard, start: int, state: State, runs: Sequence[Run], scale: float, batch: _Batch) -> None:
+    @staticmethod
+    def _await_gradient(shard: Shard) -> None:
+        if shard.arrived is not None:
+            shard.arrived.synchronize()
+
+    def _make(self, shard: Shard, terms: Terms, scale: float) -> None:
+        """Make the other version of the states from the current one, and send the weights."""
+        buffer, used = self._outgoing.popleft()
+        if used is not None:
+            used.synchronize()
+        weight = buffer[: shard.numel * shard.dtype.itemsize].view(shard.dtype)
+        current, other = shard.versions
+        self._step(shard, terms, scale, 0, current, other, weight)
+        self._outgoing.append((buffer, self._send(shard, weight)))
+
+    def _step(
+        self, shard: Shard, terms: Terms, scale: float, start: int, state: State, out: State, weight: Tensor
+    ) -> None:
+        """Update `state`, which begins with element `start` of the shard, into `out`, and its weights into `weight`."""
         stop, place = start + state[0].numel(), start
-        for run in runs:
+
+        def keep(low: int, high: int) -> None:
+            """Elements that get no update."""
+            if low < high:
+                part = slice(low - start, high - start)
+                for target, source in zip(out, state, strict=True):
+                    if target is not source:
+                        target[part] = source[part]
+                weight[low:high] = state[0][part]
+
+        for run in terms.runs:
             low, high = max(start, run.start), min(stop, run.stop)
             if low >= high:
                 continue
-            self._restore(shard, state, start, place, low)
+            keep(place, low)
             part, place = slice(low - start, high - start), high
             master, exp_avg, exp_avg_sq = state
             adamw(
@@ -312,33 +421,28 @@ class AwayStates:
                 exp_avg[part],
                 exp_avg_sq[part],
                 shard.slot[low:high],
-                shard.slot[low:high],
+                weight[low:high],
                 scale=scale,
-                lr=batch.lr,
+                lr=terms.lr,
                 beta1=self._adamw.beta1,
                 beta2=self._adamw.beta2,
                 eps=self._adamw.eps,
                 weight_decay=self._adamw.weight_decay if run.decays else 0.0,
-                updates=batch.updates,
+                updates=terms.updates,
+                out=None if out is state else (out[0][part], out[1][part], out[2][part]),
                 pool=self.pool,
             )
-        self._restore(shard, state, start, place, stop)
+        keep(place, stop)
 
-    @staticmethod
-    def _restore(shard: Shard, state: State, origin: int, start: int, stop: int) -> None:
-        """Weights that get no update: back into the slot, where a gradient may have been."""
-        if start < stop:
-            shard.slot[start:stop] = state[0][start - origin : stop - origin]
-
-    def _send(self, shard: Shard) -> torch.cuda.Event | None:
-        """Start bringing the weights in the slot to the device."""
+    def _send(self, shard: Shard, weight: Tensor) -> torch.cuda.Event | None:
+        """Start bringing new weights to the device."""
         if shard.target is None:
             return None
         if self._in is None:
-            shard.target.copy_(shard.slot)
+            shard.target.copy_(weight)
             return None
         with torch.cuda.stream(self._in):
-            shard.target.copy_(shard.slot, non_blocking=True)
+            shard.target.copy_(weight, non_blocking=True)
             shard.left = self._in.record_event()
         return shard.left
 
@@ -365,7 +469,7 @@ class AwayStates:
             stores: deque[tuple[Future[Tensor], Tensor]] = deque()
             for shard in shards:
                 if not shard.on_nvme:
-                    yield 0, shard.state
+                    yield 0, shard.versions[0]
                     continue
                 assert self._tier is not None
                 for start, stop, place in shard.chunks():

@@ -107,6 +107,9 @@ class DeepSpeedEngine:
         output: Tensor = self._engine(*inputs)
         return output
 
+    def expect(self, lr: float) -> None:
+        """See `Engine`. Nothing begins before `step`."""
+
     def step(self, lr: float, clip_norm: float | None) -> Tensor:
         """See `Engine`."""
         assert clip_norm == self._clip_norm, (

@@ -25,6 +25,9 @@ class Engine(Protocol):
     def evaluate(self, *inputs: Tensor) -> Tensor:
         """``model(*inputs)`` without gradients."""
 
+    def expect(self, lr: float) -> None:
+        """Before a step's first forward: the `lr` that `step` will be called with, so that updates may begin before."""
+
     def step(self, lr: float, clip_norm: float | None) -> Tensor:
         """Clip, update, and make the new weights visible. Returns the global gradient norm before clipping."""
 

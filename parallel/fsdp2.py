@@ -110,6 +110,9 @@ class FSDP2Engine:
             module.reshard()
         return output
 
+    def expect(self, lr: float) -> None:
+        """See `Engine`. Nothing begins before `step`."""
+
     def step(self, lr: float, clip_norm: float | None) -> Tensor:
         """See `Engine`. A parameter that got no gradient is not touched, as in plain PyTorch."""
         norm = get_total_norm([param.grad for param in self._trained if param.grad is not None])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from offload.hostpool import HostPool
 from offload.options import OffloadOptions
-from offload.states import KINDS, AdamW, AwayStates, Run, Shard
+from offload.states import KINDS, AdamW, AwayStates, Run, Shard, Terms
 from parallel import optimizer as optimizers
 from parallel.options import OptimizerOptions
 from parallel.unit import Flat, TrainableFlat, Unit
@@ -53,7 +53,10 @@ class Offloader:
             pool=HostPool(options.threads or _threads()),
             nvme_folders=[Path(path) for path in options.nvme_path],
             nvme_direct=options.nvme_direct,
+            speculate=options.update == "speculate",
         )
+        self.coming: tuple[float, int] | None = None
+        """lr and number of the update that follows this backward, if they are known."""
         self._place(units, options, kinds)
 
     def _place(self, units: Sequence[Unit], options: OffloadOptions, kinds: Sequence[str]) -> None:
@@ -71,7 +74,10 @@ class Offloader:
                 budget = 0  # in order: what runs first is updated where it is needed first
                 full = states.host_bytes + 12 * trained.chunk > (options.host_bytes or 0)
                 shards[trained] = states.add(
-                    trained.chunk, trained.slot_dtype, on_nvme=options.states == "nvme" and full
+                    trained.chunk,
+                    trained.slot_dtype,
+                    on_nvme=options.states == "nvme" and full,
+                    to_device=not streams and trained.slot_dtype == trained.dtype,
                 )
                 if streams:
                     streamed.append(trained)
@@ -111,6 +117,8 @@ class Offloader:
         flat.squares = optimizers.sum_of_squares(grad)
         self._states.take(flat.away, grad)
         flat.grad, flat.holds_gradient = None, True
+        if self.coming and all(flat.received):  # else other ranks may have more
+            self._states.guess(flat.away, Terms(*self.coming, _runs(flat)))
 
     def update(self, scale: Tensor | None, lr: float, updates: int) -> None:
         """Start updating all that is away, see `offload/states.py`."""
@@ -119,12 +127,10 @@ class Offloader:
         work = []
         for flat in self.flats:
             assert flat.away is not None
-            runs = [Run(start, stop, decays) for start, stop, decays in optimizers.runs(flat)]
-            work.append((flat.away, runs))
+            work.append((flat.away, Terms(lr, updates, _runs(flat))))
             flat.holds_gradient = False
-        for flat, update in zip(
-            self.flats, self._states.update(work, scale=scale, lr=lr, updates=updates), strict=True
-        ):
+        self.coming = None
+        for flat, update in zip(self.flats, self._states.update(work, scale=scale), strict=True):
             flat.updating = update
 
     def arrive(self, flat: TrainableFlat) -> bool:
@@ -165,6 +171,10 @@ class Offloader:
         if self._states is not None:
             self._states.close()
             self._states.pool.close()
+
+
+def _runs(flat: TrainableFlat) -> tuple[Run, ...]:
+    return tuple(Run(start, stop, decays) for start, stop, decays in optimizers.runs(flat))
 
 
 def _check_limits(states: AwayStates, options: OffloadOptions) -> None:

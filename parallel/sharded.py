@@ -144,6 +144,9 @@ class ShardedModel:
             loss: Tensor = self.model(*inputs)
         return loss
 
+    def expect(self, lr: float) -> None:
+        self._offloader.coming = lr, self.updates + 1
+
     def step(self, lr: float, clip_norm: float | None) -> Tensor:
         self._reductions.finish()
         self._agree_on_received()

@@ -353,7 +353,7 @@ class TrainableFlat(Flat):
         """Collect gradients that no rank shares yet: into `grad`, over the whole buffer."""
         if first:
             dtype = torch.float32 if not last else self.dtype if self.alone else self.reduce_dtype
-            self.grad = torch.empty(self.layout.size, dtype=dtype, device=self.shard.device)
+            self.grad = torch.empty(self.layout.size, dtype=dtype, device=self.device)
         assert self.grad is not None
         self.collect(self.grad, add=not first)
 

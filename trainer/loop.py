@@ -97,6 +97,8 @@ class Trainer:
         start, job, world = time.perf_counter(), self.job, self.where.world
         micro, count = job.micro_batches(world)
         first_sample = step * job.train.global_batch_size + self.where.rank * micro * count
+        lr = learning_rate(job.optimizer, step, job.train.steps)
+        self.engine.expect(lr)
         loss = torch.zeros((), device=self.where.device)
         for i in range(count):
             tokens, targets = self._batch(first_sample + i * micro, micro)

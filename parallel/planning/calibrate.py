@@ -36,9 +36,7 @@ class Run:
 
 def errors(machine: Machine, runs: Sequence[Run]) -> list[float]:
     """log(simulated / measured) of each run: 0.1 is about 10%."""
-    return [
-        math.log(simulate(run.work, run.plan, slowed(machine, run.slowness)).step_s / run.step_s) for run in runs
-    ]
+    return [math.log(simulate(run.work, run.plan, slowed(machine, run.slowness)).step_s / run.step_s) for run in runs]
 
 
 def slowed(machine: Machine, slowness: float) -> Machine:

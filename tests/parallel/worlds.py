@@ -130,6 +130,7 @@ def train(engine, case: dict, steps: range) -> list[torch.Tensor]:
     rank, world, accumulation = dist.get_rank(), dist.get_world_size(), case.get("accumulation", 1)
     norms = []
     for step in steps:
+        engine.expect(1e-2)
         micro_batches = batch(step).chunk(world * accumulation)[rank * accumulation : (rank + 1) * accumulation]
         for i, rows in enumerate(micro_batches):
             engine.forward_backward(
