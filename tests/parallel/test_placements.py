@@ -35,16 +35,12 @@ def presets(levels: dict, accumulations: tuple[int, ...] = (1, 4), **options) ->
 
 
 CUBE = {"node": 2, "gpu": 2, "die": 2}
-WORLDS = {
-    2: presets({}),
-    3: presets({}, (4,)),
-    4: presets({"node": 2, "gpu": 2}),
-    8: [{"levels": CUBE, "parallel": free(0, 1, 2), "accumulation": 2}]
-    + [{"levels": CUBE, "parallel": {"placement": preset}, "accumulation": 4} for preset in ("zero3", "topo")],
-}
+WORLDS = {2: presets({}, (1,)), 4: presets({"node": 2, "gpu": 2}, (4,))}
 THOROUGH = {
-    3: presets({}, (1,)),
+    2: presets({}, (4,)),
+    3: presets({}),
     4: presets({}, (4,))
+    + presets({"node": 2, "gpu": 2}, (1,))
     + presets({"node": 2, "gpu": 2}, (2,), overlap=False)
     + presets({"node": 2, "gpu": 2}, (2,), prefetch_units=0)
     + presets({"node": 2, "gpu": 2}, (2,), prefetch_units=3),
@@ -52,7 +48,7 @@ THOROUGH = {
     + presets({"node": 4, "gpu": 2}, (1,))
     + [
         {"levels": CUBE, "parallel": free(*triple), "accumulation": 2}
-        for triple in ((0, 0, 2), (1, 1, 2), (1, 3, 3), (2, 3, 3), (0, 1, 1), (1, 2, 2))
+        for triple in ((0, 1, 2), (0, 0, 2), (1, 1, 2), (1, 3, 3), (2, 3, 3), (0, 1, 1), (1, 2, 2))
     ],
 }
 

@@ -65,6 +65,7 @@ def test_three_levels_and_free_triples(triples: list[tuple[int, int, int]]) -> N
     check(run_world(8, [*cases, case(free(2, 2, 3), **mixed) | {"levels": CUBE}]))
 
 
+@pytest.mark.slow
 def test_three_workers_and_formats_by_level() -> None:
     check(run_world(3, [case(preset, quantize="all") | {"levels": {}} for preset in ("zero1", "zero3", "ddp")]))
     cases = [
