@@ -11,6 +11,7 @@ Prints a table and writes results/offload.json.
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -21,25 +22,34 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from in_memory import preset, run  # noqa: E402
 
-OURS = {
-    "host": {"states": "host"},
-    "host+4": {"states": "host", "gpu_bytes": 4 << 30},
-    "host+8": {"states": "host", "gpu_bytes": 8 << 30},
-    "host+10": {"states": "host", "gpu_bytes": 10 << 30},
-    "streamed": {"states": "host", "weights": "host"},
-    "streamed+4": {"states": "host", "weights": "host", "gpu_bytes": 4 << 30},
-    "streamed+8": {"states": "host", "weights": "host", "gpu_bytes": 8 << 30},
-    "streamed+12": {"states": "host", "weights": "host", "gpu_bytes": 12 << 30},
-    "host+11": {"states": "host", "gpu_bytes": 11 << 30},
-    "speculate": {"states": "host", "update": "speculate"},
-    "speculate+4": {"states": "host", "update": "speculate", "gpu_bytes": 4 << 30},
-    "speculate+8": {"states": "host", "update": "speculate", "gpu_bytes": 8 << 30},
-    "speculate+10": {"states": "host", "update": "speculate", "gpu_bytes": 10 << 30},
-    "nvme": {"states": "nvme"},
-    "nvme-half": {"states": "nvme", "host_bytes": 10 << 30},
+TIERS = {
     "memory": {},
+    "host": {"states": "host"},
+    "streamed": {"states": "host", "weights": "host"},
+    "nvme": {"states": "nvme"},
+    "nvme-streamed": {"states": "nvme", "weights": "host"},
 }
-"""Settings of ours by name; sizes are GiB. ``name@8``: with 8 threads for the CPU optimizer."""
+
+
+def options(name: str, nvme: str) -> dict | None:
+    """Options of ours by name: ``TIER[+GiB on the GPU][/GiB in host memory][~share speculated on][@threads]``; None for
+    another's name."""
+    found = re.fullmatch(r"([a-z-]+)(?:\+([\d.]+))?(?:/([\d.]+))?(?:~([\d.]+))?(?:@(\d+))?", name)
+    if not found or found[1] not in TIERS:
+        return None
+    tier, gpu, host, share, threads = found.groups()
+    chosen = dict(TIERS[tier])
+    if tier.startswith("nvme"):
+        chosen["nvme_path"] = [nvme]
+    if gpu:
+        chosen["gpu_bytes"] = int(float(gpu) * 2**30)
+    if host:
+        chosen["host_bytes"] = int(float(host) * 2**30)
+    if share:
+        chosen |= {"update": "speculate", "speculate_share": float(share)}
+    if threads:
+        chosen["threads"] = int(threads)
+    return chosen
 
 
 def ours(spec: dict) -> None:
@@ -91,8 +101,9 @@ def ours(spec: dict) -> None:
             times.append(time.perf_counter() - start)
             away = getattr(engine._offloader, "_states", None)
             update_s = away.update_s if away else 0.0
+            stood = f"{away.hits} of {away.guesses} guesses stood" if away else ""
             print(
-                f"step {i} {times[-1]:.3f} s loss {loss.item():.4f} norm {norm.item():.3f} update {update_s:.3f} s",
+                f"step {i} {times[-1]:.3f} s loss {loss.item():.4f} norm {norm.item():.3f} update {update_s:.3f} s {stood}",
                 flush=True,
             )
     median = statistics.median(times[3:])
@@ -113,7 +124,7 @@ def ours(spec: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["3b:4096:4"], help="model:tokens:sequences[:accumulation]")
-    parser.add_argument("--ours", nargs="*", default=["host+8"])
+    parser.add_argument("--ours", nargs="*", default=["streamed+15~0.6"])
     parser.add_argument("--baselines", nargs="*", default=["memory-ckpt", "zero3-cpu", "super"])
     parser.add_argument("--cap", type=float, default=24.0, help="GiB of GPU memory; 0: none")
     parser.add_argument("--clip", type=float, default=1.0)
@@ -136,10 +147,7 @@ def main() -> None:
         model, seq_len, batch, *count = case.split(":")
         accumulation = int(count[0]) if count else 1
         for name in [*args.ours, *args.baselines] * args.repeats:
-            setting, _, threads = name.partition("@")
-            if setting in OURS:
-                offload = OURS[setting] | ({"nvme_path": [args.nvme]} if name.startswith("nvme") else {})
-                offload |= {"threads": int(threads)} if threads else {}
+            if (offload := options(name, args.nvme)) is not None:
                 spec = {
                     "name": name, "model": model, "seq": int(seq_len), "batch": int(batch), "clip": args.clip,
                     "accumulation": accumulation, "offload": offload, "steps": args.steps,

@@ -18,8 +18,11 @@ class OffloadOptions:
     runs."""
     update: str = "just_in_time"
     """When states in host memory are updated: ``just_in_time``, once the gradient norm is known, beside the next
-    forward; or ``speculate``: beside the backward, and again where the norm then asks for clipping. The same bits;
-    12 bytes a parameter more."""
+    forward; or ``speculate``: those of `speculate_share` beside the backward, and again where the norm then asks for
+    clipping. The same bits."""
+    speculate_share: float = 0.6
+    """Of the parameters whose states are away, the share that is speculated on, from those that run last: 12 bytes each
+    more (14 with ``weights=host``). The others are updated just in time."""
     gpu_bytes: int = 0
     """Device memory for optimizer states, 12 bytes a parameter (and for weights, with ``weights=host``): the units that
     run first get it."""
@@ -43,11 +46,10 @@ class OffloadOptions:
         for key, allowed in allowed_by_key.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"offload.{key}={getattr(self, key)!r}: choose one of {', '.join(allowed)}")
-        if self.update == "speculate" and (self.states == "none" or self.weights == "host"):
-            raise ValueError(
-                "offload.update=speculate needs offload.states=host (or nvme, for the part in host memory) and "
-                "offload.weights=device"
-            )
+        if self.update == "speculate" and self.states == "none":
+            raise ValueError("offload.update=speculate needs offload.states=host, or nvme, for the part in host memory")
+        if not 0 <= self.speculate_share <= 1:
+            raise ValueError(f"offload.speculate_share={self.speculate_share}: must be from 0 to 1")
         if self.states == "nvme" and not self.nvme_path:
             raise ValueError("offload.states=nvme needs a folder on a drive: offload.nvme_path=[/path/on/the/drive]")
         for key in ("gpu_bytes", "host_bytes", "nvme_bytes"):

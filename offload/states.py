@@ -13,12 +13,13 @@ memory (one arena, cut once), the drives, the threads, and the order of things:
 updated in the order in which the next forward asks for them, while it runs. The factor itself is awaited by the
 updating thread: whoever calls `update` does not wait for the device.
 
-[Note: speculation] With `speculate` a shard in host memory has its states twice. Version t is never overwritten: while
-the backward still runs, t+1 is made beside it from each gradient that arrives, as if the norm would not ask for
-clipping. If it does not, t+1 is there when the backward ends, and has reached the device; if it does, or parameters
-got no gradient on some rank alone, t+1 is made again from t, just in time. The bits are the same either way. What the
-threads have not come to when the factor is known is made just in time too: the backward brings last what the next
-forward asks for first. After a clipped step the next one is not speculated on: what is made in vain takes bandwidth.
+[Note: speculation] A ping-pong shard has its states twice. Version t is never overwritten: while the backward still
+runs, t+1 is made beside it from each gradient that arrives, as if the norm would not ask for clipping. If it does not,
+t+1 is there when the backward ends, and has reached the device; if it does, or parameters got no gradient on some rank
+alone, t+1 is made again from t, just in time. The bits are the same either way. What the threads have not come to when
+the factor is known is made just in time too. After a clipped step the next one is not speculated on: what is made in
+vain takes bandwidth. It pays for shards whose gradients come early; the others, which the next forward asks for first,
+need no second copy: updated in place, they take their turn while the next forward runs.
 
 [Note: NVMe] A shard's states lie in chunks of ``[master | exp_avg | exp_avg_sq]``. A ring of buffers in the arena is
 read ahead across shards and written behind; the tier answers loads as if in the order asked, so that a chunk may be
@@ -109,9 +110,13 @@ class Shard:
     """Of the slot: the dtype in which gradients leave and weights come back."""
     pingpong: bool
     """Whether the states are there twice."""
+    stays: bool
+    """Whether the weights stay in host memory."""
     slot: Tensor = field(init=False)
     target: Tensor | None = None
-    """Where on the device new weights go; None: they stay in the slot."""
+    """Where on the device new weights go; None: they stay in host memory."""
+    apart: Tensor | None = None
+    """Host memory for the weights, where they do not take the gradient's place in the slot."""
     versions: list[State] = field(default_factory=list)
     """In host memory, the current one first; none on NVMe."""
     made: Terms | None = None
@@ -122,6 +127,11 @@ class Shard:
     """After which the gradient is in the slot."""
     left: torch.cuda.Event | None = None
     """After which the weights in the slot have been read."""
+
+    @property
+    def weight(self) -> Tensor:
+        """Where the update leaves new weights in host memory."""
+        return self.slot if self.apart is None else self.apart
 
     def chunks(self) -> Iterator[tuple[int, int, int]]:
         """Elements ``start:stop`` and the place in the tier of each chunk."""
@@ -162,13 +172,11 @@ class AwayStates:
         pool: HostPool,
         nvme_folders: Sequence[Path] = (),
         nvme_direct: bool = True,
-        speculate: bool = False,
     ) -> None:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self._adamw, self._device, self.pool = optimizer, device, pool
         self._folders, self._direct = nvme_folders, nvme_direct
-        self.speculate = speculate
         self._clipped = False
         self._submitted = False
         self._known: torch.cuda.Event | None = None
@@ -193,10 +201,10 @@ class AwayStates:
 
     # ------------------------------------------------------------------------------------------------ memory
 
-    def add(self, numel: int, dtype: torch.dtype, *, on_nvme: bool, to_device: bool) -> Shard:
-        """A shard to be; its memory comes with `allocate`. to_device: whether it will have a `target`."""
-        pingpong = self.speculate and to_device and not on_nvme
-        shard = Shard(numel=numel, on_nvme=on_nvme, dtype=dtype, pingpong=pingpong)
+    def add(self, numel: int, dtype: torch.dtype, *, on_nvme: bool, pingpong: bool = False, stays: bool = False) -> Shard:
+        """A shard to be; its memory comes with `allocate`. pingpong: its states are there twice, in host memory.
+        stays: its weights have no `target`, they are used from `Shard.weight`."""
+        shard = Shard(numel=numel, on_nvme=on_nvme, dtype=dtype, pingpong=pingpong, stays=stays)
         self.shards.append(shard)
         return shard
 
@@ -236,6 +244,8 @@ class AwayStates:
                 place += sum(chunk_bytes(stop - start) for start, stop, _ in shard.chunks())
             else:
                 *states, shard.slot = self.arena.take_together(shard.numel, self._dtypes(shard))
+                if shard.pingpong and shard.stays:
+                    shard.apart = states.pop()
                 shard.versions = [(a, b, c) for a, b, c in zip(states[::3], states[1::3], states[2::3], strict=True)]
         for _ in range(_OUTGOING if self._largest_weight() else 0):
             self._outgoing.append((self.arena.take(self._largest_weight(), torch.uint8), None))
@@ -243,11 +253,13 @@ class AwayStates:
         self._thread.start()
 
     def _dtypes(self, shard: Shard) -> list[torch.dtype]:
-        return [torch.float32] * (6 if shard.pingpong else 3) + [shard.dtype]
+        weights = 2 if shard.pingpong and shard.stays else 1
+        return [torch.float32] * (6 if shard.pingpong else 3) + [shard.dtype] * weights
 
     def _largest_weight(self) -> int:
-        """Bytes of the weights of the largest shard whose slot keeps the gradient when the weights are made."""
-        return max((shard.numel * shard.dtype.itemsize for shard in self.shards if shard.pingpong), default=0)
+        """Bytes of the weights of the largest ping-pong shard whose weights pass through host memory to the device."""
+        passing = (shard for shard in self.shards if shard.pingpong and not shard.stays)
+        return max((shard.numel * shard.dtype.itemsize for shard in passing), default=0)
 
     def _shard_bytes(self, shard: Shard) -> int:
         if shard.on_nvme:
@@ -374,8 +386,8 @@ class AwayStates:
             while done < shard.numel:
                 start, state = next(states) if shard.on_nvme else (0, shard.versions[0])
                 done = start + state[0].numel()
-                self._step(shard, terms, scale, start, state, state, shard.slot)
-            yield self._send(shard, shard.slot)
+                self._step(shard, terms, scale, start, state, state, shard.weight)
+            yield self._send(shard, shard.weight)
         next(states, None)  # hands the last chunk to the drives
         self.update_s = time.perf_counter() - start_s
 
@@ -386,6 +398,8 @@ class AwayStates:
 
     def _make(self, shard: Shard, terms: Terms, scale: float) -> None:
         """Make the other version of the states from the current one, and send the weights."""
+        if shard.apart is not None:
+            return self._step(shard, terms, scale, 0, *shard.versions, shard.apart)
         buffer, used = self._outgoing.popleft()
         if used is not None:
             used.synchronize()

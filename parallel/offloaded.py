@@ -53,36 +53,28 @@ class Offloader:
             pool=HostPool(options.threads or _threads()),
             nvme_folders=[Path(path) for path in options.nvme_path],
             nvme_direct=options.nvme_direct,
-            speculate=options.update == "speculate",
         )
         self.coming: tuple[float, int] | None = None
         """lr and number of the update that follows this backward, if they are known."""
         self._place(units, options, kinds)
 
     def _place(self, units: Sequence[Unit], options: OffloadOptions, kinds: Sequence[str]) -> None:
-        states, budget, streams = self._states, options.gpu_bytes, options.weights == "host"
+        states, streams = self._states, options.weights == "host"
         assert states is not None
+        away = _leaving(units, options.gpu_bytes, streams)
+        speculated = _speculated(away, options, streams)
         shards: dict[Flat, Shard] = {}
-        streamed: list[Flat] = []
-        for unit in units:
-            for trained in unit.trainable:
-                weights = trained.shard_numel * trained.shard_dtype.itemsize if streams else 0
-                size = 12 * trained.chunk + weights
-                if size <= budget:
-                    budget -= size
-                    continue
-                budget = 0  # in order: what runs first is updated where it is needed first
-                full = states.host_bytes + 12 * trained.chunk > (options.host_bytes or 0)
-                shards[trained] = states.add(
-                    trained.chunk,
-                    trained.slot_dtype,
-                    on_nvme=options.states == "nvme" and full,
-                    to_device=not streams and trained.slot_dtype == trained.dtype,
-                )
-                if streams:
-                    streamed.append(trained)
-            if streams and unit.frozen:
-                streamed.append(unit.frozen)
+        for flat in away:
+            full = states.host_bytes + 12 * flat.chunk > (options.host_bytes or 0)
+            on_nvme = options.states == "nvme" and full
+            shards[flat] = states.add(
+                flat.chunk,
+                flat.slot_dtype,
+                on_nvme=on_nvme,
+                pingpong=flat in speculated and not on_nvme,
+                stays=streams,
+            )
+        streamed = [*shards, *(unit.frozen for unit in units if unit.frozen)] if streams else []
         apart = [flat for flat in streamed if not (isinstance(flat, TrainableFlat) and flat.slot_is_shard)]
         for flat in apart:
             states.reserve(flat.shard_numel * flat.shard_dtype.itemsize)
@@ -94,7 +86,7 @@ class Offloader:
             if flat not in streamed:
                 return None
             if flat not in apart:
-                return shards[flat].slot
+                return shards[flat].weight
             assert states.arena is not None
             return states.arena.take(flat.shard_numel, flat.shard_dtype).zero_()
 
@@ -158,7 +150,7 @@ class Offloader:
                 yield flat, flat.optim_start + start, dict(zip(KINDS, state, strict=True))
                 done = start + state[0].numel()
                 if write and flat.away:
-                    flat.away.slot[start:done] = state[0]
+                    flat.away.weight[start:done] = state[0]
         next(parts, None)
 
     def bytes(self) -> dict[str, int]:
@@ -171,6 +163,30 @@ class Offloader:
         if self._states is not None:
             self._states.close()
             self._states.pool.close()
+
+
+def _leaving(units: Sequence[Unit], gpu_bytes: int, streams: bool) -> list[TrainableFlat]:
+    """Those whose states have no room on the device: what runs first stays, it is updated where it is needed first."""
+    flats = [flat for unit in units for flat in unit.trainable]
+    for i, flat in enumerate(flats):
+        gpu_bytes -= 12 * flat.chunk + (flat.shard_numel * flat.shard_dtype.itemsize if streams else 0)
+        if gpu_bytes < 0:
+            return flats[i:]
+    return []
+
+
+def _speculated(away: Sequence[TrainableFlat], options: OffloadOptions, streams: bool) -> set[TrainableFlat]:
+    """Those whose states are there twice: the last to run, as their gradients come first."""
+    if options.update != "speculate":
+        return set()
+    room, chosen = options.speculate_share * sum(flat.chunk for flat in away), set()
+    for flat in reversed(away):
+        room -= flat.chunk
+        if room < 0:
+            break
+        if flat.slot_is_shard if streams else flat.slot_dtype == flat.dtype:
+            chosen.add(flat)
+    return chosen
 
 
 def _runs(flat: TrainableFlat) -> tuple[Run, ...]:

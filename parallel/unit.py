@@ -272,7 +272,7 @@ class TrainableFlat(Flat):
         if self.packed is None:
             return
         assert self._format is not None
-        master = self.away.slot.to(self.device, non_blocking=True) if self.away else self.master
+        master = self.away.weight.to(self.device, non_blocking=True) if self.away else self.master
         if self.packed.device == master.device:
             quantize(master, self._format, self.packed)
         else:
@@ -302,7 +302,7 @@ class TrainableFlat(Flat):
             source = place(self.optim_start, self.optim_stop)
             if self.streamed:
                 assert self.away is not None
-                source.copy_(self.away.slot, non_blocking=True)
+                source.copy_(self.away.weight, non_blocking=True)
             yield from self._spread(source, first, last, place)
         if self.streamed:
             self.shard.copy_(shard, non_blocking=True)
@@ -415,7 +415,7 @@ class TrainableFlat(Flat):
         """After the master weights were filled: bring the weights to where an update would; `refresh` must follow."""
         if self.away:
             if self.owned is not None:
-                self.owned.copy_(self.away.slot)
+                self.owned.copy_(self.away.weight)
         elif self.owned is not None and self.owned is not self.master:
             self.owned.copy_(self.master)
         self.publish()

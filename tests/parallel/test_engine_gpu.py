@@ -153,7 +153,8 @@ def test_equals_a_plain_loop_alone(accumulation) -> None:
 
 HOST = {"states": "host", "threads": 4}
 STREAMED = HOST | {"weights": "host"}
-SPECULATE = HOST | {"update": "speculate"}
+SPECULATE = HOST | {"update": "speculate", "speculate_share": 1.0}
+HALF = SPECULATE | {"weights": "host", "speculate_share": 0.5}
 
 
 @pytest.mark.parametrize("placement", ["zero1", "zero3"])
@@ -165,13 +166,13 @@ def test_states_and_weights_away_change_no_bit(nccl, disk_folder, placement, acc
     expected = losses(plain, torch.bfloat16, accumulation)
     found = [
         losses(sharded(placement, mesh, offload), torch.bfloat16, accumulation)
-        for offload in (HOST, STREAMED, nvme, nvme | {"weights": "host"}, SPECULATE, HOST | {"gpu_bytes": 10_000_000})
+        for offload in (HOST, STREAMED, nvme, nvme | {"weights": "host"}, SPECULATE, HALF, HOST | {"gpu_bytes": 10_000_000})
     ]
     for other in found:
         assert other[0] == pytest.approx(expected[0], rel=2e-3)
         for a, b in zip(other[1], expected[1], strict=True):
             assert (a - b).norm() / b.norm() < 2e-3
-    for other in found[1:5]:
+    for other in found[1:6]:
         assert other[0] == found[0][0] and all(map(torch.equal, other[1], found[0][1]))
 
 

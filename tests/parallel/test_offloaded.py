@@ -6,7 +6,8 @@ from tests.parallel.test_placements import PRESETS, free, run_world
 
 HOST = {"states": "host", "threads": 1}
 STREAMED = HOST | {"weights": "host"}
-SPECULATE = HOST | {"update": "speculate"}
+SPECULATE = HOST | {"update": "speculate", "speculate_share": 1.0}
+HALF = SPECULATE | {"speculate_share": 0.5, "weights": "host"}
 SPLIT = HOST | {"gpu_bytes": 20_000}
 
 
@@ -40,7 +41,7 @@ def test_every_placement_equals_a_plain_process(nvme: dict) -> None:
     cases = [
         {"levels": levels, "parallel": {"placement": preset}, "accumulation": 2, "offload": offload}
         for preset, offload in zip(
-            PRESETS, (HOST, STREAMED, SPECULATE, STREAMED, nvme, SPECULATE, STREAMED), strict=True
+            PRESETS, (HOST, STREAMED, SPECULATE, HALF, nvme, SPECULATE, STREAMED), strict=True
         )
     ]
     cases.append({"levels": levels, "parallel": free(0, 1, 2), "offload": STREAMED | {"gpu_bytes": 5_000}})
@@ -49,7 +50,7 @@ def test_every_placement_equals_a_plain_process(nvme: dict) -> None:
 
 @pytest.mark.timeout(100)
 def test_where_states_are_changes_no_bit(nvme: dict) -> None:
-    offloads = [HOST, STREAMED, SPECULATE, nvme, nvme | {"weights": "host"}, nvme | {"host_bytes": 60_000}]
+    offloads = [HOST, STREAMED, SPECULATE, HALF, HALF | {"speculate_share": 1.0}, nvme, nvme | {"weights": "host"}, nvme | {"host_bytes": 60_000}]
     cases = [
         {
             "check": "alike",
