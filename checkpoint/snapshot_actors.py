@@ -75,8 +75,11 @@ def _find(run: bytes, node: str) -> Any:
 
 
 def _start(run: bytes, node: str, token: bytes, host: str, hold_s: float) -> Any:
-    remote: Any = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=2)(SnapshotActor)
-    return remote.options(
+    actor: Any = ray.remote(SnapshotActor)
+    return actor.options(
+        num_cpus=0,
+        max_restarts=0,
+        max_concurrency=2,
         name=_name(run, node),
         namespace=NAMESPACE,
         lifetime="detached",

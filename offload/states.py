@@ -201,7 +201,9 @@ class AwayStates:
 
     # ------------------------------------------------------------------------------------------------ memory
 
-    def add(self, numel: int, dtype: torch.dtype, *, on_nvme: bool, pingpong: bool = False, stays: bool = False) -> Shard:
+    def add(
+        self, numel: int, dtype: torch.dtype, *, on_nvme: bool, pingpong: bool = False, stays: bool = False
+    ) -> Shard:
         """A shard to be; its memory comes with `allocate`. pingpong: its states are there twice, in host memory.
         stays: its weights have no `target`, they are used from `Shard.weight`."""
         shard = Shard(numel=numel, on_nvme=on_nvme, dtype=dtype, pingpong=pingpong, stays=stays)
@@ -399,7 +401,8 @@ class AwayStates:
     def _make(self, shard: Shard, terms: Terms, scale: float) -> None:
         """Make the other version of the states from the current one, and send the weights."""
         if shard.apart is not None:
-            return self._step(shard, terms, scale, 0, *shard.versions, shard.apart)
+            self._step(shard, terms, scale, 0, shard.versions[0], shard.versions[1], shard.apart)
+            return
         buffer, used = self._outgoing.popleft()
         if used is not None:
             used.synchronize()

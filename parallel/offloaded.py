@@ -74,10 +74,10 @@ class Offloader:
                 pingpong=flat in speculated and not on_nvme,
                 stays=streams,
             )
-        streamed = [*shards, *(unit.frozen for unit in units if unit.frozen)] if streams else []
+        streamed: list[Flat] = [*shards, *(unit.frozen for unit in units if unit.frozen)] if streams else []
         apart = [flat for flat in streamed if not (isinstance(flat, TrainableFlat) and flat.slot_is_shard)]
-        for flat in apart:
-            states.reserve(flat.shard_numel * flat.shard_dtype.itemsize)
+        for own in apart:
+            states.reserve(own.shard_numel * own.shard_dtype.itemsize)
         _check_limits(states, options)
         states.allocate()
 
@@ -91,8 +91,8 @@ class Offloader:
             return states.arena.take(flat.shard_numel, flat.shard_dtype).zero_()
 
         for unit in units:
-            for flat in unit.flats:
-                flat.place(memory(flat))
+            for part in unit.flats:
+                part.place(memory(part))
             for trainable in unit.trainable:
                 trainable.place_states(kinds, shards.get(trainable))
         self.flats = [flat for unit in units for flat in unit.trainable if flat.away]

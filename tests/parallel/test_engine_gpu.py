@@ -166,7 +166,15 @@ def test_states_and_weights_away_change_no_bit(nccl, disk_folder, placement, acc
     expected = losses(plain, torch.bfloat16, accumulation)
     found = [
         losses(sharded(placement, mesh, offload), torch.bfloat16, accumulation)
-        for offload in (HOST, STREAMED, nvme, nvme | {"weights": "host"}, SPECULATE, HALF, HOST | {"gpu_bytes": 10_000_000})
+        for offload in (
+            HOST,
+            STREAMED,
+            nvme,
+            nvme | {"weights": "host"},
+            SPECULATE,
+            HALF,
+            HOST | {"gpu_bytes": 10_000_000},
+        )
     ]
     for other in found:
         assert other[0] == pytest.approx(expected[0], rel=2e-3)

@@ -40,9 +40,7 @@ def test_every_placement_equals_a_plain_process(nvme: dict) -> None:
     levels = {"node": 2, "gpu": 2}
     cases = [
         {"levels": levels, "parallel": {"placement": preset}, "accumulation": 2, "offload": offload}
-        for preset, offload in zip(
-            PRESETS, (HOST, STREAMED, SPECULATE, HALF, nvme, SPECULATE, STREAMED), strict=True
-        )
+        for preset, offload in zip(PRESETS, (HOST, STREAMED, SPECULATE, HALF, nvme, SPECULATE, STREAMED), strict=True)
     ]
     cases.append({"levels": levels, "parallel": free(0, 1, 2), "offload": STREAMED | {"gpu_bytes": 5_000}})
     check(4, cases)
@@ -50,7 +48,16 @@ def test_every_placement_equals_a_plain_process(nvme: dict) -> None:
 
 @pytest.mark.timeout(100)
 def test_where_states_are_changes_no_bit(nvme: dict) -> None:
-    offloads = [HOST, STREAMED, SPECULATE, HALF, HALF | {"speculate_share": 1.0}, nvme, nvme | {"weights": "host"}, nvme | {"host_bytes": 60_000}]
+    offloads = [
+        HOST,
+        STREAMED,
+        SPECULATE,
+        HALF,
+        HALF | {"speculate_share": 1.0},
+        nvme,
+        nvme | {"weights": "host"},
+        nvme | {"host_bytes": 60_000},
+    ]
     cases = [
         {
             "check": "alike",

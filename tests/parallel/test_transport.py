@@ -31,7 +31,7 @@ def check(answers: list[dict]) -> None:
 
 
 def test_every_placement_trains_one_model_near_the_exact_one() -> None:
-    answers = run_world(4, [case(preset, quantize=q) for preset in PRESETS for q in QUANTIZED])
+    answers = run_world(4, [case(preset, quantize=QUANTIZED[i % len(QUANTIZED)]) for i, preset in enumerate(PRESETS)])
     check(answers)
     assert all(answer["difference"] > 1e-5 for answer in answers), "nothing was quantized"
 
