@@ -3,9 +3,9 @@
     python benchmarks/quantize.py [--numel N] [--block 256] [--rounds 7] [--tune]
 
 A kernel's GB/s counts the bytes it has to read and write. Copy and kernel take turns; a figure is the median over
-rounds of the ratio within a round, so that whatever else the machine does hits both. On CUDA the buffers are much larger than
-its cache; on CPU each thread count has rows of its own. `--tune` tries tiles, warps and vectors of the CUDA kernels and
-prints the best of each, but changes nothing. Writes benchmarks/results/quantize_<device>.json.
+rounds of the ratio within a round, so that whatever else the machine does hits both. On CUDA the buffers are much
+larger than its cache; on CPU each thread count has rows of its own. `--tune` tries tiles, warps and vectors of the
+CUDA kernels and prints the best of each, but changes nothing. Writes benchmarks/results/quantize_<device>.json.
 """
 
 import argparse
