@@ -57,7 +57,7 @@ def kill_when(started: list[str], metrics: Path, step: int, delay_s: float) -> b
 @pytest.mark.parametrize(
     ("workers", "kills"),
     [
-        (1, 2),
+        (1, 1),
         pytest.param(1, 5, marks=pytest.mark.slow),
         pytest.param(2, 1, marks=pytest.mark.ray),
         pytest.param(2, 5, marks=[pytest.mark.ray, pytest.mark.slow]),

@@ -57,6 +57,7 @@ def test_a_failure_says_the_rank_and_the_cause_first(atoll) -> None:
     assert done.stderr.startswith("atoll: rank 0 on this machine: ") and "nothing/*.txt" in done.stderr.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_each_job_a_run(atoll, tmp_path: Path) -> None:
     done = atoll("train", "--multirun", *SMALL, "train.steps=1,2")
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("placement", ["ddp", "zero3"])
+@pytest.mark.parametrize("placement", [pytest.param("ddp", marks=pytest.mark.slow), "zero3"])
 def test_training_is_bitwise_that_with_activations_kept(placement: str) -> None:
     command = [sys.executable, "tests/offload/activations_world.py", "2", placement]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90, env=_environment())

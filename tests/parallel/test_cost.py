@@ -62,7 +62,7 @@ WORLDS = {
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("world", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [pytest.param(world, marks=pytest.mark.slow) for world in (4, 8)])
 def test_bytes_and_memory_are_the_engines(world: int) -> None:
     answers = run_world(world, WORLDS[world])
     assert len(answers) == len(WORLDS[world])

@@ -72,6 +72,7 @@ def test_where_states_are_changes_no_bit(nvme: dict) -> None:
         assert answer["different"] == [], answer
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_quantized_transport_of_offloaded_weights_is_that_of_others() -> None:
     cases = [

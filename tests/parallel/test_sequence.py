@@ -50,7 +50,7 @@ def test_loss_and_gradients_are_those_of_one_rank(world: int, case: str) -> None
     assert difference < 1e-12
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_heads_that_cannot_be_shared_are_refused(world: int) -> None:
     assert f"5 are not divisible by {world}" in str(answers(world)["heads that ranks do not divide"])
 

@@ -59,6 +59,7 @@ def test_matrix(quantize: str, feedback: bool) -> None:
         pytest.param([(0, 0, 2), (1, 2, 3), (2, 3, 3), (1, 1, 1)], id="others", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_three_levels_and_free_triples(triples: list[tuple[int, int, int]]) -> None:
     cases = [case(free(*triple), quantize="all", accumulation=2) | {"levels": CUBE} for triple in triples]
     mixed = {"weights_format": {"gpu": "int8"}, "grads_format": {"node": "int4", "die": "int8"}}
@@ -87,6 +88,7 @@ def test_parameters_of_fewer_than_two_dimensions_and_frozen_ones_are_exact() -> 
     assert sorted(answer["exact"]) == sorted({*exact, *frozen})
 
 
+@pytest.mark.slow
 def test_training_resumes_to_the_last_bit_with_error_feedback_too() -> None:
     base = {"check": "resumed", "levels": GRID, "accumulation": 2, "then": {}}
     cases = [
@@ -98,6 +100,7 @@ def test_training_resumes_to_the_last_bit_with_error_feedback_too() -> None:
     assert all(answer["bitwise"] for answer in answers), answers
 
 
+@pytest.mark.slow
 def test_error_feedback_brings_sgd_nearer() -> None:
     """What is left out comes later: over twenty steps of plain SGD the errors do not add up."""
     sgd = {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0}
