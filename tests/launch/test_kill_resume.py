@@ -80,6 +80,7 @@ def test_killed_run_goes_on_to_the_last_bit(tmp_path: Path, workers: int, kills:
     assert losses(tmp_path / "killed") == expected, f"seed {seed}, killed {killed} times"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(200)
 def test_another_number_of_workers_and_placement_goes_on_within_rounding(tmp_path: Path) -> None:

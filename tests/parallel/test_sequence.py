@@ -42,6 +42,7 @@ def answers(world: int) -> dict[str, float | str]:
     return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", list(CASES)[:6])
 def test_loss_and_gradients_are_those_of_one_rank(world: int, case: str) -> None:

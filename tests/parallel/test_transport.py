@@ -30,6 +30,7 @@ def check(answers: list[dict]) -> None:
         assert answer["alive"] == 0, answer
 
 
+@pytest.mark.slow
 def test_every_placement_trains_one_model_near_the_exact_one() -> None:
     answers = run_world(4, [case(preset, quantize=QUANTIZED[i % len(QUANTIZED)]) for i, preset in enumerate(PRESETS)])
     check(answers)
