@@ -510,7 +510,7 @@ def test_gradients_on_a_gpu(mode: str, alpha: float | None) -> None:
 @pytest.mark.gpu
 def test_the_peak_on_a_gpu_is_lower_and_does_not_grow() -> None:
     gpu = torch.device("cuda")
-    tokens = torch.randint(128, (8, 2 * SEQ + 1), device=gpu)
+    tokens = torch.randint(128, (64, 2 * SEQ + 1), device=gpu)  # or the buffers weigh more than what leaves
     peaks = {}
     for mode in ("keep", "swap"):
         model = llama(torch.bfloat16, gpu, LARGE)
@@ -521,7 +521,8 @@ def test_the_peak_on_a_gpu_is_lower_and_does_not_grow() -> None:
             peaks[mode, step] = torch.cuda.max_memory_allocated()
         if swap:
             swap.close()
-        del model
+        del model, swap
+        gc.collect()  # a wrapped block and its forward hold each other
         torch.cuda.empty_cache()
-    assert peaks["swap", 19] < peaks["keep", 19]
+    assert peaks["swap", 19] < 0.7 * peaks["keep", 19]
     assert peaks["swap", 19] <= peaks["swap", 3]
