@@ -25,11 +25,15 @@ if __name__ == "__main__" and "--rank" in sys.argv:  # a rank: before the import
 
     die_with(int(sys.argv[1]))
 
+import os
+
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the steps run on CPUs: `links` must not describe a GPU beside them
+
 import argparse
 import itertools
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
