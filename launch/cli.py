@@ -29,6 +29,8 @@ atoll train --help              all presets and keys
 atoll plan [key=value ...]      will it fit, how long is a step, what limits it: on machine=NAME, without that machine
 {EXPORT_USAGE}
                                 write a checkpoint as a folder of safetensors that transformers loads
+atoll submit slurm|ssh|kuberay ... -- [key=value ...]
+                                train on several machines; --help and --dry-run
 atoll --version"""
 
 WRONG = 2
@@ -41,7 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     fault = names.find_fault()
     if fault:
         sys.exit(_complain(fault))
-    commands: dict[str, Callable[[list[str]], int]] = {"train": train, "plan": plan, "export": export}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": train,
+        "plan": plan,
+        "export": export,
+        "submit": submit,
+    }
     if command in ("--help", "-h", "help"):
         print(USAGE)
     elif command in ("--version", "version"):
@@ -158,6 +165,17 @@ def export(args: list[str]) -> int:
     except (ValueError, OSError, CheckpointError) as error:
         return _complain(str(error))
     return 0
+
+
+def submit(args: list[str]) -> int:
+    """Write what a cluster needs to run the job, and hand it over; the exit code."""
+    from launch.submit import parse, send
+
+    try:
+        target = parse(args)
+    except ValueError as error:
+        return _complain(str(error))
+    return _composed(target.overrides, lambda config, _: send(target, config))
 
 
 def _user_folders(args: list[str]) -> list[Path]:
