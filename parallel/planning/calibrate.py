@@ -48,27 +48,44 @@ def slowed(machine: Machine, slowness: float) -> Machine:
     faster = dict.fromkeys(("compute", "memory_rate"), -log)
     if machine.quantize_rate is not None:
         faster["quantize_rate"] = -log
+    if machine.int8_rate is not None:
+        faster["int8_rate"] = -log
     slower = dict.fromkeys(("unit_s", "step_s", "quantize_s"), log)
     for link in machine.links:
         slower |= {f"{link.name}.latency": log, f"{link.name}.core": log}
     return scaled(machine, faster | slower)
 
 
-def calibrate(machine: Machine, runs: Sequence[Run], *, rounds: int = 8, within: float = 8.0) -> Machine:
+def calibrate(machine: Machine, runs: Sequence[Run], *, rounds: int = 12, within: float = 8.0) -> Machine:
     """`machine` with the rates that fit `runs` best: a factor of 1/within to `within` on each.
 
     Least absolute errors of the logarithms, by damped Gauss-Newton steps of reweighted least squares. Deterministic;
-    ``rounds * 12 * len(runs)`` simulations. ValueError without runs.
+    ``rounds * 14 * len(runs)`` simulations. ValueError without runs.
     """
-    if not runs:
+    return calibrate_alike([machine], [runs], rounds=rounds, within=within)[0]
+
+
+def calibrate_alike(
+    machines: Sequence[Machine], runs: Sequence[Sequence[Run]], *, rounds: int = 12, within: float = 8.0
+) -> list[Machine]:
+    """As `calibrate`, for machines of the same links' names, by the runs of each: one factor on a rate for all.
+
+    What differs between them is what they were described with: the same computers behind a link of another rate.
+    """
+    if not any(runs):
         raise ValueError("calibrate needs at least one measured step")
-    machine = _floored(machine, runs)
-    names = _names(machine, runs)
+    every = [run for some in runs for run in some]
+    machines = [_floored(machine, every) for machine in machines]
+    names = _names(machines[0], every)
     limit, damping, nudge = math.log(within), 0.03, 0.07
 
+    def machines_by(logs: torch.Tensor) -> list[Machine]:
+        factors = dict(zip(names, logs.tolist(), strict=True))
+        return [scaled(machine, factors) for machine in machines]
+
     def off(logs: torch.Tensor) -> torch.Tensor:
-        found = errors(scaled(machine, dict(zip(names, logs.tolist(), strict=True))), runs)
-        return torch.tensor(found, dtype=torch.float64)
+        found = [errors(machine, some) for machine, some in zip(machines_by(logs), runs, strict=True)]
+        return torch.tensor([error for some in found for error in some], dtype=torch.float64)
 
     logs = torch.zeros(len(names), dtype=torch.float64)
     now = off(logs)
@@ -85,7 +102,7 @@ def calibrate(machine: Machine, runs: Sequence[Run], *, rounds: int = 8, within:
             damping *= 5
         else:
             break
-    return scaled(machine, dict(zip(names, logs.tolist(), strict=True)))
+    return machines_by(logs)
 
 
 def scaled(machine: Machine, logs: dict[str, float]) -> Machine:
@@ -96,7 +113,9 @@ def scaled(machine: Machine, logs: dict[str, float]) -> Machine:
 
 
 def _scaled_link(link: Link, factors: dict[str, float]) -> Link:
-    bandwidth, latency, core = (factors.get(f"{link.name}.{what}", 1.0) for what in ("bandwidth", "latency", "core"))
+    bandwidth, latency, core, skew = (
+        factors.get(f"{link.name}.{what}", 1.0) for what in ("bandwidth", "latency", "core", "skew")
+    )
     fits = {
         kind: Fit(bandwidth=f.bandwidth * bandwidth, latency=f.latency * latency, start_s=f.start_s * latency)
         for kind, f in link.fits.items()
@@ -104,7 +123,7 @@ def _scaled_link(link: Link, factors: dict[str, float]) -> Link:
     alone = None if link.rank_bandwidth is None else link.rank_bandwidth * bandwidth
     return replace(
         link, bandwidth=link.bandwidth * bandwidth, latency=link.latency * latency, rank_bandwidth=alone, fits=fits,
-        core=min(1.0, link.core * core),
+        core=min(1.0, link.core * core), skew=link.skew * skew,
     )  # fmt: skip
 
 
@@ -112,9 +131,17 @@ def _floored(machine: Machine, runs: Sequence[Run]) -> Machine:
     floors = {name: max(floor, getattr(machine, name)) for name, floor in _FLOORS.items()}
     if not _quantizes(machine, runs):
         del floors["quantize_s"]
+    elif machine.int8_rate is None and machine.quantize_rate:
+        floors["int8_rate"] = machine.quantize_rate
     links = machine.links
     if machine.backend == "gloo":
-        links = tuple(replace(link, core=max(0.1, link.core), latency=max(1e-5, link.latency)) for link in links)
+        links = tuple(
+            replace(
+                link, core=max(0.1, link.core), latency=max(1e-5, link.latency),
+                skew=max(0.3 * link.shared, link.skew),
+            )
+            for link in links
+        )  # fmt: skip
     return replace(machine, links=links, **floors)
 
 
@@ -122,9 +149,10 @@ def _names(machine: Machine, runs: Sequence[Run]) -> list[str]:
     """What is corrected."""
     names = ["compute", "memory_rate", "unit_s", "step_s"]
     if _quantizes(machine, runs):
-        names += ["quantize_rate", "quantize_s"]
+        names += ["quantize_rate", "int8_rate", "quantize_s"]
     each = ("bandwidth", "latency", "core") if machine.backend == "gloo" else ("bandwidth", "latency")
-    return names + [f"{link.name}.{what}" for link in machine.links for what in each]
+    names += [f"{link.name}.{what}" for link in machine.links for what in each]
+    return names + [f"{link.name}.skew" for link in machine.links if link.skew]
 
 
 def _quantizes(machine: Machine, runs: Sequence[Run]) -> bool:

@@ -40,6 +40,8 @@ class Clock:
         self._slow = machine.slowest_of(mesh.world) / machine.compute
         self.core = [link.core if link else 0.0 for link in self._links]
         """By level, see [Note: shared cores]."""
+        self.burst_s = [link.burst / link.bandwidth if link else 0.0 for link in self._links]
+        """By level, the seconds of sending that silence saves up at most."""
 
     def wait(self, move: Move) -> float:
         """What a collective takes beside its bytes."""
@@ -61,8 +63,19 @@ class Clock:
                 worst, longest = level, seconds
         return worst, longest
 
+    def skew(self, move: Move) -> float:
+        """How much later the neighbours are through it, as a part of its seconds, see [Note: late neighbours]."""
+        link = self._links[move.level]
+        alone = self._below[move.level] == 1 or self.meets(move)
+        return 0.0 if link is None or alone or move.kind == "all_reduce" else link.skew
+
+    def meets(self, move: Move) -> bool:
+        """Whether ranks of one member of a shared level have to do with each other in it."""
+        shared = [level for level, link in enumerate(self._links) if link is not None and link.shared]
+        return any(move.sent[max(shared, default=-1) + 1 :])
+
     def move(self, move: Move) -> float:
-        return self.prepare(move) + self.wait(move) + self.transfer(move)[1] + self.use(move)
+        return self.prepare(move) + self.wait(move) + self.transfer(move)[1] * (1 + self.skew(move)) + self.use(move)
 
     def prepare(self, move: Move) -> float:
         return self._local(move, move.before)
@@ -71,11 +84,13 @@ class Clock:
         return self._local(move, move.after)
 
     def _local(self, move: Move, size_bytes: float) -> float:
-        return self.packing(size_bytes) if move.packed else self.memory(size_bytes)
+        return self.packing(size_bytes, move.bits) if move.bits else self.memory(size_bytes)
 
-    def packing(self, size_bytes: float) -> float:
-        """Quantizing or dequantizing, with so many bytes read and written; 0 for none."""
+    def packing(self, size_bytes: float, bits: int) -> float:
+        """Quantizing to or dequantizing from so many bits, with so many bytes read and written; 0 for none."""
         rate = self._machine.quantize_rate or self._machine.memory_rate
+        if bits == 8:
+            rate = self._machine.int8_rate or rate
         return size_bytes / rate + (self._machine.quantize_s if size_bytes else 0.0)
 
     def chain(self, chain: Chain) -> float:
@@ -211,7 +226,8 @@ def update_s(work: Workload, traffic: Traffic, clock: Clock) -> float:
                 out = work.compute_bytes if traffic.master_apart(packs) else 0
                 total += unit.count * owned * (4 + 4 + (4 + 4 * work.moments) * 2 + out)
                 if packs and traffic.weights_format:
-                    packing += unit.count * clock.packing(4 * owned + traffic.weights_format.packed_bytes(owned))
+                    format = traffic.weights_format
+                    packing += unit.count * clock.packing(4 * owned + format.packed_bytes(owned), format.bits)
     return clock.memory(total) + packing
 
 

@@ -9,6 +9,11 @@ bandwidth is divided by the ranks below it. An NVLink port belongs to one rank. 
 [Note: shared cores] Where ranks compute on CPUs, what crosses a link is copied by the same cores: a transfer takes
 `Link.core` of them, compute takes all. What wants more than there is gets it as a fair scheduler shares it: nobody less
 than an equal part, unless it wants less. On GPUs `core` is 0 and transfers are free.
+
+[Note: late neighbours] TCP does not share a link evenly among the ranks of a node: in an all-gather or all-to-all over
+it one pair is through before the others. Nobody loses by that where each goes on to its next transfer over the same
+link, which so stays full; but who then has to do with its neighbours waits for the last of them. An all-reduce sends in
+small pieces and keeps its ranks in step.
 """
 
 import difflib
@@ -52,6 +57,11 @@ class Link:
     """Measured per collective, with all ranks of all groups taking part: a rank's share, where the link is shared."""
     core: float = 0.0
     """Part of a rank's cores that a transfer takes at full speed, see [Note: shared cores]. 0 to 1."""
+    skew: float = 0.0
+    """How much later than this rank its neighbours are through a collective over a shared link, as a part of the
+    seconds that it takes, see [Note: late neighbours]."""
+    burst: float = 0.0
+    """Bytes that a member may send at once after it was silent, where the link is shaped (a token bucket)."""
 
     def __post_init__(self) -> None:
         if self.bandwidth <= 0 or self.latency < 0 or (self.rank_bandwidth is not None and self.rank_bandwidth <= 0):
@@ -61,6 +71,8 @@ class Link:
             )
         if not 0 <= self.core <= 1:
             raise ValueError(f"machine.links.{self.name}.core={self.core}: a part of the cores is from 0 to 1")
+        if self.skew < 0 or self.burst < 0:
+            raise ValueError(f"machine.links.{self.name}: skew={self.skew} and burst={self.burst} must be at least 0")
         if self.size is not None and self.size < 1:
             raise ValueError(f"machine.links.{self.name}.size={self.size}: a level has at least one member")
         if unknown := set(self.fits) - set(COLLECTIVES):
@@ -97,6 +109,8 @@ class Machine:
     """Bytes a rank has of each tier: ``gpu`` (or, without one, ``host``), ``host``, ``nvme``."""
     quantize_rate: float | None = None
     """Bytes/s read and written while values are packed and unpacked; None: as fast as memory (a GPU's kernels are)."""
+    int8_rate: float | None = None
+    """The same for INT8, whose codes are values already and are not two in a byte. None: as `quantize_rate`."""
     quantize_s: float = 0.0
     """Seconds that packing or unpacking takes beside its bytes."""
     backend: str = "nccl"

@@ -87,6 +87,12 @@ class _Flow:
     stages: list[tuple[int, float]]
     group: Any
     cause: str
+    skew: float = 0.0
+    """How much later than this rank its neighbours are through it, as a part of its seconds …"""
+    late: float = 0.0
+    """… and in seconds."""
+    meets: bool = False
+    """Whether it needs the neighbours, who may be late."""
     lane_before: "_Flow | None" = None
     issued: bool = False
     done: bool = False
@@ -238,7 +244,10 @@ class _Program:
             if not self.gloo:
                 stages = [(-1, prepare), *stages, (-1, use)]
             group = "world" if move.members == self.plan.mesh.world else (move.level, move.members)
-            flow = _Flow(stages, group if self.gloo else None, f"{phase} over {self.plan.mesh.names[level]}")
+            flow = _Flow(
+                stages, group if self.gloo else None, f"{phase} over {self.plan.mesh.names[level]}",
+                self.clock.skew(move), self.clock.meets(move),
+            )  # fmt: skip
             if not self.gloo:
                 flow.lane_before = self.tails.get(lane)
                 self.tails[lane] = flow
@@ -300,7 +309,14 @@ class _Run:
 
     def __init__(self, program: _Program) -> None:
         self._ops, self._names = program.ops, program.plan.mesh.names
-        self._core = program.clock.core
+        self._core, self._burst_s = program.clock.core, program.clock.burst_s
+        self._saved = list(self._burst_s)
+        """By level, the seconds of sending that silence has saved up."""
+        self._now = 0.0
+        self._busy_until = [0.0] * len(self._names)
+        """By level, when the late neighbours leave it."""
+        self._late = 0.0
+        """Seconds that the neighbours are behind this rank, see [Note: late neighbours]."""
         self._active: list[_Flow] = []
         self._waiting: list[_Flow] = []
         self._busy_groups: dict[Any, int] = defaultdict(int)
@@ -319,12 +335,16 @@ class _Run:
                     compute_left = value
                 elif kind == "issue":
                     value.issued = True
+                    if value.meets and self._late:
+                        value.stages.insert(0, (-1, self._late))
+                        self._late = 0.0
                     self._waiting.append(value)
                     self._start()
                 elif kind == "wait":
                     if not value.done:
                         blocked = value
                         break
+                    self._late = max(self._late, value.late)
                 else:
                     self.marks.append((now, dict(self.spent)))
                 at += 1
@@ -348,9 +368,13 @@ class _Run:
         if compute_left:
             events.append(compute_left / compute_rate)
         step = min(events)
-        for level in users:
-            if level >= 0:
-                self.spent["link", self._names[level]] += step
+        for level, name in enumerate(self._names):
+            if users[level]:
+                self.spent["link", name] += step
+            else:
+                silent = max(0.0, step - max(0.0, self._busy_until[level] - self._now))
+                self._saved[level] = min(self._burst_s[level], self._saved[level] + silent)
+        self._now += step
         if compute_left:
             self.spent["compute", ""] += step
             compute_left -= step * compute_rate
@@ -393,9 +417,16 @@ class _Run:
         while flow.stage < len(flow.stages) and flow.stages[flow.stage][1] <= 0:
             flow.stage += 1
         if flow.stage < len(flow.stages):
-            flow.left = flow.stages[flow.stage][1]
+            level, flow.left = flow.stages[flow.stage]
+            if level >= 0:
+                at_once = min(self._saved[level], flow.left)
+                self._saved[level] -= at_once
+                flow.late = flow.skew * max(0.0, flow.left - self._burst_s[level])
+                flow.left -= at_once
             return
         flow.done = True
+        if flow.late:
+            self._busy_until[flow.stages[-1][0]] = self._now + flow.late
         if flow.group is not None:
             self._busy_groups[flow.group] -= 1
         if flow in self._active:

@@ -39,8 +39,8 @@ class Move:
     """Bytes read and written in memory to prepare it (packing) …"""
     after: float = 0.0
     """… and to use what came (sums, unpacking)."""
-    packed: bool = False
-    """Whether what is sent is packed: preparing and using it is then the quantizer's work."""
+    bits: int = 0
+    """Of the codes where what is sent is packed: preparing and using it is then the quantizer's work. 0: it is not."""
 
     @property
     def level(self) -> int:
@@ -197,21 +197,19 @@ class Traffic:
 
     # ------------------------------------------------------------------------------------------------ collectives
 
-    def all_gather(self, whole: float, level: int, *, after: float = 0.0, packed: bool = False) -> Move:
+    def all_gather(self, whole: float, level: int, *, after: float = 0.0, bits: int = 0) -> Move:
         """Of `whole` bytes over one level: each rank sends all parts but one, in a ring."""
-        return self._one("all_gather", whole, level, 0.0, after, packed)
+        return self._one("all_gather", whole, level, 0.0, after, bits)
 
-    def all_to_all(
-        self, whole: float, level: int, *, after: float = 0.0, before: float = 0.0, packed: bool = False
-    ) -> Move:
+    def all_to_all(self, whole: float, level: int, *, after: float = 0.0, before: float = 0.0, bits: int = 0) -> Move:
         """Of `whole` bytes over one level: a rank sends every part but its own."""
-        return self._one("all_to_all", whole, level, before, after, packed)
+        return self._one("all_to_all", whole, level, before, after, bits)
 
-    def _one(self, kind: str, whole: float, level: int, before: float, after: float, packed: bool) -> Move:
+    def _one(self, kind: str, whole: float, level: int, before: float, after: float, bits: int) -> Move:
         members = self.mesh.sizes[level]
         sent = [0.0] * self.mesh.num_levels
         sent[level] = whole * (members - 1) / members
-        return Move(kind, members, tuple(sent), sent[level], before, after, packed)
+        return Move(kind, members, tuple(sent), sent[level], before, after, bits)
 
     def all_reduce(self, whole: float, first: int, last: int) -> Move:
         """A ring over the ranks that differ in the levels ``first:last``: a neighbour lies over the slowest level that
@@ -260,9 +258,11 @@ class Traffic:
                 continue
             target = numel // math.prod(sizes[level + 1 :])
             if packs and level <= self._packed_to:
+                assert self.weights_format is not None
+                bits = self.weights_format.bits
                 whole = float(self.packed_weights(target, self.shard(numel, self.placement.optim)))
                 unpacks = all(size == 1 for size in sizes[level + 1 : self._packed_to + 1])
-                moves.append(self.all_gather(whole, level, after=(whole + item * target) * unpacks, packed=True))
+                moves.append(self.all_gather(whole, level, after=(whole + item * target) * unpacks, bits=bits))
             else:
                 moves.append(self.all_gather(item * target, level))
         return tuple(moves)
@@ -282,13 +282,11 @@ class Traffic:
                 continue
             outer = last if inside is not None else mesh.num_levels
             piece = numel // math.prod(mesh.sizes[level + 1 : outer])
+            format = self._grads[level]
             packed = self.packed_grads(piece, level) if packs else None
-            if packed is not None:
-                moves.append(
-                    self.all_to_all(
-                        packed, level, before=4 * piece + packed, after=packed + 4 * piece / size, packed=True
-                    )
-                )
+            if format is not None and packed is not None:
+                before, after = 4 * piece + packed, packed + 4 * piece / size
+                moves.append(self.all_to_all(packed, level, before=before, after=after, bits=format.bits))
             else:  # NCCL sums on the way; gloo's pieces are summed here
                 local = item * piece * (1 + 1 / size) if self.gloo else 0.0
                 moves.append(self.all_to_all(item * piece, level, after=local))
@@ -314,8 +312,8 @@ class Traffic:
                 parts = math.prod(mesh.sizes[: level + 1])
                 moves.append(self.all_gather(parts * finest.packed_bytes(piece // members), level))
         part = piece // members
-        moves[0] = replace(moves[0], packed=True, before=4.0 * part + finest.packed_bytes(part))
-        moves[-1] = replace(moves[-1], packed=True, after=4.0 * piece + members * finest.packed_bytes(part))
+        moves[0] = replace(moves[0], bits=finest.bits, before=4.0 * part + finest.packed_bytes(part))
+        moves[-1] = replace(moves[-1], bits=finest.bits, after=4.0 * piece + members * finest.packed_bytes(part))
         return (*chain, *scatters, *moves)
 
 
