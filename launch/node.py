@@ -81,8 +81,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cpus", type=int, default=0, help="0: those this process may use")
     parser.add_argument("--name", default="", help="the cluster's, unique on this machine")
     parser.add_argument("--wait-s", type=float, default=300.0)
-    parser.add_argument("overrides", nargs="*")
-    return parser.parse_args(argv)
+    # argparse would end the list of positional arguments at the first option
+    cut = argv.index("--") if "--" in argv else len(argv)
+    return parser.parse_args(argv[:cut], argparse.Namespace(overrides=argv[cut + 1 :]))
 
 
 def address_here(peer: str, interface: str) -> str:
@@ -155,7 +156,8 @@ def _ray(options: argparse.Namespace, ended: threading.Event) -> int:
     if options.index == 0:
         folder = _head_folder(options.name)
         folder.mkdir(mode=0o700)  # an error if someone else's lies there
-        where = ["--head", f"--port={port}", "--include-dashboard=false", "--ray-client-server-port=0"]
+        client = free_port(host, f"{options.name} client")  # nobody's, but Ray opens it, by default always the same one
+        where = ["--head", f"--port={port}", "--include-dashboard=false", f"--ray-client-server-port={client}"]
         here = host
     else:
         _wait_for_head(options, ended)
@@ -188,11 +190,11 @@ def _end(ray: psutil.Popen) -> None:
 
 def _wait_for_head(options: argparse.Namespace, ended: threading.Event) -> None:
     deadline = time.monotonic() + options.wait_s
-    while True:
+    while not ended.wait(0.5):
         try:
             return probe(options.head, max(1.0, min(5.0, deadline - time.monotonic())))
         except ValueError:
-            if time.monotonic() > deadline or ended.wait(0.5):
+            if time.monotonic() > deadline:
                 raise ValueError(
                     f"no Ray answered at {options.head} within {options.wait_s:g} s; raise --wait-s, or choose the "
                     f"network that all nodes see with --interface"

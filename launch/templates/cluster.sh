@@ -81,6 +81,11 @@ attempt() { # one life of the cluster; the driver's exit code, or 3 where the no
         -- "${overrides[@]}"
     if ((stops)); then end driver; fi
     while alive driver; do
+        if ((!stops)) && ! alive node-0; then
+            say "Ray on the head, ${hosts[0]}, ended"
+            for ((i = 0; i < 30; i++)); do alive driver && pause 1; done # time to say what it saw
+            return 3
+        fi
         for i in "${!hosts[@]}"; do # a node that was lost may return; the head cannot: with it the cluster ends
             if ((i && !stops && SECONDS >= retry_at[$i])) && ! alive "node-$i"; then
                 say "Ray on ${hosts[$i]} ended; starting it again"
