@@ -246,7 +246,7 @@ class _Program:
             group = "world" if move.members == self.plan.mesh.world else (move.level, move.members)
             flow = _Flow(
                 stages, group if self.gloo else None, f"{phase} over {self.plan.mesh.names[level]}",
-                self.clock.skew(move), self.clock.meets(move),
+                skew=self.clock.skew(move), meets=self.clock.meets(move),
             )  # fmt: skip
             if not self.gloo:
                 flow.lane_before = self.tails.get(lane)
