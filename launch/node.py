@@ -6,9 +6,9 @@
     python -P -m launch.node job --nodes N …                      the same in a RayJob; overrides from ATOLL_OVERRIDES
 
 [Note: standard input is the lease] For ``ray`` and ``train`` its first line is the cluster's token, so that no command
-line and no file carries it. Then it stays open and silent, and its end means "stop": ``ray`` kills what it has started,
-``train`` stops as at a SIGTERM. A pipe ends however its writer dies, over ssh and srun too, so a killed script leaves
-nothing running.
+line and no file carries it. A second line tells ``train`` to stop as at a SIGTERM: with a checkpoint, in its own time.
+The end of the pipe means that the script is gone: ``ray`` kills what it has started, and ``train`` has `LAST_S` left. A
+pipe ends however its writer dies, over ssh and srun too, so a killed script leaves nothing running.
 
 [Note: one SIGTERM] A scheduler sends SIGTERM to every process of a job, and more than once (slurmstepd to the step,
 srun passing on what it got, the script by the lease). To the driver a second signal means "end at once", and Ray has to
@@ -45,6 +45,8 @@ NO_CLUSTER = 3
 """The nodes did not come together: other nodes may. The scripts know it; it does not reach the user."""
 PORTS = range(20000, 30000)
 """Where the head's port is looked for: below what Linux hands out by itself (from 32768)."""
+LAST_S = 10.0
+"""What a driver gets after the lease's end: Ray ends with it, and a driver may wait for a dead cluster for ever."""
 LONGEST_FOLDER = 40
 """Ray's sockets lie some 60 characters below its folder, and a socket's path ends at 107."""
 
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> int:
         ended = threading.Event()
         if options.part == "job":
             return _train(options, json.loads(os.environ[OVERRIDES]), ended)
-        token = _take_lease(ended)
+        token = _take_lease(options.part, ended)
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}
         return _ray(options, ended) if options.part == "ray" else _train(options, options.overrides, ended)
     except ValueError as error:
@@ -118,8 +120,8 @@ def free_port(host: str, name: str) -> int:
     raise ValueError(f"no port from {PORTS.start} to {PORTS.stop - 1} is free on {host}")
 
 
-def _take_lease(ended: threading.Event) -> str:
-    """The token; `ended` is set when standard input ends. See [Note: standard input is the lease]."""
+def _take_lease(part: str, ended: threading.Event) -> str:
+    """The token; `ended` is set when standard input says more, or ends. See [Note: standard input is the lease]."""
     line = b""
     while not line.endswith(b"\n"):
         byte = os.read(0, 1)
@@ -130,8 +132,11 @@ def _take_lease(ended: threading.Event) -> str:
     def watch() -> None:
         with suppress(OSError):
             while os.read(0, 4096):
-                pass
+                ended.set()
         ended.set()
+        if part == "train":
+            time.sleep(LAST_S)
+            os._exit(STOPPED)
 
     threading.Thread(target=watch, daemon=True).start()
     return line.decode().strip()
@@ -233,7 +238,7 @@ def _raise_told(number: int, frame: FrameType | None) -> None:
 
 
 def _hand_on(ended: threading.Event) -> None:
-    """Wait for a SIGTERM or for the lease's end, and give the main thread one SIGTERM."""
+    """Wait for a SIGTERM or for a word of the lease, and give the main thread one SIGTERM."""
     while not ended.is_set() and signal.sigtimedwait({signal.SIGTERM}, 0.2) is None:
         pass
     ended.set()

@@ -1,6 +1,6 @@
 
 # From here on the same for Slurm and ssh. Each node runs Ray in the foreground under a lease: a pipe from this script,
-# whose first line is the cluster's token and whose end means "stop". However this script ends, the pipes end with it.
+# whose first line is the cluster's token and whose end ends it. However this script ends, the pipes end with it.
 declare -A lease=() process=() retry_at=()
 pipes=$(mktemp -d) || exit 1
 stops=0
@@ -14,8 +14,10 @@ stop() { # the first time gently: the driver writes a checkpoint; the second tim
     stops=$((stops + 1))
     if ((stops > 1)); then exit 130; fi
     say "told to stop: the driver writes a checkpoint after this step"
-    end driver
+    stop_driver
 }
+
+stop_driver() { if [[ -n ${lease[driver]:-} ]]; then echo stop >&"${lease[driver]}"; fi; }
 
 begin() { # begin KEY HOST ARG...: a part of launch.node on HOST, under a lease named KEY
     local key=$1 host=$2 pipe=$pipes/$1 fd other
@@ -79,11 +81,11 @@ attempt() { # one life of the cluster; the driver's exit code, or 3 where the no
     for i in "${!hosts[@]}"; do begin_node "$i"; done
     begin driver "${hosts[0]}" train --head "$head" --nodes "${#hosts[@]}" --name "$name" --wait-s "$wait_s" \
         -- "${overrides[@]}"
-    if ((stops)); then end driver; fi
+    if ((stops)); then stop_driver; fi
     while alive driver; do
         if ((!stops)) && ! alive node-0; then
             say "Ray on the head, ${hosts[0]}, ended"
-            for ((i = 0; i < 30; i++)); do alive driver && pause 1; done # time to say what it saw
+            for ((i = 0; i < 5; i++)); do alive driver && pause 1; done # time to say what it saw
             return 3
         fi
         for i in "${!hosts[@]}"; do # a node that was lost may return; the head cannot: with it the cluster ends
