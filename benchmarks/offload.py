@@ -59,7 +59,7 @@ def ours(spec: dict) -> None:
     import psutil
     import torch
 
-    from offload.options import OffloadOptions
+    from offload.options import ActivationOptions, OffloadOptions
     from parallel import OptimizerOptions, ParallelOptions
     from trainer.build import Rank, build_engine
     from trainer.job import Job
@@ -77,7 +77,7 @@ def ours(spec: dict) -> None:
         train=TrainOptions(seq_len=seq_len, global_batch_size=batch * count, micro_batch_size=batch),
         optimizer=OptimizerOptions(lr=1e-5),
         parallel=ParallelOptions(),
-        offload=OffloadOptions(activations="recompute", **spec["offload"]),
+        offload=OffloadOptions(activations=ActivationOptions(mode="checkpoint"), **spec["offload"]),
     )
     where = Rank.current()
     llama = build_model(job.model, vocab_size=32000, seq_len=seq_len, dtype=torch.bfloat16, device=where.device)

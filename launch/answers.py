@@ -48,6 +48,19 @@ WORDS = {
 """What other frameworks call our keys."""
 
 
+SHORT = {"offload.activations": "offload.activations.mode"}
+"""Sections that a single word may set, and the key that it is for."""
+
+
+def spell_out(args: list[str]) -> list[str]:
+    """``offload.activations.mode=swap`` where ``offload.activations=swap`` was typed."""
+    pairs = [arg.partition("=") for arg in args]
+    return [
+        f"{SHORT.get(key, key)}={value}" if sign and not value.startswith("{") else key + sign + value
+        for key, sign, value in pairs
+    ]
+
+
 def reject_flags(args: list[str]) -> None:
     """ValueError for ``--steps 5``, which Hydra's parser would answer with its own usage."""
     for place, arg in enumerate(args):

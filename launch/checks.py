@@ -135,6 +135,11 @@ def _check_engine(job: Job, parallel: ParallelOptions) -> None:
         raise ValueError(
             f"offload.states and offload.weights need engine=native; engine={job.engine} does not read them"
         )
+    if job.offload.activations.leave:
+        raise ValueError(
+            f"offload.activations.mode={job.offload.activations.mode} needs engine=native; engine={job.engine} has "
+            f"keep and checkpoint"
+        )
     if job.engine == "deepspeed" and parallel.levels:
         raise ValueError("parallel.levels is not read by engine=deepspeed; leave it empty, or set engine=native")
 

@@ -71,7 +71,7 @@ def plan(args: list[str]) -> int:
 
 def _composed(args: list[str], act: "Act") -> int:
     """Let `act` have the config that `args` compose (or each of a sweep); what was typed wrong is one sentence."""
-    from launch.answers import explain, reject_flags
+    from launch.answers import explain, reject_flags, spell_out
     from launch.config import register, reject_hidden_presets
 
     if "--help" in args or "-h" in args:
@@ -81,6 +81,7 @@ def _composed(args: list[str], act: "Act") -> int:
         return 0
     try:
         reject_flags(args)
+        args = spell_out(args)
         reject_hidden_presets(_user_folders(args))
         register()
         return _run_hydra(args, act)

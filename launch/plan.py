@@ -122,7 +122,7 @@ def read_workload(config: Config, machine: Machine, world: int) -> tuple[Workloa
         reduce_bytes=2 if options.reduce_dtype == "bf16" else 4,
         moments=kinds,
         prefetch_units=options.prefetch_units,
-        recompute=config.offload.activations == "recompute",
+        recompute=config.offload.activations.mode in ("checkpoint", "recompute"),
         loss_chunk_tokens=config.model.loss_chunk_tokens,
         exact=options.exact,
     )

@@ -18,7 +18,7 @@ Source: arXiv 2407.12117, sections 4.1 and 4.2; arXiv 2403.06504 (which layers t
 
 import logging
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,41 +46,13 @@ from offload.activations_plan import BlockCost, Choice, choose
 from offload.activations_tape import Tape
 from offload.activations_watch import intercept
 from offload.device import host_available_bytes
+from offload.options import ActivationOptions
 
 log = logging.getLogger(__name__)
-MODES = ("keep", "swap", "recompute", "auto")
 HOST_SHARE = 0.8
 """Of the memory still available, what ``auto`` may take where `ActivationOptions.host_bytes` does not say."""
 WARM_UP = 2
 """Forwards before the one that ``auto`` measures: the first may compile."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActivationOptions:
-    mode: str = "keep"
-    """What a block saves for its backward: ``keep`` it, ``swap`` it to host memory, ``recompute`` it from the block's
-    input (attention's output is kept), or ``auto``: swap as much as hides behind compute."""
-    alpha: float | None = None
-    """With ``swap``: the fraction of the tokens whose matrix products are swapped and not recomputed. None: chosen from
-    measured times, as with ``auto``."""
-    keep_last: int = 2
-    """With ``swap``: the last blocks keep what they save, which would have to come back as it leaves."""
-    host_bytes: int | None = None
-    """The most host memory for activations. None: what is needed, and with a chosen α 80% of what is available."""
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"offload.activations.mode={self.mode!r}: choose one of {', '.join(MODES)}")
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(f"offload.activations.alpha={self.alpha}: must be from 0 to 1")
-        if self.alpha is not None and self.mode != "swap":
-            raise ValueError(
-                f"offload.activations.alpha={self.alpha} is for offload.activations.mode=swap, not {self.mode}"
-            )
-        if self.keep_last < 0:
-            raise ValueError(f"offload.activations.keep_last={self.keep_last}: must be 0 or more")
-        if self.host_bytes is not None and self.host_bytes < 1:
-            raise ValueError(f"offload.activations.host_bytes={self.host_bytes}: must be 1 or more")
 
 
 @dataclass
@@ -108,12 +80,13 @@ class Activations:
         *,
         pack: Callable[[Tensor], Any] | None = None,
         unpack: Callable[[Any], Tensor] | None = None,
+        say: Callable[[str], None] = log.info,
         poison: bool = False,
     ) -> None:
         """pack, unpack: hooks for weights that are gathered, as `torch.autograd.graph.saved_tensors_hooks` takes them;
-        what `pack` returns unchanged is an activation. poison: fill memory with NaN when it is given back, to find who
-        still reads it."""
-        self.options, self.device = options, device
+        what `pack` returns unchanged is an activation. say: gets what ``auto`` chose. poison: fill memory with NaN when
+        it is given back, to find who still reads it."""
+        self.options, self.device, self._say = options, device, say
         self._hooks = {"pack": pack, "unpack": unpack}
         self.pools = Pools(device, options.host_bytes, poison=poison)
         cuda = device.type == "cuda"
@@ -143,7 +116,7 @@ class Activations:
         if self._choices:
             raise ValueError("these Activations have blocks; make others for other blocks")
         o, n = self.options, len(blocks)
-        if o.mode == "keep":
+        if not o.leave:
             self._choices = [Choice("keep")] * n
             return
         swap = o.mode in ("swap", "auto")
@@ -288,5 +261,12 @@ class Activations:
         chosen = choose(self.costs(), link_bytes_per_s=rate, host_bytes=most, keep_last=0)
         for position, choice in zip(sorted(self._sizes), chosen, strict=True):
             self._choices[position] = choice
-        shown = ", ".join(f"{choice.mode} {choice.alpha:.2f}" for choice in chosen)
-        log.info("activations: %s; link %.1f GB/s, at most %.1f GB of host memory", shown, rate / 1e9, most / 1e9)
+        self._say(
+            f"activations: {describe(self._choices)}; link {rate / 1e9:.1f} GB/s, {most / 1e9:.1f} GB of host memory"
+        )
+
+
+def describe(choices: Sequence[Choice]) -> str:
+    """``26 blocks swap 0.35 of the tokens, 2 blocks keep``."""
+    words = [f"swap {c.alpha:.2f} of the tokens" if c.mode == "swap" else c.mode for c in choices]
+    return ", ".join(f"{num} {'block' if num == 1 else 'blocks'} {word}" for word, num in Counter(words).items())

@@ -2,10 +2,44 @@
 
 from dataclasses import dataclass, field
 
-ACTIVATIONS = ("keep", "recompute")
+ACTIVATIONS = ("keep", "swap", "recompute", "auto", "checkpoint")
 STATES = ("none", "host", "nvme")
 WEIGHTS = ("device", "host")
 UPDATES = ("just_in_time", "speculate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationOptions:
+    mode: str = "keep"
+    """What a block does with what its backward needs: ``keep`` it; ``swap`` it to host memory; ``recompute`` it from
+    the block's input and attention's output; ``auto``: swap as much as hides behind compute; ``checkpoint``: PyTorch's,
+    all is recomputed from the input. ``offload.activations=swap`` is short for this key."""
+    alpha: float | None = None
+    """With ``swap``: the fraction of the tokens whose matrix products are swapped and not recomputed. None: chosen from
+    measured times, as with ``auto``."""
+    keep_last: int = 2
+    """With ``swap`` and ``auto``: the last blocks keep what they save, which would have to come back as it leaves."""
+    host_bytes: int | None = None
+    """The most host memory for activations. None: what is needed, and with a chosen α 80% of what is available."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ACTIVATIONS:
+            raise ValueError(f"offload.activations.mode={self.mode!r}: choose one of {', '.join(ACTIVATIONS)}")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(f"offload.activations.alpha={self.alpha}: must be from 0 to 1")
+        if self.alpha is not None and self.mode != "swap":
+            raise ValueError(
+                f"offload.activations.alpha={self.alpha} is for offload.activations.mode=swap, not {self.mode}"
+            )
+        if self.keep_last < 0:
+            raise ValueError(f"offload.activations.keep_last={self.keep_last}: must be 0 or more")
+        if self.host_bytes is not None and self.host_bytes < 1:
+            raise ValueError(f"offload.activations.host_bytes={self.host_bytes}: must be 1 or more")
+
+    @property
+    def leave(self) -> bool:
+        """Whether `offload.activations.Activations` is needed: not for what PyTorch does by itself."""
+        return self.mode in ("swap", "recompute", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +72,10 @@ class OffloadOptions:
     threads: int | None = None
     """Of the CPU optimizer on each rank, whatever OMP_NUM_THREADS says. None: the cores of this machine over its ranks,
     but for one."""
-    activations: str = "keep"
-    """``keep`` what a block saves for its backward, or ``recompute`` it from the block's input (33% more FLOPs)."""
+    activations: ActivationOptions = field(default_factory=ActivationOptions)
 
     def __post_init__(self) -> None:
-        allowed_by_key = {"activations": ACTIVATIONS, "states": STATES, "weights": WEIGHTS, "update": UPDATES}
+        allowed_by_key = {"states": STATES, "weights": WEIGHTS, "update": UPDATES}
         for key, allowed in allowed_by_key.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"offload.{key}={getattr(self, key)!r}: choose one of {', '.join(allowed)}")

@@ -21,7 +21,8 @@ has. So units are reduced strictly in the reverse order of `units`; one that wai
 holds back those behind it until the backward ends.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 
+from offload.activations import Activations
 from offload.options import OffloadOptions
 from offload.state import MASTER, Piece, Read
 from parallel import optimizer as optimizers
@@ -43,6 +45,7 @@ from parallel.placement import Placement
 from parallel.transport import Transport
 from parallel.unit import Flat, Named, TrainableFlat, Unit
 
+log = logging.getLogger(__name__)
 BUFFER = "buffer"
 """Kind of state of a module's persistent buffers."""
 KEEP = OffloadOptions()
@@ -74,7 +77,9 @@ class ShardedModel:
         dtype: torch.dtype,
         device: torch.device,
         offload: OffloadOptions = KEEP,
+        blocks: Sequence[nn.Module] = (),
         recompute: Sequence[nn.Module] = (),
+        say: Callable[[str], None] = log.info,
     ) -> None:
         self.model, self.mesh, self.placement = model, mesh, placement
         self.updates = 0
@@ -115,7 +120,10 @@ class ShardedModel:
         self.optimizer = optimizers.build(optimizer, self._resident)
         persistent = model.state_dict(keep_vars=True)
         self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-        self._recomputed = {unit for unit in self.units if unit.module in recompute}
+        self.activations = Activations(offload.activations, device, pack=self._pack, unpack=self._unpack, say=say)
+        self.activations.wrap(blocks)
+        again = {*recompute, *(blocks if offload.activations.leave else ())}
+        self._recomputed = {unit for unit in self.units if unit.module in again}
         for position, unit in enumerate(self.units):
             self._watch(unit, position)
         if self.root:
@@ -248,6 +256,7 @@ class ShardedModel:
 
     def close(self) -> None:
         """Let go of host memory, drives and threads; the model is of no use afterwards."""
+        self.activations.close()
         self._offloader.close()
 
     def state_bytes(self) -> dict[str, int]:
@@ -400,8 +409,10 @@ def shard(
     dtype: torch.dtype,
     device: torch.device,
     offload: OffloadOptions = KEEP,
+    blocks: Sequence[nn.Module] = (),
     recompute: Sequence[nn.Module] = (),
     compile: Sequence[nn.Module] = (),
+    say: Callable[[str], None] = log.info,
 ) -> ShardedModel:
     """Shard a model for training; collective over the mesh.
 
@@ -410,7 +421,9 @@ def shard(
     units: disjoint submodules in the order they run, see `parallel.unit`.
     dtype: of compute, float32 or bfloat16; master weights and optimizer states are always float32.
     offload: what lives in host memory or on NVMe. Call `close` at the end to let go of it.
+    blocks: whose activations are treated as ``offload.activations`` says, in the order they run.
     recompute, compile: modules whose forward is recomputed in the backward, or compiled by ``torch.compile``.
+    say: gets what is chosen while training, in words.
 
     ValueError where a unit is not part of the model, or lies inside another, or for `offload` options that cannot be
     met; ArenaError and DriveError (OSErrors) where host memory or a drive is not to be had.
@@ -419,7 +432,7 @@ def shard(
     engine = ShardedModel(
         model, mesh, placement,
         units=units, optimizer=optimizer, options=options, dtype=dtype, device=device, offload=offload,
-        recompute=recompute,
+        blocks=blocks, recompute=recompute, say=say,
     )  # fmt: skip
     engine.load(initial, moments=False)
     return engine

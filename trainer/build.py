@@ -50,7 +50,7 @@ def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.bfloat16, "the GPU has bf16; fp32 master weights"
 
 
-def build_engine(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype) -> Engine:
+def build_engine(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, say: Callable[[str], None]) -> Engine:
     """The engine that `job.engine` names, around `model`, with its first weights. Collective."""
     compiles = where.device.type == "cuda" if job.model.compile is None else job.model.compile
     common: dict[str, Any] = {
@@ -60,7 +60,7 @@ def build_engine(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype
         "options": job.parallel,
         "dtype": dtype,
         "device": where.device,
-        "recompute": model.blocks() if job.offload.activations == "recompute" else [],
+        "recompute": model.blocks() if job.offload.activations.mode == "checkpoint" else [],
         "compile": model.blocks() if compiles else [],
     }
     if job.engine == "fsdp2":
@@ -74,7 +74,8 @@ def build_engine(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype
     from parallel import Mesh, Placement, shard
 
     mesh = Mesh.of(job.parallel.levels, rank=where.rank, world=where.world)
-    return shard(model, mesh, Placement.of(job.parallel, mesh.num_levels), offload=job.offload, **common)
+    placement = Placement.of(job.parallel, mesh.num_levels)
+    return shard(model, mesh, placement, offload=job.offload, blocks=model.blocks(), say=say, **common)
 
 
 def open_snapshots(

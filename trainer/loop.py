@@ -158,7 +158,7 @@ class Trainer:
         )
         self._flops_per_token = model.flops_per_token(job.train.seq_len)
         self._peak_flops = peak_flops(where.device, dtype)
-        self.engine = build_engine(job, model, where, dtype)
+        self.engine = build_engine(job, model, where, dtype, self._tell)
         cleanup.callback(self.engine.close)
         self._event({"type": "plan", "text": describe(job, where, self.corpus, model, self.engine)})
         self.step = 0

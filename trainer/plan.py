@@ -30,9 +30,25 @@ def describe(job: Job, where: Rank, corpus: Corpus, model: LanguageModel, engine
         **_transport(job, where),
         "step": f"{tokens:,} tokens = {where.world} ranks x {count} micro-batches x {micro} x {job.train.seq_len}",
         "state": f"{size(sum(state.values()))} a rank in {tier} memory ({held}){away}",
+        **_activations(job, model),
         "dtype": f"{str(dtype).removeprefix('torch.')}: {why}",
     }
     return "\n".join(f"{name:>6}  {text}" for name, text in rows.items())
+
+
+def _activations(job: Job, model: LanguageModel) -> dict[str, str]:
+    """What blocks do with their activations, where they do not just keep them."""
+    options, num = job.offload.activations, len(model.blocks())
+    if options.mode == "keep":
+        return {}
+    kept = min(num, options.keep_last) if options.mode in ("swap", "auto") else 0
+    alpha = "what hides behind compute" if options.alpha is None else f"{options.alpha:g} of the tokens"
+    how = {
+        "swap": f"swap {alpha} to host memory, the rest is recomputed",
+        "recompute": "keep their input and attention's output, the rest is recomputed",
+        "checkpoint": "keep their input, all is recomputed",
+    }["swap" if options.mode == "auto" else options.mode]
+    return {"blocks": f"{num - kept} {how}" + (f"; the last {kept} keep all" if kept else "")}
 
 
 def _mesh(job: Job, where: Rank) -> str:

@@ -12,7 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from offload.activations import ActivationOptions, Activations
+from offload.activations import Activations
+from offload.options import ActivationOptions
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard
 from trainer.models.llama import Llama
 from trainer.options import LlamaOptions

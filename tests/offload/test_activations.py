@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from offload.activations import ActivationOptions, Activations
+from offload.activations import Activations
 from offload.activations_memory import POISON
 from offload.activations_plan import BlockCost, Choice, choose, choose_alpha
+from offload.options import ActivationOptions
 from offload.plan import Recorder
 from trainer.models.llama import Llama
 from trainer.options import LlamaOptions

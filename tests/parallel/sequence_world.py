@@ -18,7 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offload.activations import ActivationOptions, Activations
+from offload.activations import Activations
+from offload.options import ActivationOptions
 from parallel.mesh import Mesh
 from parallel.sequence import SequenceParallel
 from trainer.models.llama import Llama

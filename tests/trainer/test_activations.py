@@ -1,0 +1,67 @@
+"""A run whose activations leave is the run that keeps them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload.options import ActivationOptions, OffloadOptions
+from trainer.job import Job
+from trainer.loop import Trainer
+from trainer.options import DataOptions, LlamaOptions, LoggerOptions, RunOptions, TrainOptions
+
+MODEL = LlamaOptions(dim=64, ffn_dim=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16)
+
+
+def run(root: Path, name: str, data: Path, **activations: Any) -> tuple[list[float], str]:
+    """The losses, and what else was told."""
+    job = Job(
+        model=MODEL,
+        data=DataOptions(source="text", paths=[str(data)], valid_fraction=0, cache_dir=str(root / "cache")),
+        train=TrainOptions(
+            steps=6, seq_len=32, global_batch_size=4, micro_batch_size=2, eval_sequences=4, sample_tokens=0
+        ),
+        offload=OffloadOptions(activations=ActivationOptions(**activations)),
+        logger=LoggerOptions(tensorboard=False, plot=False),
+        run=RunOptions(root=str(root), name=name),
+    )
+    events: list[dict[str, Any]] = []
+    Trainer(job, emit=events.append).train()
+    losses = [event["loss"] for event in events if event["type"] == "step"]
+    assert len(losses) == 6
+    return losses, "\n".join(event["text"] for event in events if event["type"] in ("plan", "message"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "text.txt"
+    file.write_text("".join(f"{number} squared is {number * number}.\n" for number in range(2000)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[float]:
+    return run(tmp_path_factory.mktemp("kept"), "kept", data)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"mode": "swap", "alpha": 1.0}, "2 swap 1 of the tokens to host memory"),
+        ({"mode": "swap", "alpha": 0.0, "keep_last": 0}, "4 swap 0 of the tokens to host memory"),
+        ({"mode": "recompute"}, "4 keep their input and attention's output"),
+        ({"mode": "checkpoint"}, "4 keep their input, all is recomputed"),
+    ],
+)
+def test_losses_are_bitwise_those_of_a_run_that_keeps_all(
+    tmp_path: Path, data: Path, kept: list[float], options: dict[str, Any], told: str
+) -> None:
+    losses, text = run(tmp_path, "away", data, **options)
+    assert losses == kept
+    assert told in text
+
+
+def test_a_run_chooses_alpha_and_says_so(tmp_path: Path, data: Path, kept: list[float]) -> None:
+    losses, text = run(tmp_path, "auto", data, mode="auto", keep_last=1)
+    assert losses == pytest.approx(kept, rel=1e-4)  # a product cut in two may round otherwise
+    assert "activations: 3 blocks swap" in text and "1 block keep" in text
