@@ -70,11 +70,12 @@ end_all() {
 }
 
 attempt() { # one life of the cluster; the driver's exit code, or 3 where the nodes did not come together
-    local i code
+    local i code peer=""
+    if ((${#hosts[@]} > 1)); then peer=$(address_of "${hosts[1]}"); fi
     attempts=$((attempts + 1))
     name=$job-$attempts
     token=$(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n')
-    head=$(on "${hosts[0]}" "$python" -P -m launch.node address --name "$name" --peer "${hosts[1]:-}" \
+    head=$(on "${hosts[0]}" "$python" -P -m launch.node address --name "$name" --peer "$peer" \
         --interface "$interface" </dev/null) || return 3
     say "attempt $attempts: ${#hosts[@]} nodes, Ray at $head"
     if ((stops)); then return 75; fi

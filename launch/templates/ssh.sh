@@ -11,6 +11,8 @@ on() { # on HOST COMMAND...: in the folder there. ssh hands its arguments to a s
 
 quoted() { printf "'%s'" "${1//\'/\'\\\'\'}"; }
 
+address_of() { echo "$1"; }
+
 later() { # later CODE: nobody else starts this again, so only a stop that was asked for ends it
     if ((stops)); then
         say "stopped, with a checkpoint; run this script again to go on: $state/ssh.sh"
