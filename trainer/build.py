@@ -1,5 +1,6 @@
 """From a job to the things that train it: the device, the dtype, the model and the engine."""
 
+import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from trainer.data import Corpus
 from trainer.job import Job
 from trainer.models import LanguageModel
 from trainer.run import RunFolder, run_id
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,13 @@ def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.bfloat16, "the GPU has bf16; fp32 master weights"
 
 
-def build_engine(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, say: Callable[[str], None]) -> Engine:
-    """The engine that `job.engine` names, around `model`, with its first weights. Collective."""
+def build_engine(
+    job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, say: Callable[[str], None] = log.info
+) -> Engine:
+    """The engine that `job.engine` names, around `model`, with its first weights. Collective.
+
+    say: gets what the engine chooses while training.
+    """
     compiles = where.device.type == "cuda" if job.model.compile is None else job.model.compile
     common: dict[str, Any] = {
         "units": model.units(),
