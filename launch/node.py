@@ -8,7 +8,8 @@
 [Note: standard input is the lease] For ``ray`` and ``train`` its first line is the cluster's token, so that no command
 line and no file carries it. A second line tells ``train`` to stop as at a SIGTERM: with a checkpoint, in its own time.
 The end of the pipe means that the script is gone: ``ray`` kills what it has started, and ``train`` has `LAST_S` left. A
-pipe ends however its writer dies, over ssh and srun too, so a killed script leaves nothing running.
+pipe ends however its writer dies, over ssh too, so a killed script leaves nothing running. (A killed srun does not pass
+the end on; there Slurm ends the job's processes, and on a node that it has lost Ray does, which misses its head.)
 
 [Note: one SIGTERM] A scheduler sends SIGTERM to every process of a job, and more than once (slurmstepd to the step,
 srun passing on what it got, the script by the lease). To the driver a second signal means "end at once", and Ray has to
@@ -147,6 +148,18 @@ def _head_folder(name: str) -> Path:
     return _temporary() / f"atoll-{name}"
 
 
+def _make_head_folder(name: str) -> Path:
+    """Empty and ours alone; what a killed life of the same name has left is removed."""
+    folder = _head_folder(name)
+    try:
+        if folder.exists() and folder.owner() == psutil.Process().username():
+            shutil.rmtree(folder)
+        folder.mkdir(mode=0o700)
+    except OSError as error:
+        raise ValueError(f"{folder}, for Ray's sockets and logs: {error.strerror or error}") from error
+    return folder
+
+
 def _temporary() -> Path:
     folder = tempfile.gettempdir()
     return Path(folder if len(folder) <= LONGEST_FOLDER else "/tmp")
@@ -159,8 +172,7 @@ def _ray(options: argparse.Namespace, ended: threading.Event) -> int:
 
     host, _, port = options.head.rpartition(":")
     if options.index == 0:
-        folder = _head_folder(options.name)
-        folder.mkdir(mode=0o700)  # an error if someone else's lies there
+        folder = _make_head_folder(options.name)
         client = free_port(host, f"{options.name} client")  # nobody's, but Ray opens it, by default always the same one
         where = ["--head", f"--port={port}", "--include-dashboard=false", f"--ray-client-server-port={client}"]
         here = host

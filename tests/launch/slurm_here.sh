@@ -13,11 +13,10 @@ PATH=$PATH:/usr/sbin:/sbin
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
 stop() {
-    local file
+    local file pid
     for file in "$folder"/pid/*; do
-        [[ -f $file ]] && kill "$(cat "$file")" 2>/dev/null && tail --pid="$(cat "$file")" -f /dev/null &
+        pid=$(cat "$file" 2>/dev/null) && kill "$pid" 2>/dev/null && tail --pid="$pid" -f /dev/null
     done
-    wait
     true
 }
 
@@ -51,7 +50,7 @@ SwitchType=switch/none
 JobRequeue=1
 KillWait=30
 SlurmdTimeout=30
-ReturnToService=2
+ReturnToService=0
 MpiDefault=none
 NodeName=n1 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$(free_port) CPUs=$(nproc) RealMemory=$memory
 NodeName=n2 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$(free_port) CPUs=$(nproc) RealMemory=$memory

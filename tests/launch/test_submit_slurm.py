@@ -42,7 +42,8 @@ def slurm() -> Iterator[None]:
         subprocess.run(["scancel", "--full", "--me"], timeout=20)
         subprocess.run([HERE, "stop", folder], timeout=60)
         os.environ.pop("SLURM_CONF") if before is None else os.environ.update(SLURM_CONF=before)
-        shutil.rmtree(folder, ignore_errors=True)
+        for left in (folder, *Path(tempfile.gettempdir()).glob("atoll-[0-9]*-[0-9]*-[0-9]*")):
+            shutil.rmtree(left, ignore_errors=True)  # what is killed does not remove its folder
 
 
 class Job:
@@ -90,6 +91,14 @@ def scontrol(*words: str) -> None:
 
 
 def left_running() -> list[str]:
+    """Ray and our parts, after some patience: they see their end a moment later."""
+    deadline = time.monotonic() + 20
+    while _running() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return _running()
+
+
+def _running() -> list[str]:
     shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
     return [line for line in shown if re.search(r"^\S*/(raylet|gcs_server) |-m launch\.node", line)]
 
