@@ -67,8 +67,11 @@ def measure(
     if name == "limit":
         found: dict[str, Any] = kernel_limit(case.split(":")[0], int(case.split(":")[1]))
     else:
-        started = command(name, case, cap=cap, clip=1.0, steps=steps, warm_up=warm_up)
-        started = started or baseline(name, case, cap=cap, clip=1.0, steps=steps)
+        if name in ("memory", "memory-ckpt"):
+            started = baseline(name, case, cap=cap, clip=1.0, steps=steps)
+        else:
+            started = command(name, case, cap=cap, clip=1.0, steps=steps, warm_up=warm_up)
+            assert started, f"{name}: no such run"
         try:
             found = run(started, timeout_s)
         except subprocess.TimeoutExpired:
