@@ -7,11 +7,10 @@
 2. Every placement, quantization, accumulation and overlap of the grid at each rate: seconds of steps in the steady
    state (the first after a change of rate is left out); bytes of payload as the interfaces count them. What other
    processes took of the cores meanwhile is noted, and a point where that was over ``--quiet`` is measured again. A time
-   is the median over the steps of the quiet rounds; where there is none, of the quietest, and said so. Cores of a
-   virtual machine do not run evenly: beside each round ranks time work that is always the same (the yardstick), and
-   the machine that predicts a point is that much slower or faster.
-3. Two thirds of the steps at a rate correct that machine's figures (`parallel.planning.calibrate`); the last third,
-   every third one along each axis of the grid (`held_out`), only tells how far the prediction is off.
+   is the median over the steps of the quiet rounds; where there is none, of the quietest, and said so.
+3. Two thirds of the steps correct the machines' figures by one factor on each, whatever the rate of the link
+   (`parallel.planning.calibrate`); the last third, every third one along each axis of the grid (`held_out`), only tells
+   how far the prediction is off.
 4. For each rate and accumulation: what ``parallel=auto`` takes, beside the fastest of the grid. What it takes and the
    grid lacks is measured then.
 
@@ -50,15 +49,14 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import links  # noqa: E402
 import slow_link_worker  # noqa: E402
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from namespaces import Network  # noqa: E402
+from namespaces import Network, _tbf  # noqa: E402
 from report import write_report  # noqa: E402
 from slow_link import World  # noqa: E402
 from slow_link_engines import Atoll, Job  # noqa: E402
 from torch import nn  # noqa: E402
 
 from parallel import Mesh, ParallelOptions, Placement  # noqa: E402
-from parallel.planning.calibrate import Run, calibrate, slowed  # noqa: E402
+from parallel.planning.calibrate import Run, calibrate_alike  # noqa: E402
 from parallel.planning.choose import choose  # noqa: E402
 from parallel.planning.cost import Plan, estimate, traffic_of  # noqa: E402
 from parallel.planning.machine import Machine  # noqa: E402
@@ -109,21 +107,6 @@ class Rank(slow_link_worker.Rank):
         self._job, self._steps_taken = Job(Layers, batch), 0
         self._side = Atoll(Layers(), LEVELS, overlap=overlap, dtype=torch.float32, **options)
         return {}
-
-    def time(self, accumulation: int, steps: int) -> dict[str, Any]:
-        """Also how long the cores take for work that is always the same, while all ranks do it."""
-        if not hasattr(self, "_matrix"):
-            self._matrix, self._memory = torch.ones(256, 256), torch.ones(1 << 20)
-        took = []
-        for _ in range(3):
-            dist.barrier()
-            start = time.perf_counter()
-            for _ in range(8):
-                torch.mm(self._matrix, self._matrix)
-            for _ in range(4):
-                self._memory.mul_(1.0)
-            took.append(time.perf_counter() - start)
-        return super().time(accumulation, steps) | {"yardstick_s": statistics.median(took)}
 
     def links(self, generation: int, seconds: float, out: str) -> dict[str, Any]:
         self._join(generation)
@@ -195,6 +178,10 @@ def problem(point: Point) -> tuple[Workload, Plan]:
 # ------------------------------------------------------------------------------------------------------- measuring
 
 
+OF_BEFORE = ("yardstick_s", "slowness", "even_s")
+"""In files of earlier versions: a speed of the cores measured beside each point. It told no more than noise."""
+
+
 class Bench:
     """Measures points; the rows and machines that came of it."""
 
@@ -237,7 +224,6 @@ class Bench:
             row["is_quiet"] = bool(quiet)
             kept = quiet or [min(row["rounds"], key=lambda found: float(found["others"]))]
             row["step_s"] = statistics.median(itertools.chain(*(found["steps_s"] for found in kept)))
-            row["yardstick_s"] = statistics.median(found["yardstick_s"] for found in kept)
             row["sent"] = row["rounds"][-1]["sent"]
         world.do(60, do="drop")
         say(f"round {number}: {first.placement} {first.quantize}{'' if first.overlap else ', overlap off'}")
@@ -253,7 +239,6 @@ class Bench:
         now = payload(world.network)
         return {
             "steps_s": [round(step, 5) for step in steps[1:]], "others": round(others, 3),
-            "yardstick_s": statistics.fmean(answer["yardstick_s"] for answer in answers),
             "sent": {level: (now[level] - sent[level]) / STEPS / mesh().world for level in now},
         }  # fmt: skip
 
@@ -267,7 +252,8 @@ class Bench:
                 self.machines[row["rate"]] = {"machine": row["machine"], "points": row["points"]}
             elif row["kind"] == "step":
                 values = {name: row[name] for name in names}
-                self.rows[Point(**values | {"triple": row["triple"] and tuple(row["triple"])})] = row
+                point = Point(**values | {"triple": row["triple"] and tuple(row["triple"])})
+                self.rows[point] = {name: value for name, value in row.items() if name not in ("kind", *OF_BEFORE)}
 
     def keep(self, more: Sequence[Row] = ()) -> None:
         rows = [{"kind": "machine", "rate": rate, **machine} for rate, machine in self.machines.items()]
@@ -341,31 +327,42 @@ def measure_more(bench: Bench, points: list[Point]) -> None:
 # ------------------------------------------------------------------------------------------------------- judging
 
 
-def described(row: Row) -> Machine:
-    """The machine as `links` measured it, with one bandwidth a link: what a collective alone does not fill, those that
-    run beside it in a step do."""
+def described(rate: float, row: Row) -> Machine:
+    """The machine as `links` measured it, with one bandwidth a link, and the bucket that shapes the slow one: what a
+    collective alone does not fill, those that run beside it in a step do."""
     machine = Machine.of(row["machine"])
-    return replace(machine, links=tuple(replace(link, fits={}) for link in machine.links))
+    if machine.backend != "gloo":
+        say(f"at {rate:g} Mbit/s `links` described a GPU, the steps ran on CPUs: what they reach is only fitted")
+        machine = replace(machine, **CPUS)
+        machine = replace(machine, links=tuple(replace(link, latency=1e-4) for link in machine.links))
+    links = [replace(link, fits={}, burst=burst(rate) if link.shared else 0.0) for link in machine.links]
+    return replace(machine, links=tuple(links))
+
+
+CPUS: dict[str, Any] = {
+    "backend": "gloo", "compute": 40e9, "memory_rate": 20e9, "quantize_rate": 2e9, "quantize_s": 1e-4, "unit_s": 1e-4,
+    "step_s": 1e-3,
+}  # fmt: skip
+"""Of a core, in round numbers: from where a fit starts that knows nothing."""
+
+
+def burst(rate: float) -> float:
+    """Bytes in the bucket of `namespaces`' shaper."""
+    words = _tbf(rate).split()
+    return float(words[words.index("burst") + 1])
 
 
 def fit(bench: Bench) -> dict[float, Machine]:
     """The machine at each rate, corrected by what is not held out."""
-    fitted = {}
-    for rate, measured in bench.machines.items():
-        known = [point for point in bench.rows if point.rate == rate and not held_out(point)]
-        runs = [Run(*problem(point), bench.rows[point]["step_s"], slowness(bench, point)) for point in known]
-        fitted[rate] = calibrate(described(measured), runs)
-    return fitted
-
-
-def slowness(bench: Bench, point: Point) -> float:
-    """How long the cores took for the yardstick beside this point, relative to the middle of all points of its rate.
-    1 where it was not measured."""
-    sizes = [
-        row["yardstick_s"] for other, row in bench.rows.items() if other.rate == point.rate and "yardstick_s" in row
-    ]
-    mine = bench.rows[point].get("yardstick_s")
-    return float(mine / statistics.median(sizes)) if mine else 1.0
+    runs = {
+        rate: [
+            Run(*problem(point), row["step_s"])
+            for point, row in bench.rows.items() if point.rate == rate and not held_out(point)
+        ]
+        for rate in bench.machines
+    }  # fmt: skip
+    machines = [described(rate, row) for rate, row in bench.machines.items()]
+    return dict(zip(bench.machines, calibrate_alike(machines, list(runs.values())), strict=True))
 
 
 def judge(bench: Bench, fitted: dict[float, Machine]) -> Row:
@@ -373,15 +370,12 @@ def judge(bench: Bench, fitted: dict[float, Machine]) -> Row:
     found: list[Row] = []
     for rate, measured in bench.machines.items():
         points = [point for point in bench.rows if point.rate == rate]
-        runs = {point: Run(*problem(point), bench.rows[point]["step_s"], slowness(bench, point)) for point in points}
-        base = described(measured)
-        for point, run in runs.items():
-            row, work, plan = bench.rows[point], run.work, run.plan
-            row["slowness"] = run.slowness
-            row["simulated_s"] = simulate(work, plan, slowed(fitted[rate], run.slowness)).step_s
-            row["closed_s"] = estimate(work, plan, slowed(fitted[rate], run.slowness)).step_s
-            row["uncorrected_s"] = simulate(work, plan, slowed(base, run.slowness)).step_s
-            row["even_s"] = row["step_s"] * simulate(work, plan, fitted[rate]).step_s / row["simulated_s"]
+        base = described(rate, measured)
+        for point in points:
+            row, (work, plan) = bench.rows[point], problem(point)
+            row["simulated_s"] = simulate(work, plan, fitted[rate]).step_s
+            row["closed_s"] = estimate(work, plan, fitted[rate]).step_s
+            row["uncorrected_s"] = simulate(work, plan, base).step_s
             row["held_out"] = held_out(point)
             sent = traffic_of(work, plan, base).sent_bytes().values()
             row["model_sent"] = dict(zip(LEVELS, map(sum, zip(*sent, strict=True)), strict=True))
@@ -429,8 +423,6 @@ def judge_choice(bench: Bench, machine: Machine, rate: float, accumulation: int,
     if point in bench.rows:
         row["chosen_s"] = bench.rows[point]["step_s"]
         row["slower"] = row["chosen_s"] / row["fastest_s"] - 1
-        even = [bench.rows[p]["even_s"] for p in same]
-        row["slower_even"] = bench.rows[point]["even_s"] / min(even) - 1
     return row
 
 
@@ -468,9 +460,9 @@ def print_tables(bench: Bench, summary: Row) -> None:
                 f"{figures['worst']:6.1%}  within 10%: {figures['within_10_percent']:4.0%} of {figures['of']}"
             )
     print(f"bytes of every level and point within {summary['bytes_worst']:.1%} of the model")
-    print("\nparallel=auto beside the fastest of the grid (had the cores run evenly)")
+    print("\nparallel=auto beside the fastest of the grid")
     for row in summary["auto"]:
-        result = f"{row['slower']:+.1%} ({row['slower_even']:+.1%})" if "slower" in row else "not measured"
+        result = f"{row['slower']:+.1%}" if "slower" in row else "not measured"
         print(f"{row['chosen']:34} {result:>16} of {row['fastest']} ({row['fastest_s']:.4f} s)")
 
 
@@ -494,7 +486,10 @@ def main() -> None:
         bench = measure_grid(args)
     fitted = fit(bench)
     summary = judge(bench, fitted)
-    if more := list(dict.fromkeys(row["point"] for row in summary["auto"] if "slower" not in row)):
+    more = list(dict.fromkeys(row["point"] for row in summary["auto"] if "slower" not in row))
+    if more and args.read:  # these cores are not those of the file
+        say(f"parallel=auto takes what the file lacks, not measured: {', '.join(map(str, more))}")
+    elif more:
         say(f"parallel=auto takes what the grid lacks, measured now: {', '.join(map(str, more))}")
         bench.budget_s = math.inf
         measure_more(bench, more)

@@ -30,37 +30,18 @@ class Run:
     work: Workload
     plan: Plan
     step_s: float
-    slowness: float = 1.0
-    """How long the cores took for the same work then, relative to when the machine was described (`slowed`)."""
 
 
 def errors(machine: Machine, runs: Sequence[Run]) -> list[float]:
     """log(simulated / measured) of each run: 0.1 is about 10%."""
-    return [math.log(simulate(run.work, run.plan, slowed(machine, run.slowness)).step_s / run.step_s) for run in runs]
-
-
-def slowed(machine: Machine, slowness: float) -> Machine:
-    """`machine` while its cores take `slowness` times as long for everything: a virtual machine's do not run evenly.
-
-    What the links themselves give stays.
-    """
-    log = math.log(slowness)
-    faster = dict.fromkeys(("compute", "memory_rate"), -log)
-    if machine.quantize_rate is not None:
-        faster["quantize_rate"] = -log
-    if machine.int8_rate is not None:
-        faster["int8_rate"] = -log
-    slower = dict.fromkeys(("unit_s", "step_s", "quantize_s"), log)
-    for link in machine.links:
-        slower |= {f"{link.name}.latency": log, f"{link.name}.core": log}
-    return scaled(machine, faster | slower)
+    return [math.log(simulate(run.work, run.plan, machine).step_s / run.step_s) for run in runs]
 
 
 def calibrate(machine: Machine, runs: Sequence[Run], *, rounds: int = 12, within: float = 8.0) -> Machine:
     """`machine` with the rates that fit `runs` best: a factor of 1/within to `within` on each.
 
     Least absolute errors of the logarithms, by damped Gauss-Newton steps of reweighted least squares. Deterministic;
-    ``rounds * 14 * len(runs)`` simulations. ValueError without runs.
+    ``rounds * 28 * len(runs)`` simulations at most. ValueError without runs.
     """
     return calibrate_alike([machine], [runs], rounds=rounds, within=within)[0]
 
@@ -77,7 +58,7 @@ def calibrate_alike(
     every = [run for some in runs for run in some]
     machines = [_floored(machine, every) for machine in machines]
     names = _names(machines[0], every)
-    limit, damping, nudge = math.log(within), 0.03, 0.07
+    limit, nudge = math.log(within), 0.07
 
     def machines_by(logs: torch.Tensor) -> list[Machine]:
         factors = dict(zip(names, logs.tolist(), strict=True))
@@ -89,33 +70,40 @@ def calibrate_alike(
 
     logs = torch.zeros(len(names), dtype=torch.float64)
     now = off(logs)
-    for _ in range(rounds):
-        slopes = torch.stack([(off(logs + nudge * axis) - now) / nudge for axis in torch.eye(len(names))], dim=1)
-        weighted = slopes.T / now.abs().clamp(min=_NOISE)
-        square, down = weighted @ slopes, weighted @ now
-        for _ in range(4):
-            ridge = damping * torch.diag(square.diag() + 1e-3)
-            tried = (logs - torch.linalg.solve(square + ridge, down).clamp(-0.7, 0.7)).clamp(-limit, limit)
-            if (found := off(tried)).abs().sum() < now.abs().sum():
-                logs, now, damping = tried, found, damping / 3
+    rates = [i for i, name in enumerate(names) if not name.endswith(".skew")]
+    for free in dict.fromkeys((tuple(rates), tuple(range(len(names))))):  # late neighbours for what rates leave over
+        axes, damping = torch.eye(len(names), dtype=torch.float64)[list(free)], 0.03
+        for _ in range(rounds):
+            slopes = torch.stack([(off(logs + nudge * axis) - now) / nudge for axis in axes], dim=1)
+            weighted = slopes.T / now.abs().clamp(min=_NOISE)
+            square, down = weighted @ slopes, weighted @ now
+            for _ in range(4):
+                ridge = damping * torch.diag(square.diag() + 1e-3)
+                step = torch.linalg.solve(square + ridge, down).clamp(-0.7, 0.7) @ axes
+                tried = (logs - step).clamp(-limit, limit)
+                if (found := off(tried)).abs().sum() < now.abs().sum():
+                    logs, now, damping = tried, found, damping / 3
+                    break
+                damping *= 5
+            else:
                 break
-            damping *= 5
-        else:
-            break
     return machines_by(logs)
 
 
 def scaled(machine: Machine, logs: dict[str, float]) -> Machine:
-    """`machine` with each rate times ``exp`` of its entry: ``compute``, ``<link>.bandwidth``, ``<link>.latency`` …"""
+    """`machine` with each rate times ``exp`` of its entry: ``compute``, ``<link>.bandwidth``, ``<link>.latency`` …
+
+    ``<link>.skew`` is added, at the least to 0: most machines have none.
+    """
     factors = {name: math.exp(log) for name, log in logs.items()}
     own = {name: getattr(machine, name) * factor for name, factor in factors.items() if "." not in name}
-    return replace(machine, links=tuple(_scaled_link(link, factors) for link in machine.links), **own)
+    links = [_scaled_link(link, factors) for link in machine.links]
+    links = [replace(link, skew=max(0.0, link.skew + logs.get(f"{link.name}.skew", 0.0))) for link in links]
+    return replace(machine, links=tuple(links), **own)
 
 
 def _scaled_link(link: Link, factors: dict[str, float]) -> Link:
-    bandwidth, latency, core, skew = (
-        factors.get(f"{link.name}.{what}", 1.0) for what in ("bandwidth", "latency", "core", "skew")
-    )
+    bandwidth, latency, core = (factors.get(f"{link.name}.{what}", 1.0) for what in ("bandwidth", "latency", "core"))
     fits = {
         kind: Fit(bandwidth=f.bandwidth * bandwidth, latency=f.latency * latency, start_s=f.start_s * latency)
         for kind, f in link.fits.items()
@@ -123,7 +111,7 @@ def _scaled_link(link: Link, factors: dict[str, float]) -> Link:
     alone = None if link.rank_bandwidth is None else link.rank_bandwidth * bandwidth
     return replace(
         link, bandwidth=link.bandwidth * bandwidth, latency=link.latency * latency, rank_bandwidth=alone, fits=fits,
-        core=min(1.0, link.core * core), skew=link.skew * skew,
+        core=min(1.0, link.core * core),
     )  # fmt: skip
 
 
@@ -135,13 +123,7 @@ def _floored(machine: Machine, runs: Sequence[Run]) -> Machine:
         floors["int8_rate"] = machine.quantize_rate
     links = machine.links
     if machine.backend == "gloo":
-        links = tuple(
-            replace(
-                link, core=max(0.1, link.core), latency=max(1e-5, link.latency),
-                skew=max(0.3 * link.shared, link.skew),
-            )
-            for link in links
-        )  # fmt: skip
+        links = tuple(replace(link, core=max(0.1, link.core), latency=max(1e-5, link.latency)) for link in links)
     return replace(machine, links=links, **floors)
 
 
@@ -152,7 +134,9 @@ def _names(machine: Machine, runs: Sequence[Run]) -> list[str]:
         names += ["quantize_rate", "int8_rate", "quantize_s"]
     each = ("bandwidth", "latency", "core") if machine.backend == "gloo" else ("bandwidth", "latency")
     names += [f"{link.name}.{what}" for link in machine.links for what in each]
-    return names + [f"{link.name}.skew" for link in machine.links if link.skew]
+    if machine.backend == "gloo":
+        names += [f"{link.name}.skew" for link in machine.links if link.shared]
+    return names
 
 
 def _quantizes(machine: Machine, runs: Sequence[Run]) -> bool:

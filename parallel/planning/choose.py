@@ -21,8 +21,9 @@ from parallel.planning.workload import Workload
 from parallel.transport import Transport
 
 PRESETS = ("ddp", "zero1", "zero2", "zero3", "hsdp", "hfsdp", "topo")
-SIMULATED = 6
-"""Candidates that the simulator times."""
+SIMULATED, SIMULATED_UNITS = 6, 480
+"""Candidates that the simulator times, the best in closed form: at least so many, and more of a model of few units, up
+to so many units in all. A few seconds."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def choose(
     fitting = [candidate for candidate in everyone if candidate.cost.memory_bytes <= cap_bytes]
     if not fitting:
         raise ValueError(_nothing_fits(work, everyone, cap_bytes, machine))
-    shortlist = sorted(fitting, key=lambda candidate: candidate.cost.step_s)[:SIMULATED]
+    count = max(SIMULATED, SIMULATED_UNITS // max(1, len(work.all)))
+    shortlist = sorted(fitting, key=lambda candidate: candidate.cost.step_s)[:count]
     played = [Candidate(c.plan, c.quantize, c.cost, simulate(work, c.plan, machine)) for c in shortlist]
     played.sort(key=lambda candidate: candidate.step_s)
     close = [candidate for candidate in played if candidate.step_s <= 1.01 * played[0].step_s]

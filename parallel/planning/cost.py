@@ -44,10 +44,13 @@ class Clock:
         """By level, the seconds of sending that silence saves up at most."""
 
     def wait(self, move: Move) -> float:
-        """What a collective takes beside its bytes."""
+        """What a collective takes beside its bytes. PyTorch's all-gather over gloo copies what came once more."""
         link = self._links[move.level]
         assert link is not None
-        return link.wait_s(move.kind, move.steps)
+        copied = 0.0
+        if self._machine.backend == "gloo" and move.kind == "all_gather":
+            copied = 2 * sum(move.sent) * move.members / (move.members - 1)
+        return link.wait_s(move.kind, move.steps) + self.memory(copied)
 
     def transfer(self, move: Move) -> tuple[int, float]:
         """The level that holds the collective back, and the seconds its bytes take there."""
@@ -75,7 +78,7 @@ class Clock:
         return any(move.sent[max(shared, default=-1) + 1 :])
 
     def move(self, move: Move) -> float:
-        return self.prepare(move) + self.wait(move) + self.transfer(move)[1] * (1 + self.skew(move)) + self.use(move)
+        return self.prepare(move) + self.wait(move) + self.transfer(move)[1] + self.use(move)
 
     def prepare(self, move: Move) -> float:
         return self._local(move, move.before)
@@ -94,7 +97,12 @@ class Clock:
         return size_bytes / rate + (self._machine.quantize_s if size_bytes else 0.0)
 
     def chain(self, chain: Chain) -> float:
-        return sum(map(self.move, chain))
+        """Without overlap every transfer over a shared link is followed by one that late neighbours take part in."""
+        following = (*map(self.meets, chain[1:]), not self._work.overlap)
+        return sum(map(self.move, chain)) + sum(
+            self.skew(move) * max(0.0, self.transfer(move)[1] - self.burst_s[move.level])
+            for move, meets in zip(chain, following, strict=True) if meets
+        )  # fmt: skip
 
     def memory(self, size_bytes: float) -> float:
         return size_bytes / self._machine.memory_rate
@@ -138,7 +146,7 @@ def estimate(work: Workload, plan: Plan, machine: Machine) -> Estimate:
     gloo, n = machine.backend == "gloo", work.micro_batches
     row, root = work.row, work.root
     units = [(unit, traffic.unit(unit)) for unit in work.all]
-    levels = [0.0] * plan.mesh.num_levels
+    levels, at_once = [0.0] * plan.mesh.num_levels, [0.0] * plan.mesh.num_levels
 
     def lane(chains: list[Chain], times: float = 1.0) -> tuple[float, float]:
         """Seconds of the chains beside compute, and of what the host has to wait for: on gloo, all but the first move
@@ -148,10 +156,12 @@ def estimate(work: Workload, plan: Plan, machine: Machine) -> Estimate:
             for i, move in enumerate(chain):
                 level, seconds = clock.transfer(move)
                 levels[level] += times * (clock.wait(move) + seconds)
+                at_once[level] += times * min(seconds, clock.burst_s[level])
                 if gloo and i:
                     shown += clock.move(move)
                 else:
                     beside += clock.move(move)
+            beside += clock.chain(chain) - sum(map(clock.move, chain))
         return beside, shown
 
     forward_c = sum(clock.forward(unit) for unit in row)
@@ -202,8 +212,12 @@ def estimate(work: Workload, plan: Plan, machine: Machine) -> Estimate:
         "update": update,
         "refresh": first_forward - forward,
     }
+    step_s = sum(phases.values())
+    for busy, saved in zip(levels, at_once, strict=True):  # what a shaped link saves up while it is silent
+        less = max(0.0, min(saved, step_s - busy)) / step_s if step_s else 0.0
+        phases, step_s = {name: (1 - less) * s for name, s in phases.items()}, (1 - less) * step_s
     return Estimate(
-        step_s=sum(phases.values()),
+        step_s=step_s,
         phases=phases,
         compute_s=n * (forward_c + sum(clock.backward(unit) for unit in row)),
         levels_s=dict(zip(plan.mesh.names, levels, strict=True)),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from parallel import Mesh, Placement
-from parallel.planning.calibrate import Run, calibrate, errors, slowed
+from parallel.planning.calibrate import Run, calibrate, calibrate_alike, errors
 from parallel.planning.cost import Plan
 from parallel.planning.machine import Link, Machine
 from parallel.planning.simulate import simulate
@@ -20,8 +20,8 @@ TRUTH = Machine(
 )  # fmt: skip
 
 
-def runs(micro_batches: tuple[int, ...]) -> list[Run]:
-    """Steps as `TRUTH` takes them."""
+def runs(micro_batches: tuple[int, ...], truth: Machine = TRUTH) -> list[Run]:
+    """Steps as `truth` takes them."""
     unit = UnitCost(name="u", count=4, matrices=1 << 17, forward_flops=2.0 * (1 << 17), backward_flops=4.0 * (1 << 17))
     mesh, found = Mesh.of({"node": 2, "rank": 2}, rank=0, world=4), []
     for count in micro_batches:
@@ -29,7 +29,7 @@ def runs(micro_batches: tuple[int, ...]) -> list[Run]:
             for tokens in (16, 256):
                 work = Workload(units=(unit,), tokens=tokens, micro_batches=count, compute_bytes=4)
                 plan = Plan(mesh, Placement(*triple))
-                found.append(Run(work, plan, simulate(work, plan, TRUTH).step_s))
+                found.append(Run(work, plan, simulate(work, plan, truth).step_s))
     return found
 
 
@@ -40,7 +40,7 @@ def test_wrong_rates_are_corrected_by_measured_steps() -> None:
     )
     unseen = runs((3,))
     assert max(map(abs, errors(wrong, unseen))) > 0.3
-    fitted = calibrate(wrong, runs((1, 2)), rounds=6)
+    fitted = calibrate(wrong, runs((1, 2)), rounds=3)
     assert max(map(abs, errors(fitted, unseen))) < 0.03
 
 
@@ -49,14 +49,14 @@ def test_calibrating_needs_a_measured_step() -> None:
         calibrate(TRUTH, [])
 
 
-def test_slower_cores_take_longer_to_compute_and_links_carry_as_much() -> None:
-    here = slowed(TRUTH, 2.0)
-    assert here.compute == pytest.approx(TRUTH.compute / 2) and here.step_s == pytest.approx(2 * TRUTH.step_s)
-    assert [link.bandwidth for link in here.links] == [link.bandwidth for link in TRUTH.links]
-    assert [link.core for link in here.links] == [pytest.approx(0.4), 1.0]  # no more than all cores
-
-
-def test_a_step_measured_on_slower_cores_is_predicted_for_them() -> None:
-    run = runs((2,))[0]
-    later = replace(run, step_s=simulate(run.work, run.plan, slowed(TRUTH, 1.5)).step_s, slowness=1.5)
-    assert errors(TRUTH, [later]) == [pytest.approx(0.0, abs=1e-9)]
+def test_machines_alike_are_corrected_by_the_same_factors() -> None:
+    """Two rates of one link: what both have wrong is put right in both, and what differs stays."""
+    node, rank = TRUTH.links
+    truths = [replace(TRUTH, links=(replace(node, bandwidth=rate), rank)) for rate in (12e6, 48e6)]
+    wrong = [replace(truth, compute=2e10, unit_s=3e-4) for truth in truths]
+    before = [max(map(abs, errors(here, runs((2,), truth)))) for here, truth in zip(wrong, truths, strict=True)]
+    fitted = calibrate_alike(wrong, [runs((1,), truth) for truth in truths], rounds=3)
+    for here, truth, error in zip(fitted, truths, before, strict=True):
+        assert max(map(abs, errors(here, runs((2,), truth)))) < 0.2 * error
+    assert fitted[1].links[0].bandwidth == pytest.approx(4 * fitted[0].links[0].bandwidth)
+    assert fitted[1].compute == fitted[0].compute
