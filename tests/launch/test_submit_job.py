@@ -31,7 +31,7 @@ def entrypoint(address: str, folder: Path, wait_s: int) -> "subprocess.Popen[str
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "launch.node", "job", "--nodes", "2", "--wait-s", str(wait_s)],
         cwd=folder,
-        env={**os.environ, "RAY_ADDRESS": address, "ATOLL_OVERRIDES": json.dumps([*SMALL, "run.name=it's $HOME"])},
+        env={**os.environ, "RAY_ADDRESS": address, "ATOLL_OVERRIDES": json.dumps([*SMALL, 'run.name="it\'s $HOME"'])},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
