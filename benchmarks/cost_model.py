@@ -189,6 +189,8 @@ class Bench:
         self.out, self.started, self.budget_s, self.quiet = out, time.monotonic(), budget_s, quiet
         self.rows: dict[Point, Row] = {}
         self.machines: dict[float, Row] = {}
+        self.measured: Row = {}
+        """Of a file that was read: when, by what and how it was measured."""
         self.hardware = (
             f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, "
             f"load average {os.getloadavg()[0]:.1f} at the start"
@@ -246,6 +248,7 @@ class Bench:
         """What an earlier run kept."""
         report = json.loads(Path(path).read_text())
         self.hardware = report["hardware"]
+        self.measured = {name: report[name] for name in ("date", "versions", "command")}
         names = [field.name for field in fields(Point)]
         for row in report["rows"]:
             if row["kind"] == "machine":
@@ -258,6 +261,10 @@ class Bench:
     def keep(self, more: Sequence[Row] = ()) -> None:
         rows = [{"kind": "machine", "rate": rate, **machine} for rate, machine in self.machines.items()]
         write_report(self.out, self.hardware, [*rows, *({"kind": "step", **row} for row in self.rows.values()), *more])
+        if self.measured:
+            report = json.loads(Path(self.out).read_text())
+            judged = {name: report[name] for name in ("date", "versions")}
+            Path(self.out).write_text(json.dumps(report | self.measured | {"judged": judged}, indent=1) + "\n")
 
 
 def payload(network: Network) -> dict[str, float]:
@@ -340,7 +347,7 @@ def described(rate: float, row: Row) -> Machine:
 
 
 CPUS: dict[str, Any] = {
-    "backend": "gloo", "compute": 40e9, "memory_rate": 20e9, "quantize_rate": 2e9, "quantize_s": 1e-4, "unit_s": 1e-4,
+    "backend": "gloo", "compute": 40e9, "memory_rate": 10e9, "quantize_rate": 2e9, "quantize_s": 1e-4, "unit_s": 1e-4,
     "step_s": 1e-3,
 }  # fmt: skip
 """Of a core, in round numbers: from where a fit starts that knows nothing."""
@@ -362,7 +369,7 @@ def fit(bench: Bench) -> dict[float, Machine]:
         for rate in bench.machines
     }  # fmt: skip
     machines = [described(rate, row) for rate, row in bench.machines.items()]
-    return dict(zip(bench.machines, calibrate_alike(machines, list(runs.values())), strict=True))
+    return dict(zip(bench.machines, calibrate_alike(machines, list(runs.values()), within=4.0), strict=True))
 
 
 def judge(bench: Bench, fitted: dict[float, Machine]) -> Row:

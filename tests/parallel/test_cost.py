@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from parallel import Mesh, ParallelOptions, Placement
-from parallel.planning.cost import Plan, estimate, memory, traffic_of
+from parallel.planning.cost import Clock, Plan, estimate, memory, traffic_of
 from parallel.planning.machine import PRESETS, Fit, Link, Machine, expected_max, load_machine
 from parallel.planning.traffic import EXACT, Traffic, wire_bytes
 from parallel.planning.workload import UnitCost, Workload
@@ -150,6 +150,19 @@ def test_latency_counts_a_step_of_the_ring() -> None:
     machine = Machine(name="far", compute=1e18, memory_rate=1e18, links=(link,))
     cost = estimate(replace(BIG, num_parameters=0), Plan(Mesh({"node": 5}), Placement(0, 0, 0)), machine)
     assert cost.step_s == pytest.approx(5e-3 + 8e-3, rel=0.05)
+
+
+def test_each_format_is_packed_at_its_own_rate() -> None:
+    machine = Machine(
+        name="slow", compute=1e18, memory_rate=1e18, quantize_rate=1e9, int8_rate=4e9, quantize_s=1e-3,
+        links=(Link(name="node", bandwidth=1e9),),
+    )  # fmt: skip
+    mesh, placed = Mesh({"node": 2}), Placement(1, 1, 1)
+    transport = Transport.of(ParallelOptions(quantize="all"), mesh, placed)
+    traffic, clock = traffic_of(BIG, Plan(mesh, placed, transport), machine), Clock(machine, mesh, BIG)
+    ((gather,),), ((reduce,),) = traffic.unit(BIG.units[0]).gather, traffic.unit(BIG.units[0]).reduce
+    assert clock.use(gather) == pytest.approx(1e-3 + PSI * (1 + 4 / 256 + 2) / 4e9, rel=1e-3)  # codes, scales; bf16
+    assert clock.prepare(reduce) == pytest.approx(1e-3 + PSI * (4 + 1 / 2 + 4 / 128) / 1e9, rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------- machines

@@ -113,6 +113,36 @@ def test_a_busy_link_slows_compute() -> None:
     assert step_s(work(), machine(0.9, "gloo", core=0.5), (1, 1, 1)) > 1.1 * free
 
 
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_a_shaped_link_saves_up_while_it_is_silent(backend: str) -> None:
+    """ZeRO-2 without overlap: each of the reductions follows two seconds of compute, and half of it passes at once;
+    the refreshes follow each other and the last reduction, and find the bucket empty."""
+    expected = 3 * UNITS + UNITS * 0.5 + UNITS * 1.0
+    here = machine(1.0, backend, burst=GATHER / 2)
+    assert step_s(work(overlap=False), here, (0, 1, 1)) == pytest.approx(expected, rel=0.001)
+
+
+def late_neighbours(skew: float, overlap: bool) -> float:
+    """ZeRO-2 on two nodes of two; what crosses the nodes takes 8 s a unit, twice a step."""
+    links = (
+        Link(name="node", bandwidth=GATHER / 8, shared=True, skew=skew),
+        Link(name="gpu", size=2, bandwidth=1e15),
+    )
+    here = Machine(name="m", compute=1.0, memory_rate=1e18, links=links, backend="gloo")
+    return step_s(work(overlap=overlap), here, (0, 2, 2), {"node": 2, "gpu": 2})
+
+
+def test_without_overlap_every_transfer_waits_for_late_neighbours() -> None:
+    assert late_neighbours(0.0, False) == pytest.approx(3 * UNITS + 2 * UNITS * 8, rel=0.001)
+    assert late_neighbours(0.5, False) == pytest.approx(3 * UNITS + 2 * UNITS * 12, rel=0.001)
+
+
+def test_late_neighbours_cost_nothing_while_the_next_transfer_runs() -> None:
+    """Each goes on over the same link; what waits is the end of the reductions and the refreshes, inward."""
+    even, late = late_neighbours(0.0, True), late_neighbours(0.5, True)
+    assert late - even < 0.6 * (late_neighbours(0.5, False) - late_neighbours(0.0, False))
+
+
 def test_a_step_waits_for_the_slowest_rank() -> None:
     here = replace(machine(1e-9), jitter=0.1)
     assert step_s(work(), here, (1, 1, 1)) == pytest.approx(3 * UNITS * (1 + 0.1 * 0.59), rel=0.01)
