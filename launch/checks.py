@@ -85,11 +85,12 @@ def check(config: Config, crew: Crew) -> Config:
     from trainer.run import check_run
 
     parallel = _check_levels(config, crew)
+    config = replace(config, parallel=parallel)
     config.micro_batches(crew.workers)
     _check_engine(config, config.parallel)
     _check_checkpoint(config.checkpoint, crew)
     check_run(config.job())
-    return replace(config, parallel=parallel)
+    return config
 
 
 def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
@@ -108,6 +109,8 @@ def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
             f"change one of them"
         )
     placement = Placement.of(options, len(levels))
+    if options.sequence and options.sequence not in levels:
+        raise ValueError(f"parallel.sequence={options.sequence}: the levels are {', '.join(levels)}")
     if options.quantizes:
         from parallel.mesh import Mesh
         from parallel.transport import Transport
@@ -135,6 +138,8 @@ def _check_engine(job: Job, parallel: ParallelOptions) -> None:
         raise ValueError(
             f"offload.states and offload.weights need engine=native; engine={job.engine} does not read them"
         )
+    if parallel.sequence:
+        raise ValueError(f"parallel.sequence={parallel.sequence} needs engine=native; engine={job.engine} has none")
     if job.offload.activations.leave:
         raise ValueError(
             f"offload.activations.mode={job.offload.activations.mode} needs engine=native; engine={job.engine} has "

@@ -84,6 +84,8 @@ def plan(config: Config, machine: Machine) -> Planned:
     work, flops = read_workload(config, machine, world)
     memory = machine.memory.get(machine.tier, math.inf)
     cap_gib, options = config.parallel.memory_gib, config.parallel
+    if options.sequence:
+        raise ValueError(f"parallel.sequence={options.sequence}: the cost model does not know sequence parallelism yet")
     cap_bytes = HEADROOM * memory if cap_gib is None else cap_gib * 2**30
     choice = None
     if options.placement == "auto":

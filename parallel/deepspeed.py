@@ -93,7 +93,7 @@ class DeepSpeedEngine:
         self._updates = updates
         foreign.set_updates(self._inner, updates)
 
-    def forward_backward(self, *inputs: Tensor, scale: float, first: bool, last: bool) -> Tensor:
+    def forward_backward(self, *inputs: Any, scale: float, first: bool, last: bool) -> Tensor:
         """See `Engine`. ZeRO-1 reduces gradients after the last micro-batch, ZeRO-2 and 3 after each."""
         self._engine.set_gradient_accumulation_boundary(last)
         loss: Tensor = self._engine(*inputs)
@@ -102,7 +102,7 @@ class DeepSpeedEngine:
         return loss.detach()
 
     @torch.no_grad()
-    def evaluate(self, *inputs: Tensor) -> Tensor:
+    def evaluate(self, *inputs: Any) -> Tensor:
         """See `Engine`."""
         output: Tensor = self._engine(*inputs)
         return output

@@ -1,7 +1,7 @@
 """What the training loop needs of an engine: ours, FSDP2 or DeepSpeed."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -15,14 +15,14 @@ class Engine(Protocol):
     updates: int
     """Optimizer steps taken; set it after `load` to go on from there."""
 
-    def forward_backward(self, *inputs: Tensor, scale: float, first: bool, last: bool) -> Tensor:
+    def forward_backward(self, *inputs: Any, scale: float, first: bool, last: bool) -> Tensor:
         """Run ``model(*inputs)`` (a 0-dim loss) and the backward of ``scale * loss``; returns the loss, detached.
 
         Gradients are summed over ranks and over the micro-batches from ``first`` to ``last``: the caller passes
         ``scale = 1 / (ranks * micro-batches)`` to get the mean.
         """
 
-    def evaluate(self, *inputs: Tensor) -> Tensor:
+    def evaluate(self, *inputs: Any) -> Tensor:
         """``model(*inputs)`` without gradients."""
 
     def expect(self, lr: float) -> None:

@@ -13,7 +13,7 @@ left to the root, whose parameters stay gathered from the start of forward to th
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -92,7 +92,7 @@ class FSDP2Engine:
         self._updates = updates
         foreign.set_updates(self._optimizer, updates)
 
-    def forward_backward(self, *inputs: Tensor, scale: float, first: bool, last: bool) -> Tensor:
+    def forward_backward(self, *inputs: Any, scale: float, first: bool, last: bool) -> Tensor:
         """See `Engine`. Gradients are reduced after each micro-batch, but between replicas only after the last."""
         root = self._modules[0]
         root.set_requires_all_reduce(last)
@@ -102,7 +102,7 @@ class FSDP2Engine:
         return loss.detach()
 
     @torch.no_grad()
-    def evaluate(self, *inputs: Tensor) -> Tensor:
+    def evaluate(self, *inputs: Any) -> Tensor:
         """See `Engine`."""
         output: Tensor = self.model(*inputs)
         # Without a backward nobody gives back what was gathered, and a later update would not reach it.

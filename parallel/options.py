@@ -23,6 +23,9 @@ class ParallelOptions:
     """The same for gradients."""
     optim: int | None = None
     """The same for optimizer states and the fp32 master weights."""
+    sequence: str = ""
+    """The level whose ranks share each sequence: every one has a part of the tokens, and in attention a part of the
+    heads. Empty: a rank has whole sequences."""
     prefetch_units: int = 1
     """How many units are gathered ahead of the one that computes; this many plus one are alive at once."""
     overlap: bool = True
@@ -53,6 +56,8 @@ class ParallelOptions:
             raise ValueError(f"parallel.placement={self.placement!r}: choose one of {', '.join(PLACEMENTS)}")
         if self.reduce_dtype not in DTYPES:
             raise ValueError(f"parallel.reduce_dtype={self.reduce_dtype!r}: choose one of {', '.join(DTYPES)}")
+        if self.sequence and self.levels and self.sequence not in self.levels:
+            raise ValueError(f"parallel.sequence={self.sequence}: parallel.levels has {', '.join(self.levels)}")
         if self.prefetch_units < 0:
             raise ValueError(f"parallel.prefetch_units={self.prefetch_units}: must be 0 or more")
         triple = (self.params, self.grads, self.optim)
@@ -96,6 +101,11 @@ class ParallelOptions:
         for name, size in self.levels.items():
             if size < 1:
                 raise ValueError(f"parallel.levels.{name}={size}: a level has at least one member")
+
+    @property
+    def sequence_ranks(self) -> int:
+        """How many ranks share a sequence."""
+        return self.levels.get(self.sequence, 1) if self.sequence else 1
 
     @property
     def quantizes(self) -> bool:

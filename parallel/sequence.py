@@ -31,9 +31,9 @@ from parallel.mesh import Mesh
 class SequenceParallel:
     """The ranks that share a sequence."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        """group: those ranks in the order of their tokens; None: this one alone."""
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup | None, *, number: int = 0, count: int = 1) -> None:
+        """group: those ranks in the order of their tokens; None: this one alone. number: of `count` such groups."""
+        self.group, self.number, self.count = group, number, count
         self.size = dist.get_world_size(group) if group is not None else 1
         self.rank = dist.get_rank(group) if group is not None else 0
         self._kernel: Any = None
@@ -46,7 +46,9 @@ class SequenceParallel:
         if level not in mesh.names:
             raise ValueError(f"parallel.sequence={level}: the levels are {', '.join(mesh.names)} (parallel.levels)")
         place = mesh.names.index(level)
-        return cls(mesh.group(place, place + 1))
+        size, inner = mesh.sizes[place], math.prod(mesh.sizes[place + 1 :])
+        number = mesh.rank // (inner * size) * inner + mesh.rank % inner
+        return cls(mesh.group(place, place + 1), number=number, count=mesh.world // size)
 
     def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
         """ValueError where the heads cannot be shared."""
@@ -80,6 +82,9 @@ class SequenceParallel:
 
         Not to be nested.
         """
+        if self.size == 1:
+            yield
+            return
         self._kernel, self._num_tokens = F.scaled_dot_product_attention, num_tokens
         F.scaled_dot_product_attention = self._stand_in
         try:

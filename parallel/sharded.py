@@ -131,7 +131,7 @@ class ShardedModel:
 
     # ------------------------------------------------------------------------------------------------ training
 
-    def forward_backward(self, *inputs: Tensor, scale: float, first: bool, last: bool) -> Tensor:
+    def forward_backward(self, *inputs: Any, scale: float, first: bool, last: bool) -> Tensor:
         self._first, self._last = first, last
         for unit in self._all:
             unit.packed = unit in self._recomputed
@@ -147,7 +147,7 @@ class ShardedModel:
             self._release(unit)
         return loss.detach()
 
-    def evaluate(self, *inputs: Tensor) -> Tensor:
+    def evaluate(self, *inputs: Any) -> Tensor:
         with torch.no_grad():
             loss: Tensor = self.model(*inputs)
         return loss

@@ -14,6 +14,8 @@ from checkpoint.roster import Roster
 from checkpoint.snapshot_process import local_roster
 from checkpoint.snapshots import NoSnapshots, Snapshots
 from parallel.engine import Engine
+from parallel.mesh import Mesh
+from parallel.sequence import SequenceParallel
 from trainer.data import Corpus
 from trainer.job import Job
 from trainer.models import LanguageModel
@@ -79,11 +81,26 @@ def build_engine(
         from parallel.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(model, clip_norm=job.train.clip_norm, **common)
-    from parallel import Mesh, Placement, shard
+    from parallel import Placement, shard
 
-    mesh = Mesh.of(job.parallel.levels, rank=where.rank, world=where.world)
+    mesh = mesh_of(job, where)
     placement = Placement.of(job.parallel, mesh.num_levels)
     return shard(model, mesh, placement, offload=job.offload, blocks=model.blocks(), say=say, **common)
+
+
+def mesh_of(job: Job, where: Rank) -> Mesh:
+    return Mesh.of(job.parallel.levels, rank=where.rank, world=where.world)
+
+
+def share_sequences(job: Job, model: LanguageModel, where: Rank) -> SequenceParallel:
+    """The ranks that have the other tokens of this rank's sequences. Collective. ValueError where heads or tokens
+    cannot be shared."""
+    if not job.parallel.sequence:
+        return SequenceParallel(None, number=where.rank, count=where.world)
+    sequence = SequenceParallel.of(mesh_of(job, where), job.parallel.sequence)
+    sequence.check_heads(*model.num_heads)
+    sequence.lengths(job.train.seq_len)
+    return sequence
 
 
 def open_snapshots(

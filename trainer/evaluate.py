@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.engine import Engine
+from parallel.sequence import SequenceParallel
 from trainer.build import Rank
 from trainer.data import Corpus
 from trainer.models.generate import generate
@@ -12,7 +13,9 @@ from trainer.models.loss import IGNORED
 PROMPT = "def "
 
 
-def validate(engine: Engine, corpus: Corpus, where: Rank, *, num_sequences: int, batch_size: int) -> float | None:
+def validate(
+    engine: Engine, corpus: Corpus, where: Rank, sequence: SequenceParallel, *, num_sequences: int, batch_size: int
+) -> float | None:
     """Mean loss in nats a token over the first `num_sequences` of the validation split; None where there is none.
 
     The same sequences on any number of ranks. Every rank runs as many batches as the others, of one size (so nothing is
@@ -22,15 +25,18 @@ def validate(engine: Engine, corpus: Corpus, where: Rank, *, num_sequences: int,
     if split is None or num_sequences == 0:
         return None
     total = min(num_sequences, split.num_sequences)
-    loss, stride = torch.zeros((), device=where.device), where.world * batch_size
-    for start in range(where.rank * batch_size, -(-total // stride) * stride, stride):
+    loss, stride = torch.zeros((), device=where.device), sequence.count * batch_size
+    for start in range(sequence.number * batch_size, -(-total // stride) * stride, stride):
         stop = min(start + batch_size, total)
         first = max(0, min(start, split.num_sequences - batch_size))
         rows = split.sequential(first, min(batch_size, split.num_sequences))
         number = torch.arange(first, first + len(rows))
         targets = rows[:, 1:].masked_fill(((number < start) | (number >= stop)).unsqueeze(1), IGNORED)
-        mean = engine.evaluate(rows[:, :-1].to(where.device), targets.to(where.device))
-        loss += mean * max(0, stop - start)
+        tokens, seq_len = rows[:, :-1], targets.size(1)
+        part = sequence.part(seq_len)
+        with sequence.attention(seq_len):
+            mean = engine.evaluate(tokens[:, part].to(where.device), targets[:, part].to(where.device), part.start)
+        loss += mean * sequence.share(seq_len) * max(0, stop - start)
     if where.world > 1:
         dist.all_reduce(loss)
     return (loss / total).item()

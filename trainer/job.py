@@ -37,9 +37,13 @@ class Job:
 
     def micro_batches(self, world: int) -> tuple[int, int]:
         """Sequences in a micro-batch, and micro-batches a step on each rank; ValueError where they do not divide."""
-        size = self.train.global_batch_size
-        if size % world:
-            raise ValueError(f"train.global_batch_size={size} must be divisible by the workers, launch.workers={world}")
+        size, sharing = self.train.global_batch_size, self.parallel.sequence_ranks
+        if size % (world // sharing):
+            share = f" over parallel.sequence={self.parallel.sequence} of {sharing}" if sharing > 1 else ""
+            raise ValueError(
+                f"train.global_batch_size={size} must be divisible by the workers, launch.workers={world}{share}"
+            )
+        world //= sharing
         micro = self.train.micro_batch_size or size // world
         if size // world % micro:
             raise ValueError(

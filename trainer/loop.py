@@ -25,7 +25,7 @@ from checkpoint import CheckpointReader, Checkpoints, rng_state, set_rng_state
 from checkpoint.roster import Roster
 from checkpoint.snapshot_reader import SnapshotReader
 from offload.device import DeviceReader, peak_flops
-from trainer.build import Rank, build_engine, check_same_data, choose_dtype, open_snapshots
+from trainer.build import Rank, build_engine, check_same_data, choose_dtype, open_snapshots, share_sequences
 from trainer.data import open_corpus
 from trainer.evaluate import sample, validate
 from trainer.job import Job
@@ -94,31 +94,34 @@ class Trainer:
 
     def train_step(self, step: int) -> Running:
         """One optimizer step: a forward and a backward of each of this rank's micro-batches, then the update."""
-        start, job, world = time.perf_counter(), self.job, self.where.world
-        micro, count = job.micro_batches(world)
-        first_sample = step * job.train.global_batch_size + self.where.rank * micro * count
+        start, job, sequence = time.perf_counter(), self.job, self.sequence
+        micro, count = job.micro_batches(self.where.world)
+        first_sample = step * job.train.global_batch_size + sequence.number * micro * count
+        part, seq_len = sequence.part(job.train.seq_len), job.train.seq_len
+        weight = sequence.share(seq_len) / (sequence.count * count)
         lr = learning_rate(job.optimizer, step, job.train.steps)
         self.engine.expect(lr)
         loss = torch.zeros((), device=self.where.device)
         for i in range(count):
-            tokens, targets = self._batch(first_sample + i * micro, micro)
-            loss += self.engine.forward_backward(
-                tokens, targets, scale=1 / (world * count), first=i == 0, last=i == count - 1
-            )
+            tokens, targets = self._batch(first_sample + i * micro, micro, part)
+            with sequence.attention(seq_len):
+                loss += self.engine.forward_backward(
+                    tokens, targets, part.start, scale=weight, first=i == 0, last=i == count - 1
+                )
         lr = learning_rate(job.optimizer, step, job.train.steps)
         self.snapshots.wait_copied()
         grad_norm = self.engine.step(lr, job.train.clip_norm)
-        values = torch.stack((loss / (world * count), torch.full_like(loss, bool(self._stop_reason)), grad_norm))
-        if world > 1:
+        values = torch.stack((loss * weight, torch.full_like(loss, bool(self._stop_reason)), grad_norm))
+        if self.where.world > 1:
             dist.all_reduce(values[:2])
         return Running(step, lr, *to_host(values), issue_s=time.perf_counter() - start)
 
-    def _batch(self, first_sample: int, count: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets, each (count, S) int64 on the device."""
+    def _batch(self, first_sample: int, count: int, part: slice) -> tuple[Tensor, Tensor]:
+        """Tokens and targets, each (count, S of this rank) int64 on the device."""
         rows = self.corpus.train.batch(first_sample, count)
         if self.where.device.type == "cuda":
             rows = rows.pin_memory().to(self.where.device, non_blocking=True)
-        return rows[:, :-1], rows[:, 1:]
+        return rows[:, :-1][:, part], rows[:, 1:][:, part]
 
     def _due(self, every_steps: int) -> bool:
         return every_steps > 0 and self.step % every_steps == 0 and self.step < self.job.train.steps
@@ -158,6 +161,7 @@ class Trainer:
         )
         self._flops_per_token = model.flops_per_token(job.train.seq_len)
         self._peak_flops = peak_flops(where.device, dtype)
+        self.sequence = share_sequences(job, model, where)
         self.engine = build_engine(job, model, where, dtype, self._tell)
         cleanup.callback(self.engine.close)
         self._event({"type": "plan", "text": describe(job, where, self.corpus, model, self.engine)})
@@ -282,7 +286,12 @@ class Trainer:
         self._flush()
         micro, _ = self.job.micro_batches(self.where.world)
         loss = validate(
-            self.engine, self.corpus, self.where, num_sequences=self.job.train.eval_sequences, batch_size=micro
+            self.engine,
+            self.corpus,
+            self.where,
+            self.sequence,
+            num_sequences=self.job.train.eval_sequences,
+            batch_size=micro,
         )
         if loss is not None and self.where.rank == 0:
             found = {"step": self.step, "valid_loss": loss}

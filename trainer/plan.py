@@ -3,7 +3,7 @@
 from parallel import Mesh, Placement
 from parallel.engine import Engine
 from parallel.transport import Transport
-from trainer.build import Rank, choose_dtype
+from trainer.build import Rank, choose_dtype, mesh_of
 from trainer.data import Corpus
 from trainer.job import Job
 from trainer.models import LanguageModel
@@ -18,7 +18,8 @@ def describe(job: Job, where: Rank, corpus: Corpus, model: LanguageModel, engine
     flops = model.flops_per_token(job.train.seq_len)
     dtype, why = choose_dtype(job.train.dtype, where.device)
     micro, count = job.micro_batches(where.world)
-    tokens = job.train.global_batch_size * job.train.seq_len
+    tokens, sharing = job.train.global_batch_size * job.train.seq_len, job.parallel.sequence_ranks
+    groups = f"{where.world} ranks" if sharing == 1 else f"{where.world // sharing} x {sharing} ranks"
     state = engine.state_bytes()
     away = "".join(f"; {size(num)} {place}" for name, place in AWAY.items() if (num := state.pop(name, 0)))
     tier = "GPU" if where.device.type == "cuda" else "host"
@@ -28,7 +29,7 @@ def describe(job: Job, where: Rank, corpus: Corpus, model: LanguageModel, engine
         "data": corpus.describe(),
         "world": f"{where.world} x {where.device.type}, {_mesh(job, where)}",
         **_transport(job, where),
-        "step": f"{tokens:,} tokens = {where.world} ranks x {count} micro-batches x {micro} x {job.train.seq_len}",
+        "step": f"{tokens:,} tokens = {groups} x {count} micro-batches x {micro} x {job.train.seq_len}",
         "state": f"{size(sum(state.values()))} a rank in {tier} memory ({held}){away}",
         **_activations(job, model),
         "dtype": f"{str(dtype).removeprefix('torch.')}: {why}",
@@ -67,5 +68,5 @@ def _transport(job: Job, where: Rank) -> dict[str, str]:
 
 
 def _placed(job: Job, where: Rank) -> tuple[Mesh, Placement]:
-    mesh = Mesh.of(job.parallel.levels, rank=where.rank, world=where.world)
+    mesh = mesh_of(job, where)
     return mesh, Placement.of(job.parallel, mesh.num_levels)

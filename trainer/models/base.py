@@ -17,9 +17,15 @@ class LanguageModel(nn.Module, ABC):
     vocab_size: int
 
     @abstractmethod
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, start: int = 0) -> Tensor:
         """tokens, targets: (B, S) int64. Returns the mean cross-entropy in nats, 0-dim fp32; without targets the
-        logits that follow the last position, (B, V)."""
+        logits that follow the last position, (B, V). start: position of the first token, where S is a part of a
+        sequence."""
+
+    @property
+    @abstractmethod
+    def num_heads(self) -> tuple[int, int]:
+        """Of queries, and of keys and values."""
 
     @abstractmethod
     def units(self) -> list[nn.Module]:

@@ -46,8 +46,9 @@ class HFModel(LanguageModel):
                 setattr(module, name, buffer.to(device))
         self._files = None if options.from_scratch else self._open(causal_lm.base_model_prefix)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        out: Tensor = self.head(self.model(input_ids=tokens).last_hidden_state, targets)
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, start: int = 0) -> Tensor:
+        where = torch.arange(start, start + tokens.size(1), device=tokens.device).unsqueeze(0) if start else None
+        out: Tensor = self.head(self.model(input_ids=tokens, position_ids=where).last_hidden_state, targets)
         return out
 
     def units(self) -> list[nn.Module]:
@@ -60,6 +61,11 @@ class HFModel(LanguageModel):
         lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList) and len(module)]
         largest: nn.ModuleList = max(lists, key=_num_parameters)
         return list(largest)
+
+    @property
+    def num_heads(self) -> tuple[int, int]:
+        config = self.config.get_text_config()
+        return config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
     def flops_per_token(self, seq_len: int) -> int:
         """6 N + 6 L H E S, where N counts every parameter but the experts that a token does not visit."""

@@ -46,11 +46,11 @@ class Llama(LanguageModel):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        seq_len = tokens.size(1)
-        if seq_len > len(self.cos):
-            raise ValueError(f"{seq_len} tokens a sequence, the model was built for train.seq_len={len(self.cos)}")
-        cos, sin = self.cos[:seq_len], self.sin[:seq_len]
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, start: int = 0) -> Tensor:
+        stop = start + tokens.size(1)
+        if stop > len(self.cos):
+            raise ValueError(f"{stop} tokens a sequence, the model was built for train.seq_len={len(self.cos)}")
+        cos, sin = self.cos[start:stop], self.sin[start:stop]
         x: Tensor = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, cos, sin)
@@ -62,6 +62,10 @@ class Llama(LanguageModel):
 
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)
+
+    @property
+    def num_heads(self) -> tuple[int, int]:
+        return self.options.num_heads, self.options.num_kv_heads
 
     def flops_per_token(self, seq_len: int) -> int:
         """6 N + 6 L H E S, where N counts every parameter: the embedding too, as published figures do."""
