@@ -6,7 +6,8 @@
 No optimizer, no head: a gradient comes in at the last block. Modes take turns in one process:
 keep            everything stays (out of memory is reported as such)
 checkpoint      torch.utils.checkpoint around each block
-save_on_cpu     torch.autograd.graph.save_on_cpu, pinned: everything saved is copied out and in
+save_on_cpu     torch.autograd.graph.save_on_cpu, pinned: everything saved is copied out and in (never
+                compiled, it does not keep strides)
 recompute       ours: the input and attention's output stay, the rest is recomputed
 swap A          ours, with α = A
 auto            ours, α chosen from measured times
@@ -58,7 +59,7 @@ class Stack(nn.Module):
 def prepare(stack: Stack, mode: str, device: torch.device, compiled: bool) -> Activations | None:
     """Wrap the blocks of a stack that has not been wrapped."""
     for block in stack.list:
-        if compiled:
+        if compiled and mode != "save_on_cpu":  # what it gives back is contiguous: compiled code refuses the strides
             block.forward = torch.compile(block.forward)
         if mode == "checkpoint":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
