@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["long", "short"], choices=["long", "short", "ladder"])
     parser.add_argument("--long", nargs="*", default=["limit", "host%auto", "host%checkpoint", "memory-ckpt"])
     parser.add_argument("--short", nargs="*", default=["streamed+15~0.6%auto", "streamed+15~0.6%checkpoint"])
+    parser.add_argument("--short-cases", nargs="*", default=["3b:4096:4", "3b:32768:1"])
     parser.add_argument("--ladder", nargs="*", default=["1b", "3b"], help="models")
     parser.add_argument("--ladder-name", default="streamed%swap:0")
     parser.add_argument("--ladder-from", type=int, default=16384)
@@ -109,7 +110,7 @@ def main() -> None:
 
     if "short" in args.only:
         for case, cap, other in (("3b:4096:4", 24, "memory"), ("3b:32768:1", 64, "memory-ckpt")):
-            for name in [*args.short, other]:
+            for name in [*args.short, other] if case in args.short_cases else []:
                 add(name, case, cap, 10, 5)
     if "long" in args.only:
         for name in args.long:

@@ -63,15 +63,17 @@ def baseline(name: str, case: str, *, cap: float, clip: float, steps: int) -> li
 
 def options(name: str, nvme: str) -> dict | None:
     """Options of ours by name: ``TIER[+GiB on the GPU][/GiB in host memory][~share speculated on][@threads]
-    [%ACTIVATIONS[:alpha]]``; None for another's name. Without activations blocks are checkpointed."""
+    [%ACTIVATIONS[:alpha[:blocks kept last]]]``; None for another's name. Without activations blocks are checkpointed."""
     found = re.fullmatch(
-        r"([a-z-]+)(?:\+([\d.]+))?(?:/([\d.]+))?(?:~([\d.]+))?(?:@(\d+))?(?:%([a-z]+)(?::([\d.]+))?)?", name
+        r"([a-z-]+)(?:\+([\d.]+))?(?:/([\d.]+))?(?:~([\d.]+))?(?:@(\d+))?(?:%([a-z]+)(?::([\d.]+)(?::(\d+))?)?)?", name
     )
     if not found or found[1] not in TIERS:
         return None
-    tier, gpu, host, share, threads, mode, alpha = found.groups()
+    tier, gpu, host, share, threads, mode, alpha, kept = found.groups()
     chosen: dict[str, Any] = dict(TIERS[tier])
     chosen["activations"] = {"mode": mode or "checkpoint", "alpha": float(alpha) if alpha else None}
+    if kept:
+        chosen["activations"]["keep_last"] = int(kept)
     if tier.startswith("nvme"):
         chosen["nvme_path"] = [nvme]
     if gpu:
