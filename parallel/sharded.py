@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
 
 from offload.activations import Activations
 from offload.options import OffloadOptions
@@ -124,6 +125,7 @@ class ShardedModel:
         self.activations.wrap(blocks)
         again = {*recompute, *(blocks if offload.activations.leave else ())}
         self._recomputed = {unit for unit in self.units if unit.module in again}
+        self._hooks: list[RemovableHandle] = []
         for position, unit in enumerate(self.units):
             self._watch(unit, position)
         if self.root:
@@ -255,7 +257,10 @@ class ShardedModel:
         yield from self._offloader.walk(write=write)
 
     def close(self) -> None:
-        """Let go of host memory, drives and threads; the model is of no use afterwards."""
+        """Let go of memory, drives and threads; the model is of no use afterwards."""
+        for hook in self._hooks:  # a parameter's hook that leads back to it is a cycle that the collector cannot see
+            hook.remove()
+        self._hooks.clear()
         self.activations.close()
         self._offloader.close()
 
@@ -278,12 +283,15 @@ class ShardedModel:
     def _watch(self, unit: Unit, position: int) -> None:
         """Register the hooks that gather, release and reduce a unit; `position` is -1 for the root."""
         if unit.sharded or unit.waits:
-            unit.module.register_forward_pre_hook(lambda *_: self._before_forward(unit, position))
+            hook = unit.module.register_forward_pre_hook(lambda *_: self._before_forward(unit, position))
+            self._hooks.append(hook)
         if unit.sharded:
-            unit.module.register_forward_hook(lambda *args: self._after_forward(unit, position, args[-1]))
+            hook = unit.module.register_forward_hook(lambda *args: self._after_forward(unit, position, args[-1]))
+            self._hooks.append(hook)
         for flat in unit.trainable:
             for parameter in flat.parameters:
-                parameter.register_post_accumulate_grad_hook(lambda _: self._after_gradient(unit))
+                hook = parameter.register_post_accumulate_grad_hook(lambda _: self._after_gradient(unit))
+                self._hooks.append(hook)
 
     def _before_forward(self, unit: Unit, position: int) -> None:
         self._use(unit)
