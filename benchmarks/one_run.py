@@ -63,7 +63,8 @@ def baseline(name: str, case: str, *, cap: float, clip: float, steps: int) -> li
 
 def options(name: str, nvme: str) -> dict | None:
     """Options of ours by name: ``TIER[+GiB on the GPU][/GiB in host memory][~share speculated on][@threads]
-    [%ACTIVATIONS[:alpha[:blocks kept last]]]``; None for another's name. Without activations blocks are checkpointed."""
+    [%ACTIVATIONS[:alpha[:blocks kept last]]]``; None for another's name. Without activations blocks are
+    checkpointed."""
     found = re.fullmatch(
         r"([a-z-]+)(?:\+([\d.]+))?(?:/([\d.]+))?(?:~([\d.]+))?(?:@(\d+))?(?:%([a-z]+)(?::([\d.]+)(?::(\d+))?)?)?", name
     )
