@@ -6,16 +6,19 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from checkpoint.generation import Generation
 from checkpoint.options import CheckpointOptions
 from checkpoint.recovery import inventories
 from checkpoint.roster import Roster
+from checkpoint.snapshot_node import SnapshotNode
 from checkpoint.snapshot_process import start_process
 from checkpoint.snapshots import Snapshots
 from checkpoint.wire import NodeAddress
@@ -151,6 +154,52 @@ class Nodes:
                 assert snapshots.error() is None, snapshots.error()
 
         self.ranks(world, act, parity=parity, group_nodes=group_nodes)
+
+    @contextmanager
+    def saving(self, step: int, *, parity: int, resume: int | None = None) -> Iterator[None]:
+        """A rank a node, which have a committed snapshot of `step` and are taking one of `step + 1` meanwhile."""
+        world, over = len(self.nodes), threading.Event()
+
+        def act(snapshots: Snapshots, rank: int) -> None:
+            if resume is not None:
+                snapshots.open(resume)
+            snapshots.start(pieces(rank, world, 0), {"rank": rank}, {"step": 0})
+            for number in (step, step + 1):
+                snapshots.save(number, pieces(rank, world, number), {"rank": rank, "step": number}, {"step": number})
+                if number == step:
+                    snapshots.wait()
+                    assert snapshots.error() is None, snapshots.error()
+            over.wait()
+
+        with ThreadPoolExecutor(1) as pool:
+            ranks = pool.submit(self.ranks, world, act, parity=parity)
+            try:
+                yield
+            finally:
+                over.set()
+                ranks.result()
+
+
+class ThreadNodes(Nodes):
+    """Nodes that are threads of this process: the same code over the same sockets and shared memory."""
+
+    def _start(self) -> NodeAddress:
+        node = SnapshotNode(self.run, f"n{next(self._number)}", self.token, "127.0.0.1", hold_s=self._hold_s)
+        thread = threading.Thread(target=node.serve, daemon=True)
+        thread.start()
+        self._running = [*getattr(self, "_running", []), (node, thread)]
+        return NodeAddress(node.label, "127.0.0.1", node.port)
+
+    def generation(self, number: int) -> Generation:
+        found = self._running[number][0]._generation
+        assert found is not None
+        return found
+
+    def end(self) -> None:
+        for node, _ in self._running:
+            node._ended.set()
+        for _, thread in self._running:
+            thread.join()
 
 
 def check_restored(reader: Any, step: int, readers: int = 1, numel: int = NUMEL) -> None:
