@@ -77,16 +77,15 @@ class Nodes:
         self._hold_s = hold_s
         self._number = itertools.count()
         with ThreadPoolExecutor(count) as pool:
-            self.nodes = list(pool.map(lambda _: self._start(), range(count)))
+            self.nodes = list(pool.map(self._start, [f"n{next(self._number)}" for _ in range(count)]))
         self.pids = {label: found["pid"] for label, found in inventories(self.roster([])).items()}
 
-    def _start(self) -> NodeAddress:
-        label = f"n{next(self._number)}"
+    def _start(self, label: str) -> NodeAddress:
         return start_process(self.run, label, self.token, hold_s=self._hold_s, log=self.folder / f"{label}.log")
 
     def replace(self, number: int) -> None:
         """A new, empty node in the place of one that was killed."""
-        self.nodes[number] = self._start()
+        self.nodes[number] = self._start(f"n{next(self._number)}")
         self.pids |= {label: found["pid"] for label, found in inventories(self.roster([])).items()}
 
     def roster(self, rank_nodes: Sequence[int], without: Sequence[int] = ()) -> Roster:
@@ -183,22 +182,26 @@ class Nodes:
 class ThreadNodes(Nodes):
     """Nodes that are threads of this process: the same code over the same sockets and shared memory."""
 
-    def _start(self) -> NodeAddress:
-        node = SnapshotNode(self.run, f"n{next(self._number)}", self.token, "127.0.0.1", hold_s=self._hold_s)
+    def __init__(self, count: int, *, folder: Path) -> None:
+        self._running: dict[str, tuple[SnapshotNode, threading.Thread]] = {}
+        super().__init__(count, folder=folder)
+
+    def _start(self, label: str) -> NodeAddress:
+        node = SnapshotNode(self.run, label, self.token, "127.0.0.1", hold_s=self._hold_s)
         thread = threading.Thread(target=node.serve, daemon=True)
         thread.start()
-        self._running = [*getattr(self, "_running", []), (node, thread)]
-        return NodeAddress(node.label, "127.0.0.1", node.port)
+        self._running[label] = node, thread
+        return NodeAddress(label, "127.0.0.1", node.port)
 
     def generation(self, number: int) -> Generation:
-        found = self._running[number][0]._generation
+        found = self._running[self.nodes[number].label][0]._generation
         assert found is not None
         return found
 
     def end(self) -> None:
-        for node, _ in self._running:
+        for node, _ in self._running.values():
             node._ended.set()
-        for _, thread in self._running:
+        for _, thread in self._running.values():
             thread.join()
 
 

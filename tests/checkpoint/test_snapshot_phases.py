@@ -86,13 +86,21 @@ def kills(n: int, m: int) -> list[tuple[str, tuple[int, ...]]]:
     return [(phase, lost) for phase, lost in found if len(set(lost)) == len(lost)]
 
 
+def test_nodes_killed_at_a_phase(tmp_path: Path, halts: Halts):
+    kill_all(tmp_path, halts, *QUICK, QUICK_KILLS)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("n", "m"), some(QUICK))
-def test_nodes_killed_at_a_phase(tmp_path: Path, halts: Halts, request: pytest.FixtureRequest, n: int, m: int):
-    every = "slow" in (request.config.option.markexpr or "")
-    nodes, resume = Nodes(n, folder=tmp_path), None
+@pytest.mark.parametrize(("n", "m"), CODES)
+def test_nodes_killed_at_every_phase(tmp_path: Path, halts: Halts, n: int, m: int):
+    kill_all(tmp_path, halts, n, m, kills(n, m))
+
+
+def kill_all(folder: Path, halts: Halts, n: int, m: int, kills: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    nodes, resume = Nodes(n, folder=folder), None
     try:
-        for number, (phase, lost) in enumerate(kills(n, m) if every or (n, m) != QUICK else QUICK_KILLS):
+        for number, (phase, lost) in enumerate(kills):
             step = 10 * number
             halts.arm(phase, step + 1)
             with nodes.saving(step, parity=m, resume=resume):
@@ -137,9 +145,9 @@ def test_a_flipped_bit_in_any_fragment_is_found_and_repaired(tmp_path: Path, n: 
             assert flipped([one]) == (2, 1)
         for number in range(n):
             held = [(place, [s for s, _ in layout.held(place)].index(number)) for place in range(n)]
-            some = [held[(number + turn) % n] for turn in range(m + 1)]
-            assert flipped(some[:m]) == (2, m)
-            assert flipped(some) == (1, 0)
+            same = [held[(number + turn) % n] for turn in range(m + 1)]
+            assert flipped(same[:m]) == (2, m)
+            assert flipped(same) == (1, 0)
     finally:
         nodes.end()
 
