@@ -139,6 +139,7 @@ class Dcp:
 
 def measure(sides: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
     found: dict[tuple[str, str], list[float]] = {}
+    used: dict[tuple[str, str], list[float]] = {}
     for number in range(rounds + 1):  # the first warms up
         order = list(sides.items())
         for name, side in order if number % 2 else reversed(order):
@@ -146,11 +147,12 @@ def measure(sides: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
                 if act == "load":
                     drop_from_cache(side.folder)
                 os.sync()
-                start = time.perf_counter()
+                start, cpu = time.perf_counter(), time.process_time()
                 getattr(side, act)()
-                seconds = time.perf_counter() - start
+                seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
                 if number:
                     found.setdefault((name, act), []).append(side.bytes / seconds / 1e9)
+                    used.setdefault((name, act), []).append(1e9 * cpu / side.bytes)
             shutil.rmtree(side.folder) if name != "Atoll" else None
     rows = []
     for (name, act), values in found.items():
@@ -162,6 +164,7 @@ def measure(sides: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
                 "gb_per_s": round(statistics.median(values), 3),
                 "ratio": round(statistics.median(ratios), 3),
                 "ratios": [round(ratio, 3) for ratio in sorted(ratios)],
+                "cpu_s_per_gb": round(statistics.median(used[name, act]), 3),
                 "target": 0.8 if name == "Atoll" else None,
             }  # fmt: skip
         )
@@ -190,7 +193,10 @@ def main() -> None:
         ours.checkpoints.close()
     assert all(torch.equal(kept, piece.tensor) for kept, piece in zip(before, pieces, strict=False))
     for row in rows:
-        print(f"{row['what']:5} {row['by']:10} {row['gb_per_s']:7.3f} GB/s  ratio {row['ratio']:.3f}  {row['ratios']}")
+        print(
+            f"{row['what']:5} {row['by']:10} {row['gb_per_s']:7.3f} GB/s  ratio {row['ratio']:.3f}  {row['ratios']}  "
+            f"CPU {row['cpu_s_per_gb']:.3f} s/GB"
+        )
     print(f"{ours.bytes / 1e9:.2f} GB; training stood still for the copy: {ours.stall_s:.2f} s")
     hardware = f"{platform.machine()}, {os.cpu_count()} cores, load average {load:.1f} at the start"
     write_report(args.out, hardware, rows + [{"what": "stall", "bytes": ours.bytes, "stall_s": round(ours.stall_s, 3)}])

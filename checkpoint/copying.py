@@ -8,6 +8,7 @@ event is what the next update waits for, on the GPU: nobody sleeps.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ from offload.state import Piece
 
 RUN_BYTES = 256 << 20
 """Copied between two events."""
+PART_BYTES = 16 << 20
+"""Of host memory, copied by a thread at a time."""
 ALIGN_BYTES = 64
 NICENESS = 10
 """Checksums take the cores that training leaves idle."""
@@ -41,25 +44,30 @@ class Copier:
         self._stream: torch.cuda.Stream | None = None
 
     def copy(self, pieces: Sequence[Piece], index: Index, area: Bytes, after: torch.cuda.Event | None) -> list[Mark]:
-        """Copy on this thread, or, for a GPU's pieces, on the side stream once `after` is over."""
+        """Copy what lies in host memory; a GPU's pieces are on their way, on the side stream once `after` is over."""
+        places = list(_places(pieces, index, area))
+        end = array_offsets(index)[1]
+        away = sorted((p for p in places if p[1].is_cuda), key=lambda place: place[0].ctypes.data)
+        marks = self._issue(away, area, after, end) if away else [Mark(end, None)]
+        _copy_on_idle_cores([place for place in places if not place[1].is_cuda])
+        return marks
+
+    def _issue(
+        self, places: Sequence[tuple[Bytes, Tensor]], area: Bytes, after: torch.cuda.Event | None, end: int
+    ) -> list[Mark]:
+        assert after is not None
+        stream = self._side_stream(places[0][1].device)
+        stream.wait_event(after)
         marks: list[Mark] = []
-        run, end = 0, array_offsets(index)[1]
-        for target, source in sorted(_places(pieces, index, area), key=lambda place: place[0].ctypes.data):
-            if not source.is_cuda:
-                # By numpy: it frees the GIL, and does not start torch's threads on a second set of cores.
-                np.copyto(target, source.numpy())
-                continue
-            assert after is not None
-            stream = self._side_stream(source.device)
-            if not run and not marks:
-                stream.wait_event(after)
-            with torch.cuda.stream(stream):
+        run = 0
+        with torch.cuda.stream(stream):
+            for target, source in places:
                 torch.from_numpy(target).copy_(source, non_blocking=True)
-            run += len(target)
-            if run >= RUN_BYTES:
-                marks.append(Mark(target.ctypes.data + len(target) - area.ctypes.data, _event(stream)))
-                run = 0
-        return [*marks, Mark(end, _event(self._stream) if self._stream is not None else None)]
+                run += len(target)
+                if run >= RUN_BYTES:
+                    marks.append(Mark(target.ctypes.data + len(target) - area.ctypes.data, _event(stream)))
+                    run = 0
+        return [*marks, Mark(end, _event(stream))]
 
     def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
         if self._stream is None:
@@ -85,6 +93,18 @@ def seal(area: Bytes, marks: Sequence[Mark]) -> list[int]:
         if end > start:
             crcs += piece_crcs(area[start:end], PIECE_BYTES, idle_threads(), NICENESS)
     return crcs
+
+
+def _copy_on_idle_cores(places: Sequence[tuple[Bytes, Tensor]]) -> None:
+    """By numpy: it frees the GIL, and does not start torch's threads on a second set of cores."""
+    parts = [
+        (target[start : start + PART_BYTES], source.numpy()[start : start + PART_BYTES])
+        for target, source in places
+        for start in range(0, len(target), PART_BYTES)
+    ]
+    with ThreadPoolExecutor(idle_threads()) as pool:
+        for _ in pool.map(lambda part: np.copyto(*part), parts):
+            pass
 
 
 def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -67,9 +67,7 @@ class Stats:
 @dataclass(eq=False)
 class _Job:
     step: int
-    pieces: Iterable[Piece]
-    device: torch.device | None
-    """Of those on a GPU."""
+    pieces: Iterable[Piece] | Callable[[], Iterable[Piece]]
     index: Index
     rank_state: bytes
     meta: bytes
@@ -199,7 +197,7 @@ class Snapshots:
     def save(
         self,
         step: int,
-        pieces: Iterable[Piece],
+        pieces: Iterable[Piece] | Callable[[], Iterable[Piece]],
         rank_state: Mapping[str, Any],
         meta: Mapping[str, Any],
         *,
@@ -207,24 +205,23 @@ class Snapshots:
     ) -> None:
         """Hand this rank's state over and return; every rank calls it. The state must not change before `wait_copied`.
 
-        background: without, it is copied before `save` returns, and a piece need be good only until the next is asked
-        for; the pieces must be those that `start` got. `rank_state` and `meta` as in `Checkpoints.save`. Waits while
-        the snapshot before is being made.
+        pieces: those of a function are got on another thread, where they may wait for an update that is still under
+        way. background: without, all is copied before `save` returns, and a piece need be good only until the next is
+        asked for. In both cases the pieces must be those that `start` got. `rank_state` and `meta` as in
+        `Checkpoints.save`. Waits while the snapshot before is being made.
         """
         begun = time.perf_counter()
-        if background:
+        if background and not callable(pieces):
             pieces = list(pieces)
             self._lay_out(pieces)
         assert self._described is not None, "start() first"
-        device = next((p.tensor.device for p in pieces if p.tensor.is_cuda), None) if background else None
         job = _Job(
             step,
             pieces,
-            device,
             self._described[1],
             values.dumps(dict(rank_state)),
             values.dumps(dict(meta)) if self._ranks.rank == 0 else b"{}",
-            None if device is None else torch.cuda.current_stream(device).record_event(),
+            torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None,
         )
         with self._changed:
             ready = self._changed.wait_for(
@@ -241,6 +238,7 @@ class Snapshots:
         if not background:
             job.begun.wait()
             if job.area is not None:
+                assert not callable(job.pieces)
                 job.marks = copy_here(job.pieces, job.index, job.area)
             job.issued.set()
         self.stats.stall_s.append(time.perf_counter() - begun)
@@ -253,7 +251,7 @@ class Snapshots:
         begun = time.perf_counter()
         job.issued.wait()
         if job.marks and (done := job.marks[-1].event) is not None:
-            torch.cuda.current_stream(job.device).wait_event(done)
+            torch.cuda.current_stream().wait_event(done)
         self.stats.stall_s[-1] += time.perf_counter() - begun
 
     def wait(self) -> None:
@@ -351,8 +349,9 @@ class Snapshots:
             self._skip(version, job, error)
             return
         area = self._slots[slot][self._start : self._start + self._size]
-        if isinstance(job.pieces, list):
-            job.marks = self._copier.copy(job.pieces, job.index, area, job.after)
+        if callable(job.pieces) or isinstance(job.pieces, list):
+            pieces = list(job.pieces()) if callable(job.pieces) else job.pieces
+            job.marks = self._copier.copy(pieces, job.index, area, job.after)
             job.issued.set()
         else:
             job.area = area
