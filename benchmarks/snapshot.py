@@ -15,8 +15,8 @@ over them.
 The others save the same tensors after every step under the same rule, one save at a time. DCP writes to `--dcp-folder`
 (default: a tmpfs, as fast as can be). lm-resiliency (`pip install lm-resiliency`, left out with a word where it is not
 there) keeps two copies on this rank and, with several workers, two of another's; with one worker nothing leaves the
-process, whose death it does not survive. "memory" is what is held in host memory for two versions over the state; pinned
-memory that PyTorch rounds up is not in lm-resiliency's own figure. The last line printed is one JSON object.
+process, whose death it does not survive. "memory" is what is held in host memory for two versions over the state;
+that PyTorch rounds pinned memory up is not in lm-resiliency's own figure. The last line printed is one JSON object.
 """
 
 import argparse

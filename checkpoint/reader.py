@@ -7,7 +7,7 @@ executed: files hold numbers and JSON alone, and every path that is read is made
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from checkpoint import values
 from checkpoint.crc import Bytes, crc32c
 from checkpoint.errors import CheckpointDamaged, CheckpointError
-from checkpoint.folder import Folder
+from checkpoint.folder import PAGE_BYTES, Folder, pages_empty
 from checkpoint.layout import COMMIT, CRC_BYTES, DTYPES, META, ArrayLayout, Commit, Index, Span, is_chunk, shard_folder
 
 _THREADS = 4
@@ -37,8 +37,11 @@ class CheckpointReader:
     use instead, which `good_step` finds.
     """
 
-    def __init__(self, folder: Folder, step: int, good_step: Callable[[], int | None] = lambda: None) -> None:
-        self.step = step
+    def __init__(
+        self, folder: Folder, step: int, good_step: Callable[[], int | None] = lambda: None, *, alone: bool = False
+    ) -> None:
+        """alone: no other rank reads the same."""
+        self.step, self._alone = step, alone
         self._folder = folder
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="restore")
         self._good_step = good_step
@@ -49,7 +52,9 @@ class CheckpointReader:
         self.meta: dict[str, Any] = self._json(META)
         self._indexes = [self._index(rank) for rank in range(self.world)]
         self._spans = self._assemble()
-        self._cache: OrderedDict[_Chunk, Future[Bytes]] = OrderedDict()
+        self._cache: OrderedDict[_Chunk, tuple[Future[Bytes], Bytes]] = OrderedDict()
+        """Checked bytes, and the memory they lie in, which is used again: whoever gets them copies them at once."""
+        self._current: _Chunk | None = None
 
     def rank_state(self, rank: int) -> dict[str, Any]:
         """What that rank passed to `save`. KeyError where it was written by fewer ranks."""
@@ -120,8 +125,9 @@ class CheckpointReader:
 
         chunks = list(by_chunk)
         for place, chunk in enumerate(chunks):
-            data = self._chunk(chunk)
-            for ahead in chunks[place + 1 : place + _THREADS] or self._after(chunk):
+            self._current, data = chunk, self._chunk(chunk)
+            room = _CACHE_BYTES // (chunk[1].chunk * chunk[1].item_bytes)
+            for ahead in chunks[place + 1 : place + min(_THREADS, room)] or self._after(chunk):
                 self._chunk(ahead)
             content = data.result()
             for _, source, target in by_chunk[chunk]:
@@ -137,20 +143,32 @@ class CheckpointReader:
         """A chunk's elements and padding, checked, from memory or storage."""
         if chunk in self._cache:
             self._cache.move_to_end(chunk)
-            return self._cache[chunk]
+            return self._cache[chunk][0]
         rank, array, number = chunk
-        path = f"{shard_folder(rank)}/{array.chunk_file(number)}"
-        self._cache[chunk] = found = self._pool.submit(self._checked, path)
-        while len(self._cache) > 1 and sum(c[1].chunk * c[1].item_bytes for c in self._cache) > _CACHE_BYTES:
-            self._cache.popitem(last=False)
+        memory = self._memory(array.chunk * array.item_bytes + CRC_BYTES)
+        found = self._pool.submit(self._checked, f"{shard_folder(rank)}/{array.chunk_file(number)}", memory)
+        self._cache[chunk] = found, memory
         return found
 
-    def _checked(self, path: str) -> Bytes:
+    def _memory(self, size: int) -> Bytes:
+        """For one more chunk of `size` bytes: that of the chunk that was not used for longest, where there is no room.
+        Fresh memory has to be zeroed page by page first, which costs as much as a copy."""
+        found = None
+        while self._cache and size + sum(len(memory) for _, memory in self._cache.values()) > _CACHE_BYTES:
+            oldest = next((chunk for chunk in self._cache if chunk != self._current), None)
+            if oldest is None:
+                break
+            future, memory = self._cache.pop(oldest)
+            wait([future])
+            found = memory if size <= len(memory) < size + PAGE_BYTES else found
+        return pages_empty(size) if found is None else found
+
+    def _checked(self, path: str, memory: Bytes | None = None) -> Bytes:
         """A file's bytes, of a chunk without its own CRC, after both CRCs were compared."""
         entry = self._commit.files.get(path)
         if entry is None:
             self._damaged(COMMIT, f"does not name {path}")
-        content = self._fetch(path)
+        content = self._fetch(path, memory)
         if len(content) != entry.size:
             self._damaged(path, f"has {len(content)} bytes instead of {entry.size}")
         end = len(content) - CRC_BYTES if is_chunk(path) else len(content)
@@ -159,9 +177,9 @@ class CheckpointReader:
             self._damaged(path, "its CRC-32C is wrong: bytes have changed since it was written")
         return content[:end]
 
-    def _fetch(self, path: str) -> Bytes:
+    def _fetch(self, path: str, memory: Bytes | None = None) -> Bytes:
         try:
-            return self._folder.load(path)
+            return self._folder.load(path, memory, direct=self._alone)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             self._damaged(path, "is missing")
         except OSError as error:

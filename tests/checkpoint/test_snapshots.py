@@ -2,8 +2,10 @@
 
 import itertools
 import os
+import pickle
 import socket
 import stat
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoint.crc import crc32c
 from checkpoint.errors import CheckpointError
 from checkpoint.recovery import newest_snapshot
 from checkpoint.shared import Segment
@@ -257,6 +260,33 @@ def test_a_stranger_learns_nothing(four: Nodes):
             pass
         assert said.startswith(b"ATOLLHI1") and len(said) == 24  # a greeting and a nonce
     assert newest_snapshot(four.roster([])) is None  # and it goes on answering those who know the token
+
+
+def test_a_pickle_is_never_run_even_of_one_who_knows_the_token(four: Nodes, tmp_path: Path):
+    ran = tmp_path / "ran"
+    pickled = pickle.dumps(Touch(ran))
+    body = struct.pack("<8sIQ", b"ATOLLNET", len(pickled), 0)
+    for content in (pickled, body + struct.pack("<I", crc32c(body, pickled)) + pickled):
+        with Wire.connect(four.nodes[0], four.token) as wire:
+            wire._write(content)
+            wire._socket.shutdown(socket.SHUT_WR)
+            with pytest.raises(WireError, match="has closed the connection"):
+                wire.answer()
+    assert not ran.exists()
+    with Wire.connect(four.nodes[0], four.token) as wire:
+        assert wire.ask({"do": "inventory"})["label"] == "n0"
+    pickle.loads(pickled)
+    assert ran.exists()  # it would have
+
+
+class Touch:
+    """Unpickled it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
 
 
 def test_nothing_is_left_in_shared_memory_after_a_drop(four: Nodes):
