@@ -26,9 +26,8 @@ sys.path.insert(0, str(HERE.parent))
 import numpy as np  # noqa: E402
 from report import write_report  # noqa: E402
 
-from checkpoint.crc import crc32c  # noqa: E402
+from checkpoint.crc import crc32c, piece_crcs  # noqa: E402
 from checkpoint.erasure import ReedSolomon, aligned_empty, isal  # noqa: E402
-from checkpoint.fragment import piece_crcs  # noqa: E402
 
 CODES = {(4, 1): 0.8, (8, 2): 0.6, (4, 2): None, (6, 2): None, (8, 3): None}
 """(k, m): least ratio to the copy that is aimed for."""

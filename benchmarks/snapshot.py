@@ -1,13 +1,22 @@
-"""What a snapshot in memory after every step costs: throughput with and without, beside torch DCP's `async_save`.
+"""What a snapshot in memory after every step costs: throughput with and without, beside torch DCP's `async_save` and
+lm-resiliency.
 
     python benchmarks/snapshot.py [--workers 2] [--dcp-folder /dev/shm]                  CPU: a widened tiny model
-    python benchmarks/snapshot.py --device cuda --model 3b --seq-len 4096 --batch 4      one GPU, no Ray
+    python benchmarks/snapshot.py --workers 6 --nodes 6 --parity 2                       memory of RS(4+2)
+    python benchmarks/snapshot.py --device cuda --model 3b --seq-len 4096 --batch 8      one GPU, no Ray
+    python benchmarks/snapshot.py --device cuda --model 3b --seq-len 4096 --batch 8 --states host
 
 One run: blocks of steps without and with, in turn, in the same processes. A block of "with" begins with a step that is
 not counted, so that the clock starts and ends with one snapshot under way: all work in the background is in the figure,
-and the encoding and sealing of the node's process share the cores. Ratio: median over the rounds of the steps' time
-without divided by that with, each a block. DCP writes to `--dcp-folder` (default: a tmpfs, as fast as can be) and has
-the same rule: one save at a time, after every step. The last line printed is one JSON object.
+and the encoding and sealing of the nodes' processes share the cores. Ratio: median over the rounds of the steps' time
+without divided by that with, each a block. `--nodes`: so many snapshot processes on this machine, the workers spread
+over them.
+
+The others save the same tensors after every step under the same rule, one save at a time. DCP writes to `--dcp-folder`
+(default: a tmpfs, as fast as can be). lm-resiliency (`pip install lm-resiliency`, left out with a word where it is not
+there) keeps two copies on this rank and, with several workers, two of another's; with one worker nothing leaves the
+process, whose death it does not survive. "memory" is what is held in host memory for two versions over the state;
+that PyTorch rounds pinned memory up is not in lm-resiliency's own figure. The last line printed is one JSON object.
 """
 
 import argparse
@@ -25,6 +34,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -37,7 +47,8 @@ from report import write_report  # noqa: E402
 from checkpoint import CheckpointOptions, rng_state  # noqa: E402
 from checkpoint.ranks import Ranks  # noqa: E402
 from checkpoint.roster import Roster  # noqa: E402
-from checkpoint.snapshot_process import local_roster  # noqa: E402
+from checkpoint.segment_files import FOLDER  # noqa: E402
+from checkpoint.snapshot_process import start_process  # noqa: E402
 from checkpoint.snapshots import Snapshots  # noqa: E402
 
 
@@ -47,6 +58,7 @@ class Training:
     def __init__(self, args: argparse.Namespace, rank: int, world: int) -> None:
         from in_memory import preset
 
+        from offload import OffloadOptions
         from parallel import OptimizerOptions, ParallelOptions
         from trainer.build import Rank, build_engine, choose_dtype
         from trainer.job import Job
@@ -63,6 +75,7 @@ class Training:
             train=TrainOptions(seq_len=args.seq_len, global_batch_size=args.batch * world),
             optimizer=OptimizerOptions(lr=1e-5),
             parallel=ParallelOptions(),
+            offload=OffloadOptions(states=args.states),
         )
         torch.manual_seed(0)
         where = Rank(rank, world, torch.device("cuda", 0) if self.cuda else torch.device("cpu"))
@@ -73,11 +86,20 @@ class Training:
         self.engine = build_engine(job, model, where, dtype)
         self.rows = torch.randint(0, vocab, (args.batch, args.seq_len + 1), device=where.device)
         self.world, self.number = world, 0
+        self.lazily = args.states == "host"
+
+    def pieces(self) -> Any:
+        """As the trainer hands them over."""
+        return self.engine.pieces if self.lazily else self.engine.pieces()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {f"{p.name}/{p.kind}/{p.start}": p.tensor.detach() for p in self.engine.pieces()}
 
     def step(self, before_update: Callable[[], None], after: Callable[[int], None]) -> None:
         rows = self.rows
         self.engine.forward_backward(rows[:, :-1], rows[:, 1:], scale=1 / self.world, first=True, last=True)
         before_update()
+        self.engine.expect(1e-5)
         self.engine.step(1e-5, 1.0)
         self.number += 1
         after(self.number)
@@ -122,17 +144,15 @@ def versus(training: Training, args: argparse.Namespace, *act: Callable[..., Non
 
 
 def measure_snapshots(training: Training, args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    options = CheckpointOptions(snapshot_every_steps="1", parity=0)
-    found = b""
-    if ranks.rank == 0:
-        log = folder / "snapshots.log"
-        found = local_roster(secrets.token_bytes(16), ranks.world, hold_s=120, log=log).dumps()
-    snapshots = Snapshots(Roster.loads(ranks.tell(found)), options, ranks, print)
+    options = CheckpointOptions(snapshot_every_steps="1", parity=args.parity)
+    found = start_nodes(args, ranks.world, folder).dumps() if ranks.rank == 0 else b""
+    roster = Roster.loads(ranks.tell(found))
+    snapshots = Snapshots(roster, options, ranks, print)
     try:
         snapshots.start(training.engine.pieces(), rng_state(), {"step": 0})
 
         def save(step: int) -> None:
-            snapshots.save(step, training.engine.pieces(), rng_state(), {"step": step})
+            snapshots.save(step, training.pieces(), rng_state(), {"step": step})
 
         training.block(1, snapshots.wait_copied, save)
         snapshots.wait_copied()
@@ -151,12 +171,14 @@ def measure_snapshots(training: Training, args: argparse.Namespace, ranks: Ranks
         if not stats.stall_s:
             raise SystemExit("no snapshot was taken")
         states = [int(size) for size in ranks.gather(str(stats.state_bytes).encode())] or [stats.state_bytes]
+        segments = [path.stat().st_size for path in Path(FOLDER).glob(f"atoll-{roster.run.hex()}-*")]
         return {
             "side": "snapshots", **row, "taken": stats.taken,
             "stall_ms": round(1e3 * statistics.median(stats.stall_s), 3),
             "stall_ms_worst": round(1e3 * max(stats.stall_s), 3),
             "copy_ms": round(1e3 * statistics.median(stats.copy_s), 1), "state_bytes": sum(states),
-            "memory_over_state": round(stats.segment_bytes / sum(states), 3),
+            "memory_over_state": round(sum(segments) / sum(states), 3),
+            "code": f"RS({args.nodes - args.parity}+{args.parity})" if args.parity else "none",
             "node_s": {name: round(value, 4) for name, value in stats.node_s.items()},
         }  # fmt: skip
     finally:
@@ -168,7 +190,6 @@ def measure_dcp(training: Training, args: argparse.Namespace, ranks: Ranks, fold
     from torch.distributed import checkpoint as dcp
 
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
-    state = {f"{p.name}/{p.kind}/{p.start}": p.tensor.detach() for p in training.engine.pieces()}
     group = dist.new_group(backend="gloo")
     stalls: list[float] = []
     saves: list[tuple[Any, Path]] = []
@@ -185,18 +206,72 @@ def measure_dcp(training: Training, args: argparse.Namespace, ranks: Ranks, fold
         start = time.perf_counter()
         settle()
         path = folder / f"dcp-{step}"
-        saves.append((dcp.async_save(state, checkpoint_id=str(path), process_group=group), path))
+        saved = dcp.async_save(training.tensors(), checkpoint_id=str(path), process_group=group)
+        saves.append((saved, path))
         stalls.append(time.perf_counter() - start)
 
     training.block(1, nothing, save)
     settle()
     stalls.clear()
     row = versus(training, args, nothing, save, settle=settle)
-    size = sum(tensor.nbytes for tensor in state.values())
+    size = sum(tensor.nbytes for tensor in training.tensors().values())
     return {
         "side": "torch DCP async_save", **row, "stall_ms": round(1e3 * statistics.median(stalls), 1),
         "stall_ms_worst": round(1e3 * max(stalls), 1), "state_bytes": size * ranks.world,
     }  # fmt: skip
+
+
+def measure_lm_resiliency(
+    training: Training, args: argparse.Namespace, ranks: Ranks, folder: Path
+) -> dict[str, Any] | None:
+    """Its in-memory checkpoint, without its disk: what `enable_resiliency` hooks to a PyTorch loop."""
+    try:
+        from lm_resiliency import InMemoryCkptConfig
+        from lm_resiliency.checkpointing.manager import InMemoryCheckpointManager
+    except ImportError as error:
+        print(f"lm-resiliency is left out: {error}", flush=True)
+        return None
+    # One worker has no peer: "replicas" by themselves, so that it keeps two copies and not four.
+    alone = SimpleNamespace(dp_replicate=2, dp_shard=2) if ranks.world == 1 else None
+    config = InMemoryCkptConfig(interval=1, disk_flush_interval=0, disk_folder=str(folder / "lmr"), run_id="benchmark")
+    manager = InMemoryCheckpointManager(config, parallelism_info=alone)
+    stalls: list[float] = []
+
+    def save(step: int) -> None:
+        start = time.perf_counter()
+        manager.save_tensors(list(training.tensors().values()), step)
+        stalls.append(time.perf_counter() - start)
+
+    def wait() -> None:
+        start = time.perf_counter()
+        manager.maybe_wait()
+        if stalls:
+            stalls[-1] += time.perf_counter() - start
+
+    def settle() -> None:
+        manager.finalize_replication()
+
+    training.block(1, wait, save)
+    settle()
+    stalls.clear()
+    row = versus(training, args, wait, save, settle=settle)
+    size = sum(tensor.nbytes for tensor in training.tensors().values())
+    held = manager._buffer_pool.total_memory_bytes()
+    manager.close()
+    return {
+        "side": "lm-resiliency", **row, "stall_ms": round(1e3 * statistics.median(stalls), 3),
+        "stall_ms_worst": round(1e3 * max(stalls), 3), "state_bytes": size * ranks.world,
+        "memory_over_state": round(held / size, 3),
+    }  # fmt: skip
+
+
+def start_nodes(args: argparse.Namespace, world: int, folder: Path) -> Roster:
+    run, token = secrets.token_bytes(16), secrets.token_bytes(32)
+    nodes = tuple(
+        start_process(run, f"n{number}", token, hold_s=120, log=folder / f"n{number}.log")
+        for number in range(args.nodes)
+    )
+    return Roster(run=run, token=token, nodes=nodes, rank_nodes=tuple(r * args.nodes // world for r in range(world)))
 
 
 def worker(args: argparse.Namespace, rank: int, port: int) -> None:
@@ -213,13 +288,16 @@ def worker(args: argparse.Namespace, rank: int, port: int) -> None:
     with attention_backends(torch.device(args.device)):
         for _ in range(3):  # compile, grow the pools
             training.block(1, nothing, nothing)
-        rows = [measure_snapshots(training, args, ranks, folder)]
-        if args.dcp:
+        rows: list[dict[str, Any] | None] = [measure_snapshots(training, args, ranks, folder)]
+        if "lmr" in args.beside:
+            rows.append(measure_lm_resiliency(training, args, ranks, folder))
+        if "dcp" in args.beside:
             rows.append(measure_dcp(training, args, ranks, folder))
     if rank == 0:
         common = {"workers": world, "device": args.device, "model": args.model or f"dim {args.dim}"}
         common |= {"params": training.num_params, "tokens_a_step": args.batch * world * args.seq_len}
-        print("ROWS", json.dumps([common | row for row in rows]), flush=True)
+        common |= {"states": args.states, "nodes": args.nodes}
+        print("ROWS", json.dumps([common | row for row in rows if row]), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -234,7 +312,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="on a GPU: 1")
     parser.add_argument("--steps", type=int, default=8, help="of a block")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-dcp", dest="dcp", action="store_false")
+    parser.add_argument("--nodes", type=int, default=1, help="snapshot processes")
+    parser.add_argument("--parity", type=int, default=0)
+    parser.add_argument("--states", choices=("none", "host"), default="none", help="host: offload.states=host")
+    parser.add_argument("--beside", nargs="*", choices=("dcp", "lmr"), default=["dcp", "lmr"])
     parser.add_argument("--dcp-folder", default="/dev/shm")
     parser.add_argument("--timeout-s", type=float, default=600)
     parser.add_argument("--out", default="")
@@ -269,10 +350,11 @@ def main() -> None:
         print(
             f"{row['side']:22} ratio {row['ratio']:.4f}  step {row['step_s_without']:.4f} -> {row['step_s_with']:.4f} s"
             f"  stall {row['stall_ms']:.2f} ms  state {row['state_bytes'] / 1e6:.0f} MB"
+            f"  memory {row.get('memory_over_state', '')}"
         )
     gpu = torch.cuda.get_device_name(0) if args.device == "cuda" else "no GPU"
     hardware = f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, load average {load:.1f} at the start"
-    name = f"snapshot_{args.device}_{args.workers}.json"
+    name = f"snapshot_{args.device}_{args.workers}{'_host' if args.states == 'host' else ''}.json"
     write_report(args.out or str(HERE / "results" / name), hardware, rows)
     print(json.dumps(rows))
 

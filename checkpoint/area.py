@@ -1,12 +1,16 @@
 """What lies where in a node's part of a snapshot. Pure, and without torch: the snapshot process reads it too.
 
-    node's state    manifest | area of a rank | area of a rank | …          each begins on a page
+    node's state    manifest | area of a rank | area of a rank | …          each of whole pieces (1 MiB)
     area            the rank's arrays | blob
     blob            four lengths | index | rank state | meta | a CRC-32C for each MiB of the arrays
 
 The manifest says where the areas are. It lies within what the erasure code protects, as all of the node's state does,
-so a lost node's part is found again by decoding its first page. The CRCs in the blob are made by the rank and compared
-by the snapshot process before it seals anything: a version is verified from the rank's memory to the restored one.
+so a lost node's part is found again by decoding its first page.
+
+[Note: one pass]
+The CRCs in the blob are made by the rank, once, right behind its copy. Areas and chunks begin and end with a piece, so
+the same numbers seal the fragments: the snapshot process reads no state, and a version is verified from the rank's
+memory to the restored one. A bit that flips between is found by who encodes the chunk, or by who restores it.
 """
 
 import json
@@ -19,7 +23,7 @@ import numpy as np
 from checkpoint.crc import Bytes, crc32c
 from checkpoint.erasure.layout import PAGE_BYTES
 from checkpoint.errors import CheckpointError
-from checkpoint.fragment import PIECE_BYTES, piece_crcs
+from checkpoint.fragment import PIECE_BYTES
 
 _MANIFEST = struct.Struct("<8sII")
 _MAGIC = b"ATOLLMAN"
@@ -42,16 +46,16 @@ class Written:
     blob_bytes: int
     blob_crc: int
 
-    def check(self, state: Bytes) -> None:
-        """AreaDamaged where the rank's CRCs are not those of `state`, the node's."""
+    def sealed(self, state: Bytes) -> list[int]:
+        """Of `state`, the node's, the CRCs of the pieces from `start` that the rank's arrays fill, as the rank made
+        them. AreaDamaged where their description is not what the rank wrote."""
         blob = state[self.start + self.data_bytes :][: self.blob_bytes]
         if len(blob) != self.blob_bytes or crc32c(blob) != self.blob_crc:
             raise AreaDamaged(f"rank {self.rank}: the description of its state has a wrong CRC-32C")
         crcs = Blob.loads(blob.tobytes()).crcs
-        found = piece_crcs(state[self.start : self.start + self.data_bytes], PIECE_BYTES)
-        if list(crcs) != found:
-            bad = [number for number, (one, other) in enumerate(zip(crcs, found, strict=False)) if one != other]
-            raise AreaDamaged(f"rank {self.rank}: its state has a wrong CRC-32C in MiB {bad or 'all'}")
+        if len(crcs) != -(-self.data_bytes // PIECE_BYTES):
+            raise AreaDamaged(f"rank {self.rank}: {len(crcs)} CRCs for {self.data_bytes} bytes")
+        return list(crcs[: self.data_bytes // PIECE_BYTES])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +108,18 @@ class Blob:
 
 
 def manifest_bytes(num_ranks: int) -> int:
-    return pages(_MANIFEST.size + _RANK_BYTES * (1 + num_ranks))
+    return whole(_MANIFEST.size + _RANK_BYTES * (1 + num_ranks), PAGE_BYTES)
 
 
-def pages(size: int) -> int:
-    return -(-size // PAGE_BYTES) * PAGE_BYTES
+def whole(size: int, unit: int = PIECE_BYTES) -> int:
+    """`size`, rounded up to a multiple of `unit`."""
+    return -(-size // unit) * unit
 
 
 def areas(capacities: Sequence[tuple[int, int]]) -> tuple[dict[int, tuple[int, int]], int]:
     """By rank, where its area starts and how large it is; and the size of the node's state. Takes (rank, bytes)."""
-    found, start = {}, manifest_bytes(len(capacities))
+    found, start = {}, whole(manifest_bytes(len(capacities)))
     for rank, size in capacities:
-        found[rank] = (start, pages(size))
-        start += pages(size)
+        found[rank] = (start, whole(size))
+        start += whole(size)
     return found, start

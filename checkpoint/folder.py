@@ -5,11 +5,21 @@ written file is on the disk (fsync) when `write` returns; elsewhere an object is
 several threads.
 """
 
+import errno
+import fcntl
 import os
 from collections.abc import Iterable
 
 import fsspec
+import numpy as np
 from fsspec.implementations.local import LocalFileSystem
+
+from checkpoint.crc import Bytes
+from checkpoint.erasure import aligned_empty
+
+PAGE_BYTES = 4096
+_DIRECT_BYTES = 1 << 20
+"""Shorter content goes by the page cache."""
 
 
 class Folder:
@@ -59,6 +69,35 @@ class Folder:
     def read(self, path: str) -> bytes:
         return bytes(self._fs.cat_file(f"{self.path}/{path}"))
 
+    def load(self, path: str, memory: Bytes | None = None, *, direct: bool = False) -> Bytes:
+        """A large file's bytes, on a local disk read straight into memory: into `memory`, page-aligned and of whole
+        pages, where they fit. direct: past the page cache, for who reads alone; ranks of one machine often read the
+        same."""
+        if not self.local:
+            return np.frombuffer(self.read(path), dtype=np.uint8)
+        fd = os.open(f"{self.path}/{path}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size, done = os.fstat(fd).st_size, 0
+            content = memory if memory is not None and size <= len(memory) else pages_empty(size)
+            direct = direct and size >= _DIRECT_BYTES and _set_direct(fd, True)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            while done < size:
+                if direct and done % PAGE_BYTES:
+                    direct = _set_direct(fd, False)
+                try:
+                    count = os.preadv(fd, [content[done:].data], done)
+                except OSError as error:
+                    if not direct or error.errno != errno.EINVAL:
+                        raise
+                    direct = _set_direct(fd, False)
+                    continue
+                if not count:
+                    break
+                done += count
+            return content[:done]
+        finally:
+            os.close(fd)
+
     def make(self, *paths: str) -> None:
         """Make these folders and the ones above them."""
         for path in paths:
@@ -105,8 +144,48 @@ class Folder:
 
 
 def _write_synced(path: str, parts: Iterable[bytes | memoryview]) -> None:
-    with open(path, "wb") as file:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
         for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
+            content: Bytes = np.frombuffer(part, dtype=np.uint8)
+            done = _write_direct(fd, content)
+            while done < len(content):
+                done += os.write(fd, content[done:].data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_direct(fd: int, content: Bytes) -> int:
+    """Write what can go past the page cache, which would cost a copy and the memory of others; returns how much went.
+    Large content from aligned memory does where the file stands at a page and its storage takes it."""
+    whole = len(content) // PAGE_BYTES * PAGE_BYTES
+    if whole < _DIRECT_BYTES or content.ctypes.data % PAGE_BYTES or os.lseek(fd, 0, os.SEEK_CUR) % PAGE_BYTES:
+        return 0
+    done = 0
+    try:
+        while _set_direct(fd, True) and done < whole and done % PAGE_BYTES == 0:
+            done += os.write(fd, content[done:whole].data)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        _set_direct(fd, False)
+    return done
+
+
+def _set_direct(fd: int, on: bool) -> bool:
+    """Whether what is read and written by `fd` goes past the page cache from now on; not every storage can."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | (os.O_DIRECT if on else 0))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return on
+
+
+def pages_empty(size: int) -> Bytes:
+    """Uninitialized, page-aligned memory of whole pages for `size` bytes."""
+    return aligned_empty(-(-size // PAGE_BYTES) * PAGE_BYTES)

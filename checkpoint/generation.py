@@ -1,10 +1,11 @@
 """One node's part in the snapshots of one plan: docs/commit-protocol.md, steps 1 to 5.
 
-Threads: requests come from the threads of their connections; one thread a version (`_make`) seals, encodes and
-prepares, and on the coordinator announces what became of it. All state is under `_changed`; bytes move outside it.
+Threads: requests come from the threads of their connections; one thread a version (`_make`) seals, encodes (in lanes,
+a thread each) and prepares, and on the coordinator announces what became of it. All state is under `_changed`; bytes
+move outside it.
 
 [Note: who writes into a slot]
-The draft's slot is written by this node's ranks (each its area, from `begin` to `written`), by the encoder's thread
+The draft's slot is written by this node's ranks (each its area, from `begin` to `written`), by the encoder's lanes
 (parity 0) and by connections that bring other parities. A version that was given up is not begun anew before the
 latter two are out of it (`_users`); a rank writes its area again before it says so. What a process that counts as dead
 still writes is found by the CRCs, and is an erasure.
@@ -14,22 +15,23 @@ import json
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoint.area import Manifest, Written
-from checkpoint.crc import Bytes
+from checkpoint.crc import Bytes, idle_threads, piece_crcs
 from checkpoint.erasure import ReedSolomon, aligned_empty
 from checkpoint.erasure.protocol import versions_to_keep
 from checkpoint.errors import CheckpointError
-from checkpoint.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader, FragmentId, piece_crcs, seal
+from checkpoint.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader, FragmentId
 from checkpoint.roster import Plan
 from checkpoint.shared import Draft, Segment
 from checkpoint.wire import Message, NodeAddress, Wire, WireError
 
 SLICE_BYTES = 4 * PIECE_BYTES
-"""Of each element, pulled and encoded at a time."""
+"""Of each element, pulled and encoded at a time by a lane."""
 PATIENCE_S = 50.0
 """Longest wait for another node within a snapshot. Ranks write theirs within one step of each other."""
 
@@ -47,6 +49,8 @@ class Making:
     draft: Draft | None = None
     written: dict[int, Written] = field(default_factory=dict)
     sealed: bool = False
+    arrived: dict[int, list[int]] = field(default_factory=dict)
+    """By number of a parity that others make, the CRCs of its pieces as they came."""
     headers: list[FragmentHeader | None] = field(default_factory=list)
     """Of the k chunks and m parities on this node, in the layout's order."""
     thread: threading.Thread | None = None
@@ -87,7 +91,7 @@ class Generation:
         self.layout = plan.layout(self.group)
         self._connect, self._committed, self._committed_one = connect, committed, committed_one
         self._code = ReedSolomon(self.layout.k, self.layout.m) if self.layout.m else None
-        self._wires: dict[str, Wire] = {}
+        self._wires: dict[tuple[str, int], Wire] = {}  # by node and lane
         self._announcing: dict[str, Wire] = {}
         self._changed = threading.Condition()
         self._announced = threading.Lock()
@@ -186,23 +190,29 @@ class Generation:
                 self._changed.notify_all()
 
     def _seal(self, making: Making) -> None:
-        """Check what the ranks wrote, and make the headers of the k chunks."""
+        """Make the headers of the k chunks; checkpoint/area.py, [Note: one pass]."""
         assert making.draft is not None
         state = making.draft.payload[: self.layout.data_bytes]
         parts = tuple(making.written[rank] for rank in sorted(making.written))
         manifest = Manifest(version=making.version, step=making.step, world=self.plan.world, ranks=parts).dumps()
         state[: len(manifest)] = bytearray(manifest)
+        crcs: list[int] = []
         for part in parts:
-            part.check(state)
+            crcs += _crcs_of(state[len(crcs) * PIECE_BYTES : part.start])
+            crcs += part.sealed(state)
+        crcs += _crcs_of(state[len(crcs) * PIECE_BYTES :])
         size = self.layout.chunk_bytes
-        headers: list[FragmentHeader | None] = [None] * self.layout.n
-        for number, (stripe, element) in enumerate(self.layout.held(self.place)[: self.layout.k]):
-            chunk = state[number * size : (number + 1) * size]
-            headers[number] = seal(self._id(making, stripe, element), chunk)
+        each = size // PIECE_BYTES
         with self._changed:
-            making.headers[: self.layout.k] = headers[: self.layout.k]
+            for number, (stripe, element) in enumerate(self.layout.held(self.place)[: self.layout.k]):
+                known = crcs[number * each : (number + 1) * each]
+                making.headers[number] = self._header_of(making, stripe, element, known)
             making.sealed = True
             self._changed.notify_all()
+
+    def _header_of(self, making: Making, stripe: int, element: int, crcs: Sequence[int]) -> FragmentHeader:
+        id_, size = self._id(making, stripe, element), self.layout.chunk_bytes
+        return FragmentHeader(id=id_, payload_bytes=size, piece_bytes=PIECE_BYTES, crcs=tuple(crcs))
 
     def _id(self, making: Making, stripe: int, element: int) -> FragmentId:
         return FragmentId(
@@ -217,76 +227,84 @@ class Generation:
         )
 
     def _encode(self, making: Making) -> None:
-        """Make all parities of this node's stripe, slice by slice: the k chunks come from their nodes, checked."""
+        """Make all parities of this node's stripe: the k chunks come from their nodes, checked, in several lanes."""
         if self._code is None:
             return
-        assert making.draft is not None
         layout, names = self.layout, self.plan.groups[self.group]
         stripe = layout.stripe(self.place)
-        data, parities = stripe.elements[: layout.k], stripe.elements[layout.k :]
-        sources = [self._wire(names[element.node]) for element in data]
-        headers = [self._header(wire, making, stripe.number, number) for number, wire in enumerate(sources)]
-        keepers = [self._wire(names[element.node]) for element in parities[1:]]
+        headers = [
+            self._fetch_header(self._wire(names[element.node]), making, stripe.number, number)
+            for number, element in enumerate(stripe.elements[: layout.k])
+        ]
+        crcs = [[0] * (layout.chunk_bytes // PIECE_BYTES) for _ in range(layout.m)]
+        starts = range(0, layout.chunk_bytes, SLICE_BYTES)
+        lanes = min(idle_threads(), len(starts))
+        with ThreadPoolExecutor(lanes, thread_name_prefix="lane") as pool:
+            calls = [pool.submit(self._lane, making, headers, crcs, lane, starts[lane::lanes]) for lane in range(lanes)]
+            failed = [call for call in wait(calls, return_when=FIRST_EXCEPTION).done if call.exception()]
+            for wire in list(self._wires.values()) if failed else ():
+                wire.cut()  # the other lanes need not go on
+        for call in [*failed, *calls]:
+            call.result()
+        made = [self._header_of(making, stripe.number, layout.k + p, crcs[p]) for p in range(layout.m)]
+        for number, element in enumerate(stripe.elements[layout.k + 1 :], 1):
+            message = {"do": "parity made", "version": making.version, "number": number}
+            self._wire(names[element.node]).ask(message | {"header": made[number].dumps().hex()})
+        with self._changed:
+            making.headers[layout.k] = made[0]
+            self._changed.notify_all()
+
+    def _lane(
+        self, making: Making, headers: list[FragmentHeader], crcs: list[list[int]], lane: int, starts: range
+    ) -> None:
+        """Slices of the stripe that begin at `starts`, by connections of its own; `crcs` of its parities' pieces."""
+        assert making.draft is not None and self._code is not None
+        layout, names = self.layout, self.plan.groups[self.group]
+        elements = layout.stripe(self.place).elements
+        data, others = elements[: layout.k], elements[layout.k + 1 :]
+        sources = [self._wire(names[element.node], lane) for element in data]
+        keepers = [self._wire(names[element.node], lane) for element in others]
         own = making.draft.payload[layout.data_bytes :][: layout.chunk_bytes]
-        step = min(SLICE_BYTES, layout.chunk_bytes)
-        pulled = [aligned_empty(step) for _ in data]
-        made = [aligned_empty(step) for _ in keepers]
-        crcs: list[list[int]] = [[] for _ in parities]
-        starts = range(0, layout.chunk_bytes, step)
+        pulled = [aligned_empty(SLICE_BYTES) for _ in data]
+        made = [aligned_empty(SLICE_BYTES) for _ in others]
 
         def request(start: int) -> None:
             for wire, element in zip(sources, data, strict=True):
-                size = min(step, layout.chunk_bytes - start)
+                size = min(SLICE_BYTES, layout.chunk_bytes - start)
                 wire.send({"do": "read", "version": making.version, "offset": element.offset + start, "size": size})
 
-        request(0)
-        for start in starts:
-            size = min(step, layout.chunk_bytes - start)
+        request(starts[0])
+        for turn, start in enumerate(starts):
+            size, first = min(SLICE_BYTES, layout.chunk_bytes - start), start // PIECE_BYTES
             for wire, header, buffer in zip(sources, headers, pulled, strict=True):
                 wire.answer(buffer[:size])
-                _check_slice(header, buffer[:size], start)
-            if start + step < layout.chunk_bytes:
-                request(start + step)  # on its way while this slice is encoded
+                _check_slice(header, buffer[:size], first)
+            if turn + 1 < len(starts):
+                request(starts[turn + 1])  # on its way while this slice is encoded
             outputs = [own[start : start + size], *(buffer[:size] for buffer in made)]
             self._code.encode([buffer[:size] for buffer in pulled], outputs)
             for known, output in zip(crcs, outputs, strict=True):
-                known += piece_crcs(output, PIECE_BYTES)
+                known[first : first + size // PIECE_BYTES] = piece_crcs(output, PIECE_BYTES)
             for number, (wire, output) in enumerate(zip(keepers, outputs[1:], strict=True), 1):
-                if start:
+                if turn:
                     wire.answer()
-                self._push(wire, making, stripe.number, number, start, output, crcs[number])
+                message: Message = {"do": "parity", "version": making.version, "step": making.step}
+                wire.send(message | {"start": start, "number": number}, output)
         for wire in keepers:
             wire.answer()
-        with self._changed:
-            making.headers[layout.k] = self._parity_header(making, stripe.number, 0, crcs[0])
-            self._changed.notify_all()
 
-    def _header(self, wire: Wire, making: Making, stripe: int, element: int) -> FragmentHeader:
+    def _fetch_header(self, wire: Wire, making: Making, stripe: int, element: int) -> FragmentHeader:
         answer = wire.ask({"do": "header", "version": making.version, "stripe": stripe})
         header = FragmentHeader.loads(bytes.fromhex(str(answer["header"])))
         if header.id != self._id(making, stripe, element):
             raise FragmentDamaged(f"{wire.name} has {header.id}, not {self._id(making, stripe, element)}")
         return header
 
-    def _parity_header(self, making: Making, stripe: int, number: int, crcs: list[int]) -> FragmentHeader:
-        id_ = self._id(making, stripe, self.layout.k + number)
-        size = self.layout.chunk_bytes
-        return FragmentHeader(id=id_, payload_bytes=size, piece_bytes=PIECE_BYTES, crcs=tuple(crcs))
-
-    def _push(
-        self, wire: Wire, making: Making, stripe: int, number: int, start: int, output: Bytes, crcs: list[int]
-    ) -> None:
-        message: Message = {"do": "parity", "version": making.version, "step": making.step, "start": start}
-        message |= {"stripe": stripe, "number": number}
-        if start + len(output) == self.layout.chunk_bytes:
-            message["header"] = self._parity_header(making, stripe, number, crcs).dumps().hex()
-        wire.send(message, output)
-
     def receive_parity(self, message: Message, size: int, wire: Wire) -> None:
-        """Take a slice of a parity that another node has made; with the last one comes its header."""
+        """Take a slice of a parity that another node has made."""
         version, start, number = int(message["version"]), int(message["start"]), int(message["number"])
         chunk = self.layout.chunk_bytes
-        if not (0 < number < self.layout.m and 0 <= start and 0 < size and start + size <= chunk):
+        if not (0 < number < self.layout.m and 0 <= start < start + size <= chunk) or (start | size) % PIECE_BYTES:
             raise GivenUp(f"slice {start} + {size} of parity {number}: there are {self.layout.m} of {chunk} bytes")
         self._wait_for(version, lambda making: True)
         self.begin(version, int(message["step"]))
@@ -295,22 +313,27 @@ class Generation:
             assert making.draft is not None
             self._users += 1
         try:
-            offset = self.layout.data_bytes + number * chunk
-            parity = making.draft.payload[offset : offset + chunk]
-            wire.receive_into(parity[start : start + size])
-            if "header" not in message:
-                return
-            header = FragmentHeader.loads(bytes.fromhex(str(message["header"])))
-            if header.id != self._id(making, (self.place - number) % self.layout.n, self.layout.k + number):
-                raise FragmentDamaged(f"{wire.name} sent {header.id} as parity {number} of node {self.place}")
-            header.check(parity)
-            with self._changed:
-                making.headers[self.layout.k + number] = header
-                self._changed.notify_all()
+            offset = self.layout.data_bytes + number * chunk + start
+            part = making.draft.payload[offset : offset + size]
+            wire.receive_into(part)
+            known = making.arrived.setdefault(number, [-1] * (chunk // PIECE_BYTES))
+            known[start // PIECE_BYTES : (start + size) // PIECE_BYTES] = piece_crcs(part, PIECE_BYTES)
         finally:
             with self._changed:
                 self._users -= 1
                 self._changed.notify_all()
+
+    def parity_made(self, version: int, number: int, header: FragmentHeader) -> None:
+        """All of parity `number` has been sent: hold what came against what was made."""
+        with self._changed:
+            making = self._expect(version)
+            expected = self._id(making, (self.place - number) % self.layout.n, self.layout.k + number)
+            if not 0 < number < self.layout.m or header.id != expected:
+                raise FragmentDamaged(f"{header.id} came as parity {number} of node {self.place}")
+            if list(header.crcs) != making.arrived.get(number):
+                raise FragmentDamaged(f"parity {number} of node {self.place} came with a wrong CRC-32C")
+            making.headers[self.layout.k + number] = header
+            self._changed.notify_all()
 
     def _prepare(self, making: Making) -> None:
         """Wait for the other parities, and put the version into the slot for good."""
@@ -469,20 +492,24 @@ class Generation:
         if self._closed:
             raise GivenUp(f"node {self.label}: the snapshots of this start are over")
 
-    def _wire(self, label: str) -> Wire:
-        if label not in self._wires:
-            self._wires[label] = self._connect(label)
-        return self._wires[label]
+    def _wire(self, label: str, lane: int = 0) -> Wire:
+        if (label, lane) not in self._wires:
+            self._wires[label, lane] = self._connect(label)
+        return self._wires[label, lane]
 
     @staticmethod
-    def _hang_up(wires: dict[str, Wire]) -> None:
+    def _hang_up(wires: dict[Any, Wire]) -> None:
         for wire in wires.values():
             wire.close()
         wires.clear()
 
 
-def _check_slice(header: FragmentHeader, part: Bytes, start: int) -> None:
-    first = start // header.piece_bytes
+def _crcs_of(part: Bytes) -> list[int]:
+    """Of what no rank has sealed: ends of areas, and what lies behind the last."""
+    return piece_crcs(part, PIECE_BYTES, idle_threads()) if len(part) else []
+
+
+def _check_slice(header: FragmentHeader, part: Bytes, first: int) -> None:
     found = piece_crcs(part, header.piece_bytes)
     if found != list(header.crcs[first : first + len(found)]):
         raise FragmentDamaged(f"element {header.id.element} of stripe {header.id.stripe} came with a wrong CRC-32C")

@@ -5,24 +5,23 @@ executed: files hold numbers and JSON alone, and every path that is read is made
 """
 
 import math
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NoReturn, TypeVar
 
-import numpy as np
 import torch
 
 from checkpoint import values
 from checkpoint.crc import Bytes, crc32c
 from checkpoint.errors import CheckpointDamaged, CheckpointError
-from checkpoint.folder import Folder
+from checkpoint.folder import PAGE_BYTES, Folder, pages_empty
 from checkpoint.layout import COMMIT, CRC_BYTES, DTYPES, META, ArrayLayout, Commit, Index, Span, is_chunk, shard_folder
 
 _THREADS = 4
 _CACHE_BYTES = 512 << 20
-"""Checked chunks kept in memory: many small parameters share a chunk, and a rank reads several kinds side by side."""
+"""Checked chunks in memory, those that are read ahead among them: many small parameters share a chunk, and a rank reads
+several kinds side by side."""
 
 _T = TypeVar("_T")
 _Chunk = tuple[int, ArrayLayout, int]
@@ -32,25 +31,30 @@ _Job = tuple[_Chunk, slice, slice]
 
 
 class CheckpointReader:
-    """One committed checkpoint. Reads may come from one thread at a time.
+    """One committed checkpoint. Reads may come from one thread at a time; others read ahead.
 
     CheckpointDamaged where it is not what was written: names the step, the file, the problem, and the step before it to
     use instead, which `good_step` finds.
     """
 
-    def __init__(self, folder: Folder, step: int, good_step: Callable[[], int | None] = lambda: None) -> None:
-        self.step = step
+    def __init__(
+        self, folder: Folder, step: int, good_step: Callable[[], int | None] = lambda: None, *, alone: bool = False
+    ) -> None:
+        """alone: no other rank reads the same."""
+        self.step, self._alone = step, alone
         self._folder = folder
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="restore")
         self._good_step = good_step
-        self._commit = self._parse(COMMIT, self._fetch(COMMIT), Commit.loads)
+        self._commit = self._parse(COMMIT, self._fetch(COMMIT).tobytes(), Commit.loads)
         self.world = self._commit.world
         """Number of ranks that wrote it."""
         self._check_sizes()
         self.meta: dict[str, Any] = self._json(META)
         self._indexes = [self._index(rank) for rank in range(self.world)]
         self._spans = self._assemble()
-        self._cache: OrderedDict[_Chunk, Bytes] = OrderedDict()
-        self._lock = threading.Lock()  # of the cache, which the threads of one read share
+        self._cache: OrderedDict[_Chunk, tuple[Future[Bytes], Bytes]] = OrderedDict()
+        """Checked bytes, and the memory they lie in, which is used again: whoever gets them copies them at once."""
+        self._current: _Chunk | None = None
 
     def rank_state(self, rank: int) -> dict[str, Any]:
         """What that rank passed to `save`. KeyError where it was written by fewer ranks."""
@@ -89,9 +93,8 @@ class CheckpointReader:
 
     def verify(self) -> None:
         """Read and check every byte."""
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for _ in pool.map(self._checked, self._commit.files):
-                pass
+        for _ in self._pool.map(self._checked, self._commit.files):
+            pass
 
     def _of(self, name: str, kind: str) -> list[tuple[int, Span]]:
         try:
@@ -120,39 +123,52 @@ class CheckpointReader:
         for job in jobs:
             by_chunk.setdefault(job[0], []).append(job)
 
-        def copy(chunk: _Chunk) -> None:
-            data = self._chunk(chunk)
+        chunks = list(by_chunk)
+        for place, chunk in enumerate(chunks):
+            self._current, data = chunk, self._chunk(chunk)
+            room = _CACHE_BYTES // (chunk[1].chunk * chunk[1].item_bytes)
+            for ahead in chunks[place + 1 : place + min(_THREADS, room)] or self._after(chunk):
+                self._chunk(ahead)
+            content = data.result()
             for _, source, target in by_chunk[chunk]:
-                out[target] = data[source]
+                out[target] = content[source]
 
-        if len(by_chunk) <= 1:
-            for chunk in by_chunk:
-                copy(chunk)
-            return
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for _ in pool.map(copy, by_chunk):
-                pass
-
-    def _chunk(self, chunk: _Chunk) -> Bytes:
-        """A chunk's elements and padding, checked, from memory or storage."""
-        with self._lock:
-            if chunk in self._cache:
-                self._cache.move_to_end(chunk)
-                return self._cache[chunk]
+    def _after(self, chunk: _Chunk) -> list[_Chunk]:
+        """What is most likely asked for next: the rest of the array, of which there is one for each kind of state."""
         rank, array, number = chunk
-        data = self._checked(f"{shard_folder(rank)}/{array.chunk_file(number)}")
-        with self._lock:
-            self._cache[chunk] = data
-            while len(self._cache) > 1 and sum(map(len, self._cache.values())) > _CACHE_BYTES:
-                self._cache.popitem(last=False)
-        return data
+        fits = 2 * _THREADS * array.chunk * array.item_bytes <= _CACHE_BYTES
+        return [(rank, array, number + 1)] if fits and number + 1 < array.num_chunks else []
 
-    def _checked(self, path: str) -> Bytes:
+    def _chunk(self, chunk: _Chunk) -> Future[Bytes]:
+        """A chunk's elements and padding, checked, from memory or storage."""
+        if chunk in self._cache:
+            self._cache.move_to_end(chunk)
+            return self._cache[chunk][0]
+        rank, array, number = chunk
+        memory = self._memory(array.chunk * array.item_bytes + CRC_BYTES)
+        found = self._pool.submit(self._checked, f"{shard_folder(rank)}/{array.chunk_file(number)}", memory)
+        self._cache[chunk] = found, memory
+        return found
+
+    def _memory(self, size: int) -> Bytes:
+        """For one more chunk of `size` bytes: that of the chunk that was not used for longest, where there is no room.
+        Fresh memory has to be zeroed page by page first, which costs as much as a copy."""
+        found = None
+        while self._cache and size + sum(len(memory) for _, memory in self._cache.values()) > _CACHE_BYTES:
+            oldest = next((chunk for chunk in self._cache if chunk != self._current), None)
+            if oldest is None:
+                break
+            future, memory = self._cache.pop(oldest)
+            wait([future])
+            found = memory if size <= len(memory) < size + PAGE_BYTES else found
+        return pages_empty(size) if found is None else found
+
+    def _checked(self, path: str, memory: Bytes | None = None) -> Bytes:
         """A file's bytes, of a chunk without its own CRC, after both CRCs were compared."""
         entry = self._commit.files.get(path)
         if entry is None:
             self._damaged(COMMIT, f"does not name {path}")
-        content = np.frombuffer(self._fetch(path), dtype=np.uint8)
+        content = self._fetch(path, memory)
         if len(content) != entry.size:
             self._damaged(path, f"has {len(content)} bytes instead of {entry.size}")
         end = len(content) - CRC_BYTES if is_chunk(path) else len(content)
@@ -161,9 +177,9 @@ class CheckpointReader:
             self._damaged(path, "its CRC-32C is wrong: bytes have changed since it was written")
         return content[:end]
 
-    def _fetch(self, path: str) -> bytes:
+    def _fetch(self, path: str, memory: Bytes | None = None) -> Bytes:
         try:
-            return self._folder.read(path)
+            return self._folder.load(path, memory, direct=self._alone)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             self._damaged(path, "is missing")
         except OSError as error:

@@ -6,6 +6,7 @@ start anew (`SnapshotNode`, configure).
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 from checkpoint.erasure.protocol import recoverable
@@ -56,14 +57,23 @@ class Found:
 
 
 def inventories(roster: Roster, say: Say = lambda text: None) -> dict[str, Message]:
-    """What each node that answers holds, by label; who does not is said."""
+    """What each node that answers holds, by label; who does not is said. All are asked at once: a node lets a version
+    that is nearly there come to its end first."""
     found = {}
-    for node in roster.nodes:
-        try:
-            with Wire.connect(node, roster.token) as wire:
-                found[node.label] = wire.ask({"do": "inventory"})
-        except CheckpointError as error:
-            say(f"{error}: what it held counts as lost")
+    with ExitStack() as stack:
+        asked: list[tuple[str, Wire]] = []
+        for node in roster.nodes:
+            try:
+                wire = stack.enter_context(Wire.connect(node, roster.token))
+                wire.send({"do": "inventory"})
+                asked.append((node.label, wire))
+            except CheckpointError as error:
+                say(f"{error}: what it held counts as lost")
+        for label, wire in asked:
+            try:
+                found[label] = wire.answer()[0]
+            except CheckpointError as error:
+                say(f"{error}: what it held counts as lost")
     return found
 
 

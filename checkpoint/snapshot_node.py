@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from checkpoint.area import Written
-from checkpoint.crc import Bytes
+from checkpoint.crc import Bytes, idle_threads
 from checkpoint.errors import CheckpointError
 from checkpoint.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader
 from checkpoint.generation import Generation, GivenUp, connector, load_meta, meta_bytes
@@ -165,6 +165,10 @@ class SnapshotNode:
         if what == "header":
             header = self._running().header_of(int(message["version"]), int(message["stripe"]))
             return {"header": header.dumps().hex()}
+        if what == "parity made":
+            header = FragmentHeader.loads(bytes.fromhex(str(message["header"])))
+            self._running().parity_made(int(message["version"]), int(message["number"]), header)
+            return {}
         if what == "report":
             arguments = int(message["version"]), str(message["label"]), int(message["step"]), str(message["problem"])
             self._running().report(*arguments)
@@ -225,7 +229,7 @@ class SnapshotNode:
         for place, raw in enumerate(headers):
             fragment = version.payload[place * layout.chunk_bytes : (place + 1) * layout.chunk_bytes]
             try:
-                found.append(FragmentHeader.loads(raw).bad_pieces(fragment))
+                found.append(FragmentHeader.loads(raw).bad_pieces(fragment, idle_threads()))
             except FragmentDamaged:
                 found.append(list(range(-(-layout.chunk_bytes // PIECE_BYTES))))
         return found

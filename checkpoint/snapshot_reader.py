@@ -15,10 +15,11 @@ import torch
 
 from checkpoint import values
 from checkpoint.area import AreaDamaged, Blob, Manifest, Written, manifest_bytes
-from checkpoint.crc import Bytes, crc32c
+from checkpoint.copying import array_offsets
+from checkpoint.crc import Bytes, crc32c, piece_crcs
 from checkpoint.erasure import ReedSolomon, TooManyErasures, aligned_empty
 from checkpoint.errors import CheckpointError
-from checkpoint.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader, piece_crcs
+from checkpoint.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader
 from checkpoint.layout import DTYPES, Index, Span
 from checkpoint.recovery import Found
 from checkpoint.wire import Refused, Wire, WireError
@@ -27,7 +28,6 @@ _RUN_PIECES = 8
 """Fetched by one request."""
 _CACHED_PIECES = 32
 """Many small parameters share a piece, and a rank reads several kinds side by side."""
-ALIGN_BYTES = 64
 
 
 class SnapshotReader:
@@ -125,15 +125,6 @@ class SnapshotReader:
             if ends != starts or len({(span.shape, span.dtype) for _, span in spans}) > 1:
                 raise CheckpointError(f"the snapshot of step {self.step}: pieces of {name} ({kind}) do not fit")
         return found
-
-
-def array_offsets(index: Index) -> tuple[dict[tuple[str, str], int], int]:
-    """Where each array of an index begins in its rank's area, in bytes, and where the last one ends."""
-    offsets, end = {}, 0
-    for key, array in index.arrays.items():
-        offsets[key] = end
-        end += -(-array.length * array.item_bytes // ALIGN_BYTES) * ALIGN_BYTES
-    return offsets, end
 
 
 class _Group:

@@ -5,11 +5,6 @@
 
 The rest of a snapshot is the snapshot processes' work. One is made at a time: where the one before is not committed
 yet, `save` waits for it.
-
-[Note: the side stream]
-GPU state is copied by a stream of its own, which first waits for what the training stream had been given when `save`
-called (the update). It writes into the segment, page-locked once at the start. `wait_copied` makes the training
-stream wait for the copy's event: the next update is queued behind the copy, and nobody sleeps.
 """
 
 import itertools
@@ -27,17 +22,18 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import recovery, values
-from checkpoint.area import Blob, Written, areas
+from checkpoint.area import Blob, Written, areas, whole
+from checkpoint.copying import Copier, Mark, array_offsets, copy_here, seal
 from checkpoint.crc import Bytes, crc32c
 from checkpoint.errors import CheckpointError
-from checkpoint.fragment import PIECE_BYTES, piece_crcs
+from checkpoint.fragment import PIECE_BYTES
 from checkpoint.layout import DTYPES, ArrayLayout, Index, Span
 from checkpoint.options import CheckpointOptions
 from checkpoint.ranks import Ranks
 from checkpoint.roster import Plan, Roster, check_nodes, cut_groups
 from checkpoint.shared import Segment
 from checkpoint.snapshot_process import drop
-from checkpoint.snapshot_reader import SnapshotReader, array_offsets
+from checkpoint.snapshot_reader import SnapshotReader
 from checkpoint.wire import Refused, Wire
 from offload.state import Piece
 
@@ -63,6 +59,7 @@ class Stats:
     stall_s: list[float] = field(default_factory=list)
     """Of each: how long the training thread waited in `save` and `wait_copied`."""
     copy_s: list[float] = field(default_factory=list)
+    """Of each, in the background: until all was in the segment, and its checksums were made."""
     node_s: dict[str, float] = field(default_factory=dict)
     """Of the last one, in the node's process: seal, encode, prepare, and CPU time of all."""
 
@@ -70,9 +67,7 @@ class Stats:
 @dataclass(eq=False)
 class _Job:
     step: int
-    pieces: Iterable[Piece]
-    device: torch.device | None
-    """Of those on a GPU."""
+    pieces: Iterable[Piece] | Callable[[], Iterable[Piece]]
     index: Index
     rank_state: bytes
     meta: bytes
@@ -81,8 +76,8 @@ class _Job:
     """Where to, where the training thread copies itself."""
     begun: threading.Event = field(default_factory=threading.Event)
     issued: threading.Event = field(default_factory=threading.Event)
-    """All copies are done, or on the side stream with `done` behind them."""
-    done: torch.cuda.Event | None = None
+    """All copies are done, or on the side stream with their marks behind them."""
+    marks: list[Mark] = field(default_factory=list)
 
 
 class Snapshots:
@@ -114,7 +109,7 @@ class Snapshots:
         self._found: recovery.Found | None = None
         self._restored: int | None = None
         self._reader: SnapshotReader | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._copier = Copier()
         self._described: tuple[list[Any], Index] | None = None
         self._next, self._last_due, self._step_s = 1, 0.0, 0.0
         self.stats = Stats()
@@ -202,7 +197,7 @@ class Snapshots:
     def save(
         self,
         step: int,
-        pieces: Iterable[Piece],
+        pieces: Iterable[Piece] | Callable[[], Iterable[Piece]],
         rank_state: Mapping[str, Any],
         meta: Mapping[str, Any],
         *,
@@ -210,24 +205,23 @@ class Snapshots:
     ) -> None:
         """Hand this rank's state over and return; every rank calls it. The state must not change before `wait_copied`.
 
-        background: without, it is copied before `save` returns, and a piece need be good only until the next is asked
-        for; the pieces must be those that `start` got. `rank_state` and `meta` as in `Checkpoints.save`. Waits while
-        the snapshot before is being made.
+        pieces: those of a function are got on another thread, where they may wait for an update that is still under
+        way. background: without, all is copied before `save` returns, and a piece need be good only until the next is
+        asked for. In both cases the pieces must be those that `start` got. `rank_state` and `meta` as in
+        `Checkpoints.save`. Waits while the snapshot before is being made.
         """
         begun = time.perf_counter()
-        if background:
+        if background and not callable(pieces):
             pieces = list(pieces)
             self._lay_out(pieces)
         assert self._described is not None, "start() first"
-        device = next((p.tensor.device for p in pieces if p.tensor.is_cuda), None) if background else None
         job = _Job(
             step,
             pieces,
-            device,
             self._described[1],
             values.dumps(dict(rank_state)),
             values.dumps(dict(meta)) if self._ranks.rank == 0 else b"{}",
-            None if device is None else torch.cuda.current_stream(device).record_event(),
+            torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None,
         )
         with self._changed:
             ready = self._changed.wait_for(
@@ -244,7 +238,8 @@ class Snapshots:
         if not background:
             job.begun.wait()
             if job.area is not None:
-                self._copy_here(job, job.area)
+                assert not callable(job.pieces)
+                job.marks = copy_here(job.pieces, job.index, job.area)
             job.issued.set()
         self.stats.stall_s.append(time.perf_counter() - begun)
 
@@ -255,8 +250,8 @@ class Snapshots:
             return
         begun = time.perf_counter()
         job.issued.wait()
-        if job.done is not None:
-            torch.cuda.current_stream(job.device).wait_event(job.done)
+        if job.marks and (done := job.marks[-1].event) is not None:
+            torch.cuda.current_stream().wait_event(done)
         self.stats.stall_s[-1] += time.perf_counter() - begun
 
     def wait(self) -> None:
@@ -354,23 +349,18 @@ class Snapshots:
             self._skip(version, job, error)
             return
         area = self._slots[slot][self._start : self._start + self._size]
-        offsets, data_bytes = array_offsets(job.index)
-        if isinstance(job.pieces, list):
-            self._copy(job, job.pieces, area, offsets)
+        if callable(job.pieces) or isinstance(job.pieces, list):
+            pieces = list(job.pieces()) if callable(job.pieces) else job.pieces
+            job.marks = self._copier.copy(pieces, job.index, area, job.after)
             job.issued.set()
         else:
             job.area = area
             job.begun.set()
             job.issued.wait()
-        if job.done is not None:
-            job.done.synchronize()
+        crcs = seal(area, job.marks)
         self.stats.copy_s.append(time.perf_counter() - begun)
-        blob = Blob(
-            index=job.index.dumps(),
-            rank_state=job.rank_state,
-            meta=job.meta,
-            crcs=piece_crcs(area[:data_bytes], PIECE_BYTES),
-        ).dumps()
+        data_bytes = job.marks[-1].end
+        blob = Blob(index=job.index.dumps(), rank_state=job.rank_state, meta=job.meta, crcs=crcs).dumps()
         if data_bytes + len(blob) > len(area):
             raise CheckpointError(f"the description of the state has {len(blob)} bytes, more than there is room for")
         area[data_bytes : data_bytes + len(blob)] = np.frombuffer(blob, dtype=np.uint8)
@@ -407,42 +397,6 @@ class Snapshots:
             self._changed.notify_all()
         self._report(f"{self._error}; training goes on")
 
-    def _copy_here(self, job: _Job, area: Bytes) -> None:
-        """In the training thread, which has nothing else to do: with all of torch's threads, one piece at a time."""
-        offsets = array_offsets(job.index)[0]
-        for piece, span in zip(job.pieces, job.index.spans, strict=True):
-            assert (piece.name, piece.kind, piece.start, piece.stop) == (span.name, span.kind, span.start, span.stop)
-            if span.stop > span.start:
-                start = offsets[span.kind, span.dtype] + span.offset * piece.tensor.element_size()
-                target = torch.from_numpy(area[start : start + piece.tensor.nbytes])
-                target.copy_(piece.tensor.detach().view(torch.uint8))
-
-    def _copy(self, job: _Job, pieces: Sequence[Piece], area: Bytes, offsets: Mapping[tuple[str, str], int]) -> None:
-        side: torch.cuda.Stream | None = None
-        for piece, span in zip(pieces, job.index.spans, strict=True):
-            if span.stop == span.start:
-                continue
-            source = piece.tensor.detach()
-            start = offsets[span.kind, span.dtype] + span.offset * source.element_size()
-            target = area[start : start + source.nbytes]
-            if not source.is_cuda:
-                # By numpy: it frees the GIL, and does not start torch's threads on a second set of cores.
-                np.copyto(target, source.view(torch.uint8).numpy())
-                continue
-            if side is None:
-                assert job.after is not None
-                side = self._side_stream(source.device)
-                side.wait_event(job.after)
-            with torch.cuda.stream(side):
-                torch.from_numpy(target).copy_(source.view(torch.uint8), non_blocking=True)
-        if side is not None:
-            job.done = side.record_event()
-
-    def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)  # one for all: new ones would each grow the memory pools
-        return self._stream
-
     def _pin(self, slot: Bytes) -> bool:
         """Page-lock this rank's area of a slot."""
         result = torch.cuda.cudart().cudaHostRegister(slot.ctypes.data + self._start, self._size, 0)
@@ -467,7 +421,10 @@ class Snapshots:
             world=self._ranks.world,
             parity=self._parity,
             groups=groups,
-            sizes=tuple(max(size for _, size in by_node[a:b]) for a, b in itertools.pairwise(firsts)),
+            sizes=tuple(  # chunks of whole pieces: checkpoint/area.py, [Note: one pass]
+                whole(max(size for _, size in by_node[a:b]), (b - a - self._parity) * PIECE_BYTES)
+                for a, b in itertools.pairwise(firsts)
+            ),
         )
         paths = []
         for node, (its, _) in zip(roster.nodes, by_node, strict=True):
@@ -507,11 +464,11 @@ class Snapshots:
             return self._described[1]
         lengths: dict[tuple[str, str], int] = {}
         spans = []
-        for name, kind, start, stop, whole, dtype in shape:
+        for name, kind, start, stop, full, dtype in shape:
             key = kind, str(dtype).removeprefix("torch.")
             assert key[1] in DTYPES, f"{name}: {dtype}"
             offset = lengths.get(key, 0)
-            spans.append(Span(name=name, kind=kind, start=start, stop=stop, shape=whole, dtype=key[1], offset=offset))
+            spans.append(Span(name=name, kind=kind, start=start, stop=stop, shape=full, dtype=key[1], offset=offset))
             lengths[key] = offset + stop - start
         arrays = {
             key: ArrayLayout(kind=key[0], dtype=key[1], length=length, chunk=length)

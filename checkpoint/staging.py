@@ -13,6 +13,7 @@ import torch
 
 from checkpoint.chunks import ChunkWriter
 from checkpoint.crc import Bytes
+from checkpoint.erasure import aligned_empty
 from checkpoint.layout import DTYPES, ArrayLayout, Index, Lengths, span_of
 from offload.state import Piece
 
@@ -78,7 +79,7 @@ class Staging:
         if key in self._buffers and len(self._buffers[key]) == length and (key in self._pinned) == pinned:
             return
         self._drop(key)
-        buffer = torch.empty(length, dtype=DTYPES[key[1]].torch)
+        buffer = aligned_tensor(length, DTYPES[key[1]].torch)
         self._buffers[key] = buffer
         if pinned and _register(buffer):
             self._pinned.add(key)
@@ -88,6 +89,11 @@ class Staging:
         if buffer is not None and key in self._pinned:
             self._pinned.remove(key)
             torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+
+
+def aligned_tensor(length: int, dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialized and page-aligned, so that it can be written past the page cache."""
+    return torch.from_numpy(aligned_empty(length * dtype.itemsize)).view(dtype)
 
 
 def _register(buffer: torch.Tensor) -> bool:

@@ -117,7 +117,8 @@ class Checkpoints:
         if step not in folders:
             found = ", ".join(map(str, sorted(folders))) or "none"
             raise CheckpointError(f"run.resume={step}: no checkpoint of step {step} in {self.url}; there is: {found}")
-        return CheckpointReader(folders[step], step, functools.partial(self._good_before, step))
+        alone = self._ranks.world == 1
+        return CheckpointReader(folders[step], step, functools.partial(self._good_before, step), alone=alone)
 
     def _good_before(self, step: int) -> int | None:
         for earlier, folder in sorted(committed(self._root).items(), reverse=True):

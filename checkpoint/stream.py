@@ -12,6 +12,7 @@ from torch import Tensor
 
 from checkpoint.chunks import ChunkWriter
 from checkpoint.layout import DTYPES, ArrayLayout, Index, Lengths, span_of
+from checkpoint.staging import aligned_tensor
 from offload.state import Piece
 
 
@@ -30,7 +31,7 @@ class _Growing:
         self._renew()
 
     def _renew(self) -> None:
-        self.buffer, self.filled = torch.empty(self.chunk, dtype=DTYPES[self.dtype].torch), 0
+        self.buffer, self.filled = aligned_tensor(self.chunk, DTYPES[self.dtype].torch), 0
 
     def add(self, values: Tensor, chunks: ChunkWriter) -> None:
         place = 0

@@ -308,9 +308,12 @@ class Trainer:
         self._clock = time.perf_counter()
 
     def _snapshot(self) -> None:
-        """The same into the nodes' memory; `wait_copied` comes before the next update."""
-        background = self.job.offload.states == "none"
-        self.snapshots.save(self.step, self.engine.pieces(), rng_state(), self._meta(), background=background)
+        """The same into the nodes' memory; `wait_copied` comes before the next update. States in host memory stand
+        still between two updates as those on the device do, once the one under way has ended: nobody waits for that
+        here."""
+        states = self.job.offload.states
+        pieces = self.engine.pieces if states == "host" else self.engine.pieces()
+        self.snapshots.save(self.step, pieces, rng_state(), self._meta(), background=states != "nvme")
 
     def _meta(self) -> dict[str, Any]:
         """What is saved beside the state, once for all ranks."""

@@ -6,16 +6,19 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from checkpoint.generation import Generation
 from checkpoint.options import CheckpointOptions
 from checkpoint.recovery import inventories
 from checkpoint.roster import Roster
+from checkpoint.snapshot_node import SnapshotNode
 from checkpoint.snapshot_process import start_process
 from checkpoint.snapshots import Snapshots
 from checkpoint.wire import NodeAddress
@@ -74,16 +77,15 @@ class Nodes:
         self._hold_s = hold_s
         self._number = itertools.count()
         with ThreadPoolExecutor(count) as pool:
-            self.nodes = list(pool.map(lambda _: self._start(), range(count)))
+            self.nodes = list(pool.map(self._start, [f"n{next(self._number)}" for _ in range(count)]))
         self.pids = {label: found["pid"] for label, found in inventories(self.roster([])).items()}
 
-    def _start(self) -> NodeAddress:
-        label = f"n{next(self._number)}"
+    def _start(self, label: str) -> NodeAddress:
         return start_process(self.run, label, self.token, hold_s=self._hold_s, log=self.folder / f"{label}.log")
 
     def replace(self, number: int) -> None:
         """A new, empty node in the place of one that was killed."""
-        self.nodes[number] = self._start()
+        self.nodes[number] = self._start(f"n{next(self._number)}")
         self.pids |= {label: found["pid"] for label, found in inventories(self.roster([])).items()}
 
     def roster(self, rank_nodes: Sequence[int], without: Sequence[int] = ()) -> Roster:
@@ -151,6 +153,56 @@ class Nodes:
                 assert snapshots.error() is None, snapshots.error()
 
         self.ranks(world, act, parity=parity, group_nodes=group_nodes)
+
+    @contextmanager
+    def saving(self, step: int, *, parity: int, resume: int | None = None) -> Iterator[None]:
+        """A rank a node, which have a committed snapshot of `step` and are taking one of `step + 1` meanwhile."""
+        world, over = len(self.nodes), threading.Event()
+
+        def act(snapshots: Snapshots, rank: int) -> None:
+            if resume is not None:
+                snapshots.open(resume)
+            snapshots.start(pieces(rank, world, 0), {"rank": rank}, {"step": 0})
+            for number in (step, step + 1):
+                snapshots.save(number, pieces(rank, world, number), {"rank": rank, "step": number}, {"step": number})
+                if number == step:
+                    snapshots.wait()
+                    assert snapshots.error() is None, snapshots.error()
+            over.wait()
+
+        with ThreadPoolExecutor(1) as pool:
+            ranks = pool.submit(self.ranks, world, act, parity=parity)
+            try:
+                yield
+            finally:
+                over.set()
+                ranks.result()
+
+
+class ThreadNodes(Nodes):
+    """Nodes that are threads of this process: the same code over the same sockets and shared memory."""
+
+    def __init__(self, count: int, *, folder: Path) -> None:
+        self._running: dict[str, tuple[SnapshotNode, threading.Thread]] = {}
+        super().__init__(count, folder=folder)
+
+    def _start(self, label: str) -> NodeAddress:
+        node = SnapshotNode(self.run, label, self.token, "127.0.0.1", hold_s=self._hold_s)
+        thread = threading.Thread(target=node.serve, daemon=True)
+        thread.start()
+        self._running[label] = node, thread
+        return NodeAddress(label, "127.0.0.1", node.port)
+
+    def generation(self, number: int) -> Generation:
+        found = self._running[self.nodes[number].label][0]._generation
+        assert found is not None
+        return found
+
+    def end(self) -> None:
+        for node, _ in self._running.values():
+            node._ended.set()
+        for _, thread in self._running.values():
+            thread.join()
 
 
 def check_restored(reader: Any, step: int, readers: int = 1, numel: int = NUMEL) -> None:

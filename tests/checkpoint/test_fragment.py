@@ -2,15 +2,16 @@
 
 import dataclasses
 
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint.crc import crc32c
+from checkpoint.crc import crc32c, piece_crcs
 from checkpoint.erasure import ReedSolomon, TooManyErasures, aligned_empty, isal
 from checkpoint.erasure.repair import Fragment, repair_stripe
-from checkpoint.fragment import FragmentDamaged, FragmentHeader, FragmentId, piece_crcs, seal
+from checkpoint.fragment import FragmentDamaged, FragmentHeader, FragmentId, seal
 
 _ID = FragmentId(run=bytes(range(16)), k=4, m=2, element=1, group=3, stripe=5, step=2**40, version=2**33)
 _PIECE, _SIZE = 4096, 5 * 4096 + 100
@@ -85,8 +86,11 @@ def test_a_payload_of_another_size_is_refused():
 @pytest.mark.parametrize("size", [0, 1, 4096, 9 * 4096, 9 * 4096 + 5, 4097])
 def test_checksums_are_those_of_google_crc32c(size: int, threads: int):
     payload = _payload(size=size)
-    expected = [crc32c(payload[start : start + 4096]) for start in range(0, size, 4096)]
-    assert piece_crcs(payload, 4096, threads) == expected
+    expected = [google_crc32c.value(payload[start : start + 4096].tobytes()) for start in range(0, size, 4096)]
+    assert piece_crcs(payload, 4096, threads) == piece_crcs(payload, 4096, threads, niceness=5) == expected
+    whole = payload.tobytes()
+    for cut in (0, 1, 5000, 3 * 4096):
+        assert crc32c(whole[:cut], payload[cut:]) == google_crc32c.value(whole)
 
 
 def test_without_isal_the_checksums_are_the_same(monkeypatch: pytest.MonkeyPatch):

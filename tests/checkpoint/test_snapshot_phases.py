@@ -1,0 +1,170 @@
+"""Nodes lost at every phase of a snapshot: up to m of n, restored bitwise; m + 1, refused, and it is said why.
+
+Two ways, with the phases of `halts.PHASES`:
+
+frozen   every node halts at the phase, and for every subset of nodes what the others hold is restored. Nodes are
+         threads of this process, shared memory and sockets are real. All n of 4 to 8, m of 1 to 3, all subsets of up
+         to m + 1 nodes.
+killed   nodes are processes; at the phase some get SIGKILL and the others go on. Then it is restored, the dead are
+         replaced, and the ranks go on from what was restored to the next phase. For every n and m, at every phase one
+         subset of m nodes and one of m + 1; subsets rotate, so that each node dies, the coordinator among them.
+
+And a bit flipped in every fragment of every node, for all these n and m; in m fragments of a stripe at one place, and
+in m + 1.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from checkpoint.recovery import newest_snapshot
+from checkpoint.snapshot_reader import SnapshotReader
+from tests.checkpoint.halts import BEFORE_PARITY, PREPARED, Halts, halted_at, halting, phases
+from tests.checkpoint.snapshot_nodes import Nodes, ThreadNodes, check_restored
+
+CODES = [(n, m) for n in range(4, 9) for m in range(1, 4)]
+QUICK = (4, 1)
+QUICK_KILLS = [("chunks", (2,)), ("prepared", (0,)), ("prepared", (1, 2))]
+
+
+def some(quick: tuple[int, int]) -> list[object]:
+    return [pytest.param(*code, marks=() if code == quick else pytest.mark.slow) for code in CODES]
+
+
+@pytest.fixture
+def halts(tmp_path: Path) -> Iterator[Halts]:
+    with halting(tmp_path / "halts") as made:
+        yield made
+
+
+def restore(nodes: Nodes, lost: Sequence[int], parity: int) -> int | None:
+    """The step that is restored without `lost`, checked to be bitwise that; with more than m lost None, and why."""
+    said: list[str] = []
+    found = newest_snapshot(nodes.roster([], lost), said.append)
+    if len(lost) > parity:
+        assert found is None
+        assert any(f"checkpoint.parity={parity} makes up for {parity}" in text for text in said), said
+        return None
+    assert found is not None, said
+    assert {nodes.nodes[number].label for number in lost} <= set(found.lost)
+    reader = SnapshotReader(found, nodes.token)
+    try:
+        check_restored(reader, found.step)
+    finally:
+        reader.close()
+    return found.step
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("n", "m"), some(QUICK))
+def test_any_nodes_lost_while_all_are_at_a_phase(tmp_path: Path, halts: Halts, n: int, m: int):
+    nodes = ThreadNodes(n, folder=tmp_path)
+    try:
+        for number, phase in enumerate(phases(m)):
+            step = 10 * number
+            halts.arm(phase, step + 1)
+            with nodes.saving(step, parity=m):
+                halts.wait(halted_at(phase, [node.label for node in nodes.nodes]))
+                for count in range(m + 2):
+                    for lost in itertools.combinations(range(n), count):
+                        found = restore(nodes, lost, m)
+                        assert count > m or found == step + (phase in PREPARED), (phase, lost)
+                halts.release()
+    finally:
+        nodes.end()
+
+
+def kills(n: int, m: int) -> list[tuple[str, tuple[int, ...]]]:
+    found = []
+    for number, phase in enumerate(phases(m)):
+        for count in (m, m + 1):
+            if count < n:
+                # Steps of 1 and 2 through the ring, the first node and so the coordinator in every fourth.
+                found.append((phase, tuple(sorted((number + place * (1 + number % 2)) % n for place in range(count)))))
+    return [(phase, lost) for phase, lost in found if len(set(lost)) == len(lost)]
+
+
+def test_nodes_killed_at_a_phase(tmp_path: Path, halts: Halts):
+    kill_all(tmp_path, halts, *QUICK, QUICK_KILLS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("n", "m"), CODES)
+def test_nodes_killed_at_every_phase(tmp_path: Path, halts: Halts, n: int, m: int):
+    kill_all(tmp_path, halts, n, m, kills(n, m))
+
+
+def kill_all(folder: Path, halts: Halts, n: int, m: int, kills: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    nodes, resume = Nodes(n, folder=folder), None
+    try:
+        for number, (phase, lost) in enumerate(kills):
+            step = 10 * number
+            halts.arm(phase, step + 1)
+            with nodes.saving(step, parity=m, resume=resume):
+                halts.wait(halted_at(phase, [node.label for node in nodes.nodes]))
+                for victim in lost:
+                    nodes.kill(victim)
+                halts.release()
+                resume = restore(nodes, lost, m)
+                if len(lost) <= m and phase in BEFORE_PARITY:
+                    assert resume == step, (phase, lost)
+                elif len(lost) <= m:
+                    assert resume in (step + (phase in PREPARED), step + 1), (phase, lost)
+            for victim in lost:
+                nodes.replace(victim)
+    finally:
+        nodes.end()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("n", "m"), some((4, 2)))
+def test_a_flipped_bit_in_any_fragment_is_found_and_repaired(tmp_path: Path, n: int, m: int):
+    nodes = ThreadNodes(n, folder=tmp_path)
+    try:
+        nodes.save(n, [1, 2], parity=m)
+        payloads = [nodes.generation(place).segment.committed()[0].payload for place in range(n)]
+        layout = nodes.generation(0).layout
+
+        def flipped(elements: Sequence[tuple[int, int]]) -> tuple[int, int]:
+            """Step and number of bad pieces, with a bit flipped in these (node, fragment)."""
+            for place, fragment in elements:
+                payloads[place][fragment * layout.chunk_bytes + 77] ^= 16
+            found = newest_snapshot(nodes.roster([]))
+            assert found is not None
+            reader = SnapshotReader(found, nodes.token)
+            check_restored(reader, found.step)
+            reader.close()
+            for place, fragment in elements:
+                payloads[place][fragment * layout.chunk_bytes + 77] ^= 16
+            return found.step, found.num_bad
+
+        for one in itertools.product(range(n), range(n)):
+            assert flipped([one]) == (2, 1)
+        for number in range(n):
+            held = [(place, [s for s, _ in layout.held(place)].index(number)) for place in range(n)]
+            same = [held[(number + turn) % n] for turn in range(m + 1)]
+            assert flipped(same[:m]) == (2, m)
+            assert flipped(same) == (1, 0)
+    finally:
+        nodes.end()
+
+
+def test_a_bit_that_flips_after_the_rank_has_sealed_it_costs_the_version(tmp_path: Path, halts: Halts):
+    """Its checksum is the rank's: whoever encodes the chunk finds it before the version counts."""
+    nodes = ThreadNodes(4, folder=tmp_path)
+    try:
+        halts.arm("sealed", 1)
+        with nodes.saving(0, parity=1):
+            halts.wait({node.label for node in nodes.nodes})
+            making = nodes.generation(2)._making
+            assert making.draft is not None
+            making.draft.payload[2 << 20] ^= 4
+            halts.release()
+            nodes.generation(0).settle(30)
+            assert restore(nodes, (), 1) == 0
+            assert any("came with a wrong CRC-32C; training goes on" in text for text in nodes.said), nodes.said
+    finally:
+        nodes.end()
