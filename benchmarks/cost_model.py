@@ -59,7 +59,7 @@ from parallel import Mesh, ParallelOptions, Placement  # noqa: E402
 from parallel.planning.calibrate import Run, calibrate_alike  # noqa: E402
 from parallel.planning.choose import choose  # noqa: E402
 from parallel.planning.cost import Plan, estimate, traffic_of  # noqa: E402
-from parallel.planning.machine import Machine  # noqa: E402
+from parallel.planning.machine import Machine, Packing  # noqa: E402
 from parallel.planning.simulate import simulate  # noqa: E402
 from parallel.planning.workload import UnitCost, Workload, aligned  # noqa: E402
 from parallel.transport import Transport  # noqa: E402
@@ -178,8 +178,9 @@ def problem(point: Point) -> tuple[Workload, Plan]:
 # ------------------------------------------------------------------------------------------------------- measuring
 
 
-OF_BEFORE = ("yardstick_s", "slowness", "even_s")
-"""In files of earlier versions: a speed of the cores measured beside each point. It told no more than noise."""
+OF_BEFORE = ("yardstick_s", "slowness", "even_s", "quantize_rate", "quantize_s")
+"""In files of earlier versions: a speed of the cores measured beside each point, which told no more than noise, and one
+rate of packing."""
 
 
 class Bench:
@@ -252,7 +253,8 @@ class Bench:
         names = [field.name for field in fields(Point)]
         for row in report["rows"]:
             if row["kind"] == "machine":
-                self.machines[row["rate"]] = {"machine": row["machine"], "points": row["points"]}
+                machine = {name: value for name, value in row["machine"].items() if name not in OF_BEFORE}
+                self.machines[row["rate"]] = {"machine": machine, "points": row["points"]}
             elif row["kind"] == "step":
                 values = {name: row[name] for name in names}
                 point = Point(**values | {"triple": row["triple"] and tuple(row["triple"])})
@@ -347,8 +349,11 @@ def described(rate: float, row: Row) -> Machine:
 
 
 CPUS: dict[str, Any] = {
-    "backend": "gloo", "compute": 40e9, "memory_rate": 10e9, "quantize_rate": 2e9, "quantize_s": 1e-4, "unit_s": 1e-4,
-    "step_s": 1e-3,
+    "backend": "gloo", "compute": 40e9, "memory_rate": 10e9, "unit_s": 1e-4, "step_s": 1e-3,
+    "packing": {
+        "quantize_int8": Packing(rate=11e9, chunk_s=6e-5), "dequantize_int8": Packing(rate=40e9, chunk_s=2e-5),
+        "quantize_int4": Packing(rate=8e9, chunk_s=7e-5), "dequantize_int4": Packing(rate=11e9, chunk_s=5e-5),
+    },
 }  # fmt: skip
 """Of a core, in round numbers: from where a fit starts that knows nothing."""
 

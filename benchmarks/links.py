@@ -31,7 +31,7 @@ from torch import nn  # noqa: E402
 
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard  # noqa: E402
 from parallel.collectives import Lane, all_gather, all_reduce, all_to_all  # noqa: E402
-from parallel.planning.machine import Fit, Link, Machine  # noqa: E402
+from parallel.planning.machine import Fit, Link, Machine, Packing  # noqa: E402
 from parallel.quantize import Format, dequantize, quantize  # noqa: E402
 
 SIZES = [1 << n for n in range(12, 27, 2)]
@@ -134,21 +134,24 @@ def measure_alone(mesh: Mesh, level: int, points: list[tuple[float, float]], dev
     return points[-1][0] / timed(act, 0.0, device)
 
 
-def measure_quantize(seconds: float, device: torch.device) -> dict[str, float]:
-    """Bytes/s read and written by packing and unpacking, and seconds of each whatever its size, all ranks at a time."""
-    format, points = Format(bits=4, block=128), []
-    for numel in (1 << 14, 1 << 20):
-        values = torch.randn(numel, device=device)
-        packed = torch.empty(format.packed_bytes(numel), dtype=torch.uint8, device=device)
-
-        def act(values: torch.Tensor = values, packed: torch.Tensor = packed) -> None:
-            quantize(values, format, packed)
-            dequantize(packed, format, values)
-
-        points.append((values.nbytes + packed.nbytes, timed(act, seconds, device) / 2))
-    (few, short), (many, long) = points
-    rate = (many - few) / max(1e-9, long - short)
-    return {"quantize_rate": rate, "quantize_s": max(0.0, short - few / rate)}
+def measure_packing(seconds: float, device: torch.device) -> dict[str, Packing]:
+    """Quantizing and dequantizing two chunks, in the formats that the engine has; all ranks at a time."""
+    found = {}
+    for format in (Format(bits=8, block=256), Format(bits=4, block=128)):
+        points: dict[str, list[tuple[int, float]]] = {"quantize": [], "dequantize": []}
+        for numel in (1 << 14, 1 << 19):
+            values, half = torch.randn(numel, device=device), format.packed_bytes(numel // 2)
+            packed = torch.empty(2 * half, dtype=torch.uint8, device=device)
+            acts = {
+                "quantize": lambda v=values, f=format, p=packed: quantize(v, f, p, chunks=2),
+                "dequantize": lambda v=values, f=format, p=packed: dequantize(p, f, v, chunks=2),
+            }
+            for name, act in acts.items():
+                points[name].append((values.nbytes + packed.nbytes, timed(act, seconds / 4, device)))
+        for name, ((few, short), (many, long)) in points.items():
+            rate = (many - few) / max(1e-9, long - short)
+            found[f"{name}_int{format.bits}"] = Packing(rate=rate, chunk_s=max(0.0, short - few / rate) / 2)
+    return found
 
 
 def measure_compute(tokens: int, seconds: float, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -235,7 +238,7 @@ def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
         ))  # fmt: skip
         points[name] = found["points"]
     memory_rate = measure_memory(args.seconds / 4, device)
-    packing = measure_quantize(args.seconds / 4, device)
+    packing = measure_packing(args.seconds / 4, device)
     compute = measure_compute(args.tokens, args.seconds / 4, device, torch.bfloat16 if gpu else torch.float32)
     if gpu:
         memory = {"gpu": float(torch.cuda.mem_get_info()[1])}
@@ -245,7 +248,7 @@ def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
         return
     machine = Machine(
         name=args.name or socket.gethostname(), links=tuple(links), memory_rate=memory_rate, memory=memory,
-        backend="nccl" if gpu else "gloo", **packing, **compute,
+        backend="nccl" if gpu else "gloo", packing=packing, **compute,
     )  # fmt: skip
     show(machine, points)
     if args.out:
@@ -255,10 +258,10 @@ def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
 def show(machine: Machine, points: dict[str, Any]) -> None:
     print(
         f"{machine.name}, a rank: {machine.compute / 1e9:.3g} GFLOP/s, {machine.memory_rate / 1e9:.3g} GB/s of memory, "
-        f"{(machine.quantize_rate or 0) / 1e9:.3g} GB/s packing and "
-        f"{1e3 * machine.quantize_s:.3g} ms each time, {1e3 * machine.unit_s:.3g} ms a unit, "
-        f"{1e3 * machine.step_s:.3g} ms a step"
+        f"{1e3 * machine.unit_s:.3g} ms a unit, {1e3 * machine.step_s:.3g} ms a step"
     )
+    for act, packing in machine.packing.items():
+        print(f"{act:16} {packing.rate / 1e9:8.3g} GB/s and {1e3 * packing.chunk_s:.3g} ms a chunk")
     print(f"{'level':8}{'collective':12}{'MB/s a rank':>12}{'ms to start':>12}{'worst fit':>11}{'points':>8}")
     for link in machine.links:
         for kind, fit in link.fits.items():

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from parallel.planning.cost import Plan
-from parallel.planning.machine import Fit, Link, Machine
+from parallel.planning.machine import Fit, Link, Machine, Packing
 from parallel.planning.simulate import simulate
 from parallel.planning.workload import Workload
 
 _NOISE = 0.03
 """Errors below this count by their square, larger ones by their size: a disturbed measurement does not decide."""
-_FLOORS = {"unit_s": 5e-5, "step_s": 5e-4, "quantize_s": 1e-4}
+_FLOORS = {"unit_s": 5e-5, "step_s": 5e-4}
 """Seconds from which a factor is searched where less was measured: nothing comes of a factor on 0."""
 
 
@@ -93,13 +93,19 @@ def calibrate_alike(
 def scaled(machine: Machine, logs: dict[str, float]) -> Machine:
     """`machine` with each rate times ``exp`` of its entry: ``compute``, ``<link>.bandwidth``, ``<link>.latency`` …
 
+    ``quantize.rate``, ``dequantize.rate`` and ``packing.chunk_s`` are those of either format.
     ``<link>.skew`` is added, at the least to 0: most machines have none.
     """
     factors = {name: math.exp(log) for name, log in logs.items()}
-    own = {name: getattr(machine, name) * factor for name, factor in factors.items() if "." not in name}
+    own = {name: getattr(machine, name) * factor for name, factor in factors.items() if hasattr(machine, name)}
     links = [_scaled_link(link, factors) for link in machine.links]
     links = [replace(link, skew=max(0.0, link.skew + logs.get(f"{link.name}.skew", 0.0))) for link in links]
-    return replace(machine, links=tuple(links), **own)
+    chunk = factors.get("packing.chunk_s", 1.0)
+    packing = {
+        name: Packing(rate=p.rate * factors.get(f"{name.partition('_')[0]}.rate", 1.0), chunk_s=p.chunk_s * chunk)
+        for name, p in machine.packing.items()
+    }
+    return replace(machine, links=tuple(links), packing=packing, **own)
 
 
 def _scaled_link(link: Link, factors: dict[str, float]) -> Link:
@@ -117,10 +123,6 @@ def _scaled_link(link: Link, factors: dict[str, float]) -> Link:
 
 def _floored(machine: Machine, runs: Sequence[Run]) -> Machine:
     floors = {name: max(floor, getattr(machine, name)) for name, floor in _FLOORS.items()}
-    if not _quantizes(machine, runs):
-        del floors["quantize_s"]
-    elif machine.int8_rate is None and machine.quantize_rate:
-        floors["int8_rate"] = machine.quantize_rate
     links = machine.links
     if machine.backend == "gloo":
         links = tuple(replace(link, core=max(0.1, link.core), latency=max(1e-5, link.latency)) for link in links)
@@ -131,7 +133,7 @@ def _names(machine: Machine, runs: Sequence[Run]) -> list[str]:
     """What is corrected."""
     names = ["compute", "memory_rate", "unit_s", "step_s"]
     if _quantizes(machine, runs):
-        names += ["quantize_rate", "int8_rate", "quantize_s"]
+        names += ["quantize.rate", "dequantize.rate", "packing.chunk_s"]
     each = ("bandwidth", "latency", "core") if machine.backend == "gloo" else ("bandwidth", "latency")
     names += [f"{link.name}.{what}" for link in machine.links for what in each]
     if machine.backend == "gloo":
@@ -140,4 +142,4 @@ def _names(machine: Machine, runs: Sequence[Run]) -> list[str]:
 
 
 def _quantizes(machine: Machine, runs: Sequence[Run]) -> bool:
-    return machine.quantize_rate is not None and any(run.plan.transport.quantizes for run in runs)
+    return bool(machine.packing) and any(run.plan.transport.quantizes for run in runs)
