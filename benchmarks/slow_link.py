@@ -87,12 +87,13 @@ class World:
             ))  # fmt: skip
             os.close(write)
             self._answers.append(read)
-        self._collect(120)
-
-    @property
-    def pids(self) -> list[int]:
+        self.pids: list[int] = [answer["pid"] for answer in self._collect(120)]
         """Of the ranks."""
-        return [process.pid for process in self._processes]
+
+    def renew(self) -> None:
+        """New processes, with nothing of what was. CellFailed where they do not come."""
+        self.generation = 0
+        self.pids = [answer["pid"] for answer in self.do(60, do="renew")]
 
     def do(self, timeout_s: float, **command: Any) -> list[dict[str, Any]]:
         """Every rank's answer. CellFailed for an error, a death or none in time."""
@@ -187,10 +188,9 @@ class Bench:
         try:
             for cell in cells if number % 2 == 0 else reversed(cells):
                 own = ENGINES[cell.engine].own_world
-                if world is not None and (own or world.generation < 0):
-                    world.close()
-                    world = None
                 try:
+                    if world is not None and (own or world.generation < 0):
+                        world.renew()
                     world = world or World(network)
                     self._measure(cell, number, world)
                     if own:

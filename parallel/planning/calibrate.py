@@ -7,7 +7,7 @@ rates that make the simulator reproduce some measured steps; what it is worth sh
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,12 +46,35 @@ def calibrate(machine: Machine, runs: Sequence[Run], *, rounds: int = 12, within
     return calibrate_alike([machine], [runs], rounds=rounds, within=within)[0]
 
 
+@dataclass(frozen=True)
+class _Off:
+    """The errors of all runs with the factors ``exp(logs)``; plain data, so that another process can do it."""
+
+    machines: list[Machine]
+    runs: Sequence[Sequence[Run]]
+    names: list[str]
+
+    def scaled(self, logs: Sequence[float]) -> list[Machine]:
+        factors = dict(zip(self.names, logs, strict=True))
+        return [scaled(machine, factors) for machine in self.machines]
+
+    def __call__(self, logs: Sequence[float]) -> list[float]:
+        found = [errors(machine, some) for machine, some in zip(self.scaled(logs), self.runs, strict=True)]
+        return [error for some in found for error in some]
+
+
 def calibrate_alike(
-    machines: Sequence[Machine], runs: Sequence[Sequence[Run]], *, rounds: int = 12, within: float = 8.0
+    machines: Sequence[Machine],
+    runs: Sequence[Sequence[Run]],
+    *,
+    rounds: int = 12,
+    within: float = 8.0,
+    each: Callable[..., Iterable[list[float]]] = map,
 ) -> list[Machine]:
     """As `calibrate`, for machines of the same links' names, by the runs of each: one factor on a rate for all.
 
     What differs between them is what they were described with: the same computers behind a link of another rate.
+    each: applies a function to a list, in order, perhaps in other processes.
     """
     if not any(runs):
         raise ValueError("calibrate needs at least one measured step")
@@ -59,35 +82,34 @@ def calibrate_alike(
     machines = [_floored(machine, every) for machine in machines]
     names = _names(machines[0], every)
     limit, nudge = math.log(within), 0.07
+    errors_with = _Off(machines, runs, names)
 
-    def machines_by(logs: torch.Tensor) -> list[Machine]:
-        factors = dict(zip(names, logs.tolist(), strict=True))
-        return [scaled(machine, factors) for machine in machines]
-
-    def off(logs: torch.Tensor) -> torch.Tensor:
-        found = [errors(machine, some) for machine, some in zip(machines_by(logs), runs, strict=True)]
-        return torch.tensor([error for some in found for error in some], dtype=torch.float64)
+    def off(tried: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        found = each(errors_with, [logs.tolist() for logs in tried])
+        return [torch.tensor(some, dtype=torch.float64) for some in found]
 
     logs = torch.zeros(len(names), dtype=torch.float64)
-    now = off(logs)
+    (now,) = off([logs])
     rates = [i for i, name in enumerate(names) if not name.endswith(".skew")]
     for free in dict.fromkeys((tuple(rates), tuple(range(len(names))))):  # late neighbours for what rates leave over
         axes, damping = torch.eye(len(names), dtype=torch.float64)[list(free)], 0.03
         for _ in range(rounds):
-            slopes = torch.stack([(off(logs + nudge * axis) - now) / nudge for axis in axes], dim=1)
+            slopes = torch.stack([(found - now) / nudge for found in off(logs + nudge * axis for axis in axes)], dim=1)
             weighted = slopes.T / now.abs().clamp(min=_NOISE)
             square, down = weighted @ slopes, weighted @ now
-            for _ in range(4):
-                ridge = damping * torch.diag(square.diag() + 1e-3)
-                step = torch.linalg.solve(square + ridge, down).clamp(-0.7, 0.7) @ axes
-                tried = (logs - step).clamp(-limit, limit)
-                if (found := off(tried)).abs().sum() < now.abs().sum():
-                    logs, now, damping = tried, found, damping / 3
-                    break
-                damping *= 5
-            else:
+            dampings = [damping * 5**i for i in range(4)]
+            ridges = [damping * torch.diag(square.diag() + 1e-3) for damping in dampings]
+            steps = [torch.linalg.solve(square + ridge, down).clamp(-0.7, 0.7) @ axes for ridge in ridges]
+            tried = [(logs - step).clamp(-limit, limit) for step in steps]
+            better = [
+                (there, found, damping / 3)
+                for there, found, damping in zip(tried, off(tried), dampings, strict=True)
+                if found.abs().sum() < now.abs().sum()
+            ]
+            if not better:
                 break
-    return machines_by(logs)
+            logs, now, damping = better[0]
+    return errors_with.scaled(logs.tolist())
 
 
 def scaled(machine: Machine, logs: dict[str, float]) -> Machine:

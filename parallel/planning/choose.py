@@ -21,6 +21,10 @@ from parallel.planning.workload import Workload
 from parallel.transport import Transport
 
 PRESETS = ("ddp", "zero1", "zero2", "zero3", "hsdp", "hfsdp", "topo")
+MODEL_ERROR = 0.15
+"""How far off a simulated step may be, nine times out of ten (docs/cost-model.md)."""
+MEASURED = 4
+"""Of the candidates that the model cannot tell apart, how many are worth measuring."""
 SIMULATED, SIMULATED_UNITS = 6, 480
 """Candidates that the simulator times, the best in closed form: at least so many, and more of a model of few units, up
 to so many units in all. A few seconds."""
@@ -60,6 +64,8 @@ class Choice:
     fitting: int
     """How many candidates fit, of `total`."""
     total: int
+    contenders: tuple[Candidate, ...] = ()
+    """`best`, and then whatever the model cannot tell from it: within `MODEL_ERROR` of it, the fastest first."""
 
 
 def choose(
@@ -86,7 +92,8 @@ def choose(
     best = min(close, key=lambda candidate: candidate.cost.memory_bytes)
     others = [candidate for candidate in played if candidate is not best]
     runner_up = others[0] if others else None
-    return Choice(best, runner_up, _why(best, runner_up), len(fitting), len(everyone))
+    near = [candidate for candidate in others if candidate.step_s <= (1 + MODEL_ERROR) * best.step_s]
+    return Choice(best, runner_up, _why(best, runner_up), len(fitting), len(everyone), (best, *near))
 
 
 def preset_of(placement: Placement, num_levels: int) -> str | None:
