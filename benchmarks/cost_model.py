@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # `offload` is the package, not the benchmark
 
 import links  # noqa: E402
 import slow_link_worker  # noqa: E402

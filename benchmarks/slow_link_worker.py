@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # `offload` is the package, not the benchmark
 
 from namespaces import die_with  # noqa: E402
 
