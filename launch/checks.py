@@ -109,6 +109,8 @@ def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
             f"change one of them"
         )
     placement = Placement.of(options, len(levels))
+    for name in options.candidates:
+        Placement.of(options.candidate(name), len(levels))
     if options.sequence and options.sequence not in levels:
         raise ValueError(f"parallel.sequence={options.sequence}: the levels are {', '.join(levels)}")
     if options.quantizes:
@@ -138,6 +140,8 @@ def _check_engine(job: Job, parallel: ParallelOptions) -> None:
         raise ValueError(
             f"offload.states and offload.weights need engine=native; engine={job.engine} does not read them"
         )
+    if parallel.candidates:
+        raise ValueError(f"parallel.candidates need engine=native; engine={job.engine} does not try placements")
     if parallel.sequence:
         raise ValueError(f"parallel.sequence={parallel.sequence} needs engine=native; engine={job.engine} has none")
     if job.offload.activations.leave:

@@ -43,6 +43,13 @@ class Candidate:
         return self.simulation.step_s if self.simulation else self.cost.step_s
 
     @property
+    def name(self) -> str:
+        """As one of ``parallel.candidates``."""
+        place = self.plan.placement
+        named = preset_of(place, self.plan.mesh.num_levels) or f"free:{place.params}:{place.grads}:{place.optim}"
+        return named + (f"+{self.quantize}" if self.quantize != "none" else "")
+
+    @property
     def overrides(self) -> str:
         """What to type for it."""
         place = self.plan.placement
