@@ -87,7 +87,7 @@ def plan(config: Config, machine: Machine) -> Planned:
     choice = None
     if options.placement == "auto":
         allowed = QUANTIZE[:-1] if options.quantize == "auto" else (options.quantize,)
-        choice = choose(work, mesh, machine, cap_bytes=cap_bytes, quantize=allowed)
+        choice = choose(work, mesh, machine, cap_bytes=cap_bytes, quantize=allowed, options=options)
         candidate = choice.best
     else:
         placement = Placement.of(options, mesh.num_levels)

@@ -120,7 +120,7 @@ class ParallelOptions:
 
     def candidate(self, name: str) -> "ParallelOptions":
         """These options with one of ``candidates`` in the place of the placement and of ``quantize``."""
-        placement, _, quantize = name.partition("+")
+        placement, _, quantize = name.removesuffix("+none").partition("+")
         placement, *triple = placement.split(":")
         number = re.compile("[0-9]+").fullmatch
         if len(triple) != (3 if placement == "free" else 0) or not all(map(number, triple)) or placement == "auto":

@@ -21,6 +21,7 @@ from parallel.planning.workload import Workload
 from parallel.transport import Transport
 
 PRESETS = ("ddp", "zero1", "zero2", "zero3", "hsdp", "hfsdp", "topo")
+DEFAULTS = ParallelOptions()
 MODEL_ERROR = 0.15
 """How far off a simulated step may be, nine times out of ten (docs/cost-model.md)."""
 MEASURED = 4
@@ -76,17 +77,23 @@ class Choice:
 
 
 def choose(
-    work: Workload, mesh: Mesh, machine: Machine, *, cap_bytes: float, quantize: Sequence[str] = ("none",)
+    work: Workload,
+    mesh: Mesh,
+    machine: Machine,
+    *,
+    cap_bytes: float,
+    quantize: Sequence[str] = ("none",),
+    options: ParallelOptions = DEFAULTS,
 ) -> Choice:
     """The fastest candidate whose memory a rank is at most `cap_bytes`, the second one, and a sentence that says why.
 
-    quantize: which values of ``parallel.quantize`` may be chosen. ValueError where nothing fits: how many bytes are
-    missing, and what would help.
+    quantize: which values of ``parallel.quantize`` may be chosen; `options` say how that is done (blocks, error
+    feedback). ValueError where nothing fits: how many bytes are missing, and what would help.
     """
     everyone = [
         Candidate(plan, name, estimate(work, plan, machine))
         for name in quantize
-        for plan in _plans(mesh, name)
+        for plan in _plans(mesh, options.candidate(f"ddp+{name}"))
     ]  # fmt: skip
     fitting = [candidate for candidate in everyone if candidate.cost.memory_bytes <= cap_bytes]
     if not fitting:
@@ -111,8 +118,7 @@ def preset_of(placement: Placement, num_levels: int) -> str | None:
     return None
 
 
-def _plans(mesh: Mesh, quantize: str) -> list[Plan]:
-    options = ParallelOptions(quantize=quantize)
+def _plans(mesh: Mesh, options: ParallelOptions) -> list[Plan]:
     plans: dict[tuple[int, ...], Plan] = {}
     triples = [Placement(*triple) for triple in combinations_with_replacement(range(mesh.num_levels + 1), 3)]
     triples.sort(key=lambda placement: preset_of(placement, mesh.num_levels) is None)  # named ones first

@@ -83,7 +83,7 @@ def test_train_gets_a_placement_in_the_place_of_auto() -> None:
 
 
 def test_what_the_model_cannot_tell_apart_is_to_be_tried() -> None:
-    asked = (*BIG, "parallel=auto", "parallel.quantize=auto", "parallel.error_feedback=true", "machine=ethernet-25g")
+    asked = (*BIG, "parallel=auto", "parallel.quantize=auto", "parallel.memory_gib=80", "machine=ethernet-25g")
     tried, why = settle(composed(*asked), 512)
     contenders = plan(composed(*asked), named_machine(tried)).choice.contenders
     assert 1 < len(tried.parallel.candidates) <= 4 and tried.parallel.auto_steps == 5
