@@ -111,7 +111,7 @@ class Rank(slow_link_worker.Rank):
 
     def build(self, generation: int, overlap: bool, options: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         self._join(generation)
-        self._job, self._steps_taken = Job(Layers, batch), 0
+        self._job, self._steps_taken = Job(Layers, batch, work_of), 0
         self._side = Atoll(Layers(), LEVELS, overlap=overlap, dtype=torch.float32, **options)
         return {}
 
@@ -165,18 +165,22 @@ def mesh() -> Mesh:
     return Mesh.of(LEVELS, rank=0, world=math.prod(LEVELS.values()))
 
 
-def problem(point: Point) -> tuple[Workload, Plan]:
-    """What the cost model is asked about a point."""
+def work_of(micro_batches: int, compute_bytes: int = 4, reduce_bytes: int = 4) -> Workload:
     size = WIDTH * WIDTH
     first = UnitCost(  # its input needs no gradient, so its backward has one product and asks for no weights
         name="first", matrices=aligned(size), forward_flops=2.0 * size, backward_flops=2.0 * size,
         gathers_backward=False,
     )  # fmt: skip
     rest = replace(first, name="layer", count=LAYERS - 1, backward_flops=4.0 * size, gathers_backward=True)
-    work = Workload(
-        units=(first, rest), tokens=TOKENS, micro_batches=point.accumulation, compute_bytes=4, reduce_bytes=4,
-        num_parameters=LAYERS, overlap=point.overlap,
+    return Workload(
+        units=(first, rest), tokens=TOKENS, micro_batches=micro_batches, compute_bytes=compute_bytes,
+        reduce_bytes=reduce_bytes, num_parameters=LAYERS,
     )  # fmt: skip
+
+
+def problem(point: Point) -> tuple[Workload, Plan]:
+    """What the cost model is asked about a point."""
+    work = replace(work_of(point.accumulation), overlap=point.overlap)
     options = ParallelOptions(**point.options)
     placement = Placement.of(options, len(LEVELS))
     return work, Plan(mesh(), placement, Transport.of(options, mesh(), placement))

@@ -25,7 +25,7 @@ from torch import Tensor
 from checkpoint import CheckpointReader, Checkpoints, rng_state, set_rng_state
 from checkpoint.roster import Roster
 from checkpoint.snapshot_reader import SnapshotReader
-from checkpoint.snapshots import NoSnapshots
+from checkpoint.snapshots import NoSnapshots, Snapshots
 from offload.device import DeviceReader, peak_flops
 from parallel.options import ParallelOptions
 from trainer import trial
@@ -186,7 +186,7 @@ class Trainer:
     def _time_step(self, parallel: ParallelOptions) -> float:
         """Seconds a step of the slowest rank with these options, of a model that is then thrown away. Collective."""
         settled, self.job = self.job, replace(self.job, parallel=parallel)
-        self.snapshots = NoSnapshots()
+        self.snapshots: Snapshots | NoSnapshots = NoSnapshots()
         count, total = settled.parallel.auto_steps, settled.train.steps
         with ExitStack() as cleanup:
             self._make_engine(cleanup)
