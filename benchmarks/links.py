@@ -98,7 +98,7 @@ def measure_level(
             factor = 2 if kind == "all_reduce" else 1
             points.append((factor * whole.nbytes * (n - 1) / n, took))
         start, rate = fit_line(points)
-        found["fits"][kind] = Fit(bandwidth=rate, latency=start / _steps(kind, n))
+        found["fits"][kind] = Fit(bandwidth=rate, latency=start / ring_steps(kind, n))
         found["points"][kind] = points
     return found
 
@@ -106,14 +106,14 @@ def measure_level(
 def fit_line(points: list[tuple[float, float]]) -> tuple[float, float]:
     """``start, rate`` of ``seconds = start + bytes / rate``.
 
-    The rate comes from the two largest sizes: a token bucket or a cache lets small ones through faster. The start is
-    what is left of the small ones' time.
+    The rate comes from the two largest sizes: a token bucket or a cache lets small ones through faster, and the start
+    is what is left of the smallest one's time, or of the small ones' if that is more.
     """
     (fewer, short), (more, long) = points[-2:]
     rate = (more - fewer) / max(1e-9, long - short)
     rate = min(rate, 1.25 * more / long)
     starts = [max(0.0, seconds - sent / rate) for sent, seconds in points[: max(1, len(points) // 2)]]
-    return float(np.median(starts)), float(rate)
+    return float(max(starts[0], np.median(starts))), float(rate)
 
 
 def measure_alone(mesh: Mesh, level: int, points: list[tuple[float, float]], device: torch.device) -> float:
@@ -266,7 +266,7 @@ def show(machine: Machine, points: dict[str, Any]) -> None:
     for link in machine.links:
         for kind, fit in link.fits.items():
             at = points[link.name][kind]
-            start = fit.latency * _steps(kind, points[link.name]["members"])
+            start = fit.latency * ring_steps(kind, points[link.name]["members"])
             worst = max(abs((start + sent / fit.bandwidth) / seconds - 1) for sent, seconds in at)
             print(f"{link.name:8}{kind:12}{fit.bandwidth / 1e6:12.4g}{1e3 * start:12.3g}{worst:11.0%}{len(at):8}")
         whose = "shared by the ranks below it" if link.shared else "each rank's own"
@@ -276,7 +276,7 @@ def show(machine: Machine, points: dict[str, Any]) -> None:
         )
 
 
-def _steps(kind: str, members: int) -> int:
+def ring_steps(kind: str, members: int) -> int:
     """Of a ring."""
     return (2 if kind == "all_reduce" else 1) * (members - 1)
 
