@@ -322,7 +322,14 @@ class Engine:
         return [name for name in self.options if name not in known]
 
 
-def _atoll(placement: str, tolerance: float = EXACT, dtype: torch.dtype = torch.float32, **options: Any) -> Engine:
+def _atoll(
+    placement: str,
+    tolerance: float = EXACT,
+    dtype: torch.dtype = torch.float32,
+    *,
+    min_levels: int = 2,
+    **options: Any,
+) -> Engine:
     def build(model: nn.Module, levels: Mapping[str, int], overlap: bool) -> Side:
         return Atoll(model, levels, overlap=overlap, dtype=dtype, placement=placement, **options)
 
@@ -334,7 +341,7 @@ def _atoll(placement: str, tolerance: float = EXACT, dtype: torch.dtype = torch.
         phases = Traffic(work, mesh, placed, Transport.of(parallel, mesh, placed), gloo=True).sent_bytes()
         return dict(zip(levels, map(sum, zip(*phases.values(), strict=True)), strict=True))
 
-    return Engine(build, tolerance, overlaps=(True, False), options=("overlap", *options), sends=sends)
+    return Engine(build, tolerance, (True, False), min_levels, options=("overlap", *options), sends=sends)
 
 
 def _fsdp2(tolerance: float = EXACT, **options: Any) -> Engine:
@@ -366,6 +373,21 @@ ENGINES: dict[str, Engine] = {
     "atoll-hfsdp-bf16": _atoll("hfsdp", BF16, torch.bfloat16, reduce_dtype="bf16"),
     "atoll-hfsdp-int": _atoll("hfsdp", QUANTIZED, quantize="outer"),
     "atoll-topo-int": _atoll("topo", QUANTIZED, quantize="outer"),
+    "atoll-topo-int-bf16": _atoll("topo", QUANTIZED, torch.bfloat16, quantize="outer", reduce_dtype="bf16"),
+    # inside the node what HSDP does, over both slow levels the optimizer's states, quantized
+    "atoll-113-int-bf16": _atoll(
+        "free",
+        QUANTIZED,
+        torch.bfloat16,
+        min_levels=3,
+        params=1,
+        grads=1,
+        optim=3,
+        quantize="outer",
+        reduce_dtype="bf16",
+        weights_format={"node": "int8"},
+        grads_format={"node": "int4"},
+    ),
     "atoll-topo-int-all": _atoll("topo", QUANTIZED, quantize="all"),
     "atoll-zero3-int-all": _atoll("zero3", QUANTIZED, quantize="all"),
     "fsdp2": _fsdp2(repaired=False),
