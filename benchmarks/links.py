@@ -31,7 +31,7 @@ from torch import nn  # noqa: E402
 
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard  # noqa: E402
 from parallel.collectives import Lane, all_gather, all_reduce, all_to_all  # noqa: E402
-from parallel.planning.machine import Fit, Link, Machine  # noqa: E402
+from parallel.planning.machine import Fit, Link, Machine, Packing  # noqa: E402
 from parallel.quantize import Format, dequantize, quantize  # noqa: E402
 
 SIZES = [1 << n for n in range(12, 27, 2)]
@@ -98,7 +98,7 @@ def measure_level(
             factor = 2 if kind == "all_reduce" else 1
             points.append((factor * whole.nbytes * (n - 1) / n, took))
         start, rate = fit_line(points)
-        found["fits"][kind] = Fit(bandwidth=rate, latency=start / _steps(kind, n))
+        found["fits"][kind] = Fit(bandwidth=rate, latency=start / ring_steps(kind, n))
         found["points"][kind] = points
     return found
 
@@ -106,14 +106,14 @@ def measure_level(
 def fit_line(points: list[tuple[float, float]]) -> tuple[float, float]:
     """``start, rate`` of ``seconds = start + bytes / rate``.
 
-    The rate comes from the two largest sizes: a token bucket or a cache lets small ones through faster. The start is
-    what is left of the small ones' time.
+    The rate comes from the two largest sizes: a token bucket or a cache lets small ones through faster, and the start
+    is what is left of the smallest one's time, or of the small ones' if that is more.
     """
     (fewer, short), (more, long) = points[-2:]
     rate = (more - fewer) / max(1e-9, long - short)
     rate = min(rate, 1.25 * more / long)
     starts = [max(0.0, seconds - sent / rate) for sent, seconds in points[: max(1, len(points) // 2)]]
-    return float(np.median(starts)), float(rate)
+    return float(max(starts[0], np.median(starts))), float(rate)
 
 
 def measure_alone(mesh: Mesh, level: int, points: list[tuple[float, float]], device: torch.device) -> float:
@@ -134,21 +134,24 @@ def measure_alone(mesh: Mesh, level: int, points: list[tuple[float, float]], dev
     return points[-1][0] / timed(act, 0.0, device)
 
 
-def measure_quantize(seconds: float, device: torch.device) -> dict[str, float]:
-    """Bytes/s read and written by packing and unpacking, and seconds of each whatever its size, all ranks at a time."""
-    format, points = Format(bits=4, block=128), []
-    for numel in (1 << 14, 1 << 20):
-        values = torch.randn(numel, device=device)
-        packed = torch.empty(format.packed_bytes(numel), dtype=torch.uint8, device=device)
-
-        def act(values: torch.Tensor = values, packed: torch.Tensor = packed) -> None:
-            quantize(values, format, packed)
-            dequantize(packed, format, values)
-
-        points.append((values.nbytes + packed.nbytes, timed(act, seconds, device) / 2))
-    (few, short), (many, long) = points
-    rate = (many - few) / max(1e-9, long - short)
-    return {"quantize_rate": rate, "quantize_s": max(0.0, short - few / rate)}
+def measure_packing(seconds: float, device: torch.device) -> dict[str, Packing]:
+    """Quantizing and dequantizing two chunks, in the formats that the engine has; all ranks at a time."""
+    found = {}
+    for format in (Format(bits=8, block=256), Format(bits=4, block=128)):
+        points: dict[str, list[tuple[int, float]]] = {"quantize": [], "dequantize": []}
+        for numel in (1 << 14, 1 << 19):
+            values, half = torch.randn(numel, device=device), format.packed_bytes(numel // 2)
+            packed = torch.empty(2 * half, dtype=torch.uint8, device=device)
+            acts = {
+                "quantize": lambda v=values, f=format, p=packed: quantize(v, f, p, chunks=2),
+                "dequantize": lambda v=values, f=format, p=packed: dequantize(p, f, v, chunks=2),
+            }
+            for name, act in acts.items():
+                points[name].append((values.nbytes + packed.nbytes, timed(act, seconds / 4, device)))
+        for name, ((few, short), (many, long)) in points.items():
+            rate = (many - few) / max(1e-9, long - short)
+            found[f"{name}_int{format.bits}"] = Packing(rate=rate, chunk_s=max(0.0, short - few / rate) / 2)
+    return found
 
 
 def measure_compute(tokens: int, seconds: float, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -235,7 +238,7 @@ def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
         ))  # fmt: skip
         points[name] = found["points"]
     memory_rate = measure_memory(args.seconds / 4, device)
-    packing = measure_quantize(args.seconds / 4, device)
+    packing = measure_packing(args.seconds / 4, device)
     compute = measure_compute(args.tokens, args.seconds / 4, device, torch.bfloat16 if gpu else torch.float32)
     if gpu:
         memory = {"gpu": float(torch.cuda.mem_get_info()[1])}
@@ -245,7 +248,7 @@ def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
         return
     machine = Machine(
         name=args.name or socket.gethostname(), links=tuple(links), memory_rate=memory_rate, memory=memory,
-        backend="nccl" if gpu else "gloo", **packing, **compute,
+        backend="nccl" if gpu else "gloo", packing=packing, **compute,
     )  # fmt: skip
     show(machine, points)
     if args.out:
@@ -255,15 +258,15 @@ def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
 def show(machine: Machine, points: dict[str, Any]) -> None:
     print(
         f"{machine.name}, a rank: {machine.compute / 1e9:.3g} GFLOP/s, {machine.memory_rate / 1e9:.3g} GB/s of memory, "
-        f"{(machine.quantize_rate or 0) / 1e9:.3g} GB/s packing and "
-        f"{1e3 * machine.quantize_s:.3g} ms each time, {1e3 * machine.unit_s:.3g} ms a unit, "
-        f"{1e3 * machine.step_s:.3g} ms a step"
+        f"{1e3 * machine.unit_s:.3g} ms a unit, {1e3 * machine.step_s:.3g} ms a step"
     )
+    for act, packing in machine.packing.items():
+        print(f"{act:16} {packing.rate / 1e9:8.3g} GB/s and {1e3 * packing.chunk_s:.3g} ms a chunk")
     print(f"{'level':8}{'collective':12}{'MB/s a rank':>12}{'ms to start':>12}{'worst fit':>11}{'points':>8}")
     for link in machine.links:
         for kind, fit in link.fits.items():
             at = points[link.name][kind]
-            start = fit.latency * _steps(kind, points[link.name]["members"])
+            start = fit.latency * ring_steps(kind, points[link.name]["members"])
             worst = max(abs((start + sent / fit.bandwidth) / seconds - 1) for sent, seconds in at)
             print(f"{link.name:8}{kind:12}{fit.bandwidth / 1e6:12.4g}{1e3 * start:12.3g}{worst:11.0%}{len(at):8}")
         whose = "shared by the ranks below it" if link.shared else "each rank's own"
@@ -273,7 +276,7 @@ def show(machine: Machine, points: dict[str, Any]) -> None:
         )
 
 
-def _steps(kind: str, members: int) -> int:
+def ring_steps(kind: str, members: int) -> int:
     """Of a ring."""
     return (2 if kind == "all_reduce" else 1) * (members - 1)
 

@@ -1,7 +1,7 @@
 """What crosses slow links, and how long a step takes: this engine beside FSDP2, HSDP, DDP and DeepSpeed.
 
     sudo python benchmarks/slow_link.py [--mesh 2x2 2x2x2] [--job linear llama] [--rates 50 200 400 1000]
-        [--accumulation 1 4 16] [--engines NAME ...] [--rounds N] [--resume] [--smoke]
+        [--accumulation 1 4 16] [--engines NAME ...] [--rounds N] [--budget-s S] [--resume] [--smoke]
 
 Ranks are processes in network namespaces whose links are shaped (`namespaces`), gloo between them, one thread each. For
 every mesh, job and engine (`slow_link_engines`), overlap on and off for ours:
@@ -13,13 +13,15 @@ every mesh, job and engine (`slow_link_engines`), overlap on and off for ours:
    mean step, what is still under way after its last step included.
 
 ``--rates`` are Mbit/s of the slowest level; each level inside it has links ``--ratio`` times as fast. Bytes are those
-that the interfaces count. Rows go to ``--out`` as they come: stop it at any time, ``--resume`` does what is missing.
-Prints bytes, then times; the last line is one JSON object.
+that the interfaces count; ours are held to the cost model's. Rows go to ``--out`` as they come: stop it at any time,
+``--resume`` does what is missing.
+Prints bytes, then times; the last line is one JSON object. ``--resume --rounds 0`` prints what there is.
 """
 
 import argparse
 import itertools
 import json
+import math
 import os
 import platform
 import selectors
@@ -87,12 +89,13 @@ class World:
             ))  # fmt: skip
             os.close(write)
             self._answers.append(read)
-        self._collect(120)
-
-    @property
-    def pids(self) -> list[int]:
+        self.pids: list[int] = [answer["pid"] for answer in self._collect(120)]
         """Of the ranks."""
-        return [process.pid for process in self._processes]
+
+    def renew(self) -> None:
+        """New processes, with nothing of what was. CellFailed where they do not come."""
+        self.generation = 0
+        self.pids = [answer["pid"] for answer in self.do(60, do="renew")]
 
     def do(self, timeout_s: float, **command: Any) -> list[dict[str, Any]]:
         """Every rank's answer. CellFailed for an error, a death or none in time."""
@@ -149,6 +152,7 @@ class Bench:
         self.args = args
         self.rows: dict[tuple[Any, ...], Row] = {}
         self.failures: list[str] = []
+        self.until = time.monotonic() + args.budget_s
         load = os.getloadavg()[0]
         control = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
         self.hardware = (
@@ -186,11 +190,13 @@ class Bench:
         world: World | None = None
         try:
             for cell in cells if number % 2 == 0 else reversed(cells):
+                if self.over():
+                    _say(f"round {number} ends before {cell}: more than --budget-s={self.args.budget_s:g}")
+                    break
                 own = ENGINES[cell.engine].own_world
-                if world is not None and (own or world.generation < 0):
-                    world.close()
-                    world = None
                 try:
+                    if world is not None and (own or world.generation < 0):
+                        world.renew()
                     world = world or World(network)
                     self._measure(cell, number, world)
                     if own:
@@ -233,8 +239,12 @@ class Bench:
         built = world.do(90, do="build", job=cell.job, engine=cell.engine, overlap=cell.overlap, **levels)
         facts = self._check(cell, world) | {"model_bytes": built[0]["model_bytes"]}
         for accumulation in args.accumulation:
+            if self.over():
+                break
             free_s, sent = self._time(world, accumulation, steps=2 if accumulation < 8 else 1)[:2]
             for rate in args.rates:
+                if self.over():
+                    break
                 row = {"kind": "step", **vars(cell), "accumulation": accumulation, "rate": rate, **facts}
                 row |= {"bytes": _describe(sent, network), "unlimited_s": free_s}
                 row = self.rows.get(_key(row), row)
@@ -263,6 +273,9 @@ class Bench:
                 network.set_rates({})
         world.do(60, do="drop")
         _say(f"{cell}: {time.monotonic() - started:.0f} s")
+
+    def over(self) -> bool:
+        return time.monotonic() > self.until
 
     def _check(self, cell: Cell, world: World) -> Row:
         """Compare with the plain loop."""
@@ -360,6 +373,22 @@ def print_tables(rows: Sequence[Row]) -> None:
             print(f"{name + ('' if overlap else ' (no overlap)'):26s}" + "".join(cells))
 
 
+def bytes_errors(rows: Sequence[Row]) -> dict[str, float]:
+    """How far the bytes of our rows are from the cost model's, by row and level, as a part of the latter."""
+    errors = {}
+    for row in rows:
+        sends = ENGINES[row["engine"]].sends
+        if sends is None or "step_s" not in row:
+            continue
+        levels = parse_levels(row["mesh"])
+        ranks = list(levels.values())[-1]
+        for level, expected in sends(JOBS[row["job"]], levels, row["accumulation"]).items():
+            if expected:
+                where = f"{row['mesh']} {row['job']} {row['engine']} x{row['accumulation']} {row['rate']:g} {level}"
+                errors[where] = row["bytes"]["per_node"][level] / (expected * ranks) - 1
+    return errors
+
+
 def summary(bench: Bench) -> Row:
     """The benchmark's last line: how many rows, what failed, and our times against two baselines."""
     rows = [row for row in bench.rows.values() if row["kind"] == "step"]
@@ -372,8 +401,12 @@ def summary(bench: Bench) -> Row:
                 if its := times.get((mesh, job, baseline, True, accumulation, rate)):
                     place = f"{mesh} {job} x{accumulation} {rate:g}"
                     ratios.setdefault(place, {}).setdefault(name, {})[baseline] = round(its / mine, 2)
+    off = bytes_errors(rows)
+    worst = max(off, key=lambda where: abs(off[where]), default="")
+    print(f"\nour bytes, {len(off)} figures by row and level, are within {abs(off.get(worst, 0)):.2%} of the cost model ({worst})")
     return {
         "rows": len(rows), "measured": len(times), "left_out": len([r for r in rows if "skipped" in r]),
+        "bytes_off_the_model": round(off.get(worst, 0.0), 4),
         "failed": bench.failures, "times_faster_than": ratios, "out": bench.args.out,
     }  # fmt: skip
 
@@ -390,6 +423,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0, help="to spend on timing each row, if a step allows")
     parser.add_argument("--longest", type=float, default=20.0, help="seconds on the wire; a longer step is left out")
+    parser.add_argument("--budget-s", type=float, default=math.inf, help="no further row is begun after this")
     parser.add_argument("--resume", action="store_true", help="keep the rows of --out and measure the others")
     parser.add_argument("--smoke", action="store_true", help="one engine of each kind, quickly, into a temporary file")
     parser.add_argument("--out", default=str(HERE / "results" / "slow_link.json"))

@@ -20,6 +20,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, foreign, shard
+from parallel.planning.traffic import Traffic
+from parallel.planning.workload import UnitCost, Workload, aligned
+from parallel.transport import Transport
 from trainer.models import build_model
 from trainer.options import LlamaOptions
 
@@ -74,17 +77,36 @@ def llama_batch(generator: torch.Generator) -> tuple[Tensor, ...]:
     return rows[:, :-1], rows[:, 1:]
 
 
+def linear_work(micro_batches: int, compute_bytes: int, reduce_bytes: int) -> Workload:
+    size = aligned(768 * 768)
+    first = UnitCost(name="first", matrices=size, gathers_backward=False)  # its input needs no gradient
+    return Workload(
+        units=(first, dataclasses.replace(first, name="layer", count=7, gathers_backward=True)), tokens=8,
+        micro_batches=micro_batches, compute_bytes=compute_bytes, reduce_bytes=reduce_bytes, num_parameters=8,
+    )  # fmt: skip
+
+
+def llama_work(micro_batches: int, compute_bytes: int, reduce_bytes: int) -> Workload:
+    model = build_model(LLAMA, vocab_size=VOCAB, seq_len=SEQ_LEN, dtype=torch.float32, device=torch.device("meta"))
+    return Workload.read(
+        model, seq_len=SEQ_LEN, micro_batch_size=1, micro_batches=micro_batches, compute_bytes=compute_bytes,
+        reduce_bytes=reduce_bytes,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Job:
     build: Callable[[], nn.Module]
     """The model with its first weights, the same on every rank."""
     batch: Callable[[torch.Generator], tuple[Tensor, ...]]
+    work: Callable[[int, int, int], Workload]
+    """What the cost model is told of it: from the micro-batches and the bytes in which it computes and reduces."""
 
     def micro_batch(self, step: int, rank: int, index: int) -> tuple[Tensor, ...]:
         return self.batch(torch.Generator().manual_seed((step * 64 + rank) * 64 + index))
 
 
-JOBS = {"linear": Job(build_linear, linear_batch), "llama": Job(build_llama, llama_batch)}
+JOBS = {"linear": Job(build_linear, linear_batch, linear_work), "llama": Job(build_llama, llama_batch, llama_work)}
 
 # --------------------------------------------------------------------------------------------------- the sides
 
@@ -291,6 +313,8 @@ class Engine:
     """Keeps state of its own in the process: gets ranks that no other engine has used."""
     options: tuple[str, ...] = ()
     """Of `ParallelOptions`, that it sets."""
+    sends: Callable[[Job, Mapping[str, int], int], dict[str, float]] | None = None
+    """Of ours: the bytes that a rank sends over each level in a step of so many micro-batches, by the cost model."""
 
     def missing(self) -> list[str]:
         """The options that this version does not have."""
@@ -298,11 +322,26 @@ class Engine:
         return [name for name in self.options if name not in known]
 
 
-def _atoll(placement: str, tolerance: float = EXACT, dtype: torch.dtype = torch.float32, **options: Any) -> Engine:
+def _atoll(
+    placement: str,
+    tolerance: float = EXACT,
+    dtype: torch.dtype = torch.float32,
+    *,
+    min_levels: int = 2,
+    **options: Any,
+) -> Engine:
     def build(model: nn.Module, levels: Mapping[str, int], overlap: bool) -> Side:
         return Atoll(model, levels, overlap=overlap, dtype=dtype, placement=placement, **options)
 
-    return Engine(build, tolerance, overlaps=(True, False), options=("overlap", *options))
+    def sends(job: Job, levels: Mapping[str, int], micro_batches: int) -> dict[str, float]:
+        parallel = ParallelOptions(placement=placement, **options)
+        mesh = Mesh(dict(levels))
+        placed = Placement.of(parallel, mesh.num_levels)
+        work = job.work(micro_batches, dtype.itemsize, 2 if parallel.reduce_dtype == "bf16" else 4)
+        phases = Traffic(work, mesh, placed, Transport.of(parallel, mesh, placed), gloo=True).sent_bytes()
+        return dict(zip(levels, map(sum, zip(*phases.values(), strict=True)), strict=True))
+
+    return Engine(build, tolerance, (True, False), min_levels, options=("overlap", *options), sends=sends)
 
 
 def _fsdp2(tolerance: float = EXACT, **options: Any) -> Engine:
@@ -334,6 +373,21 @@ ENGINES: dict[str, Engine] = {
     "atoll-hfsdp-bf16": _atoll("hfsdp", BF16, torch.bfloat16, reduce_dtype="bf16"),
     "atoll-hfsdp-int": _atoll("hfsdp", QUANTIZED, quantize="outer"),
     "atoll-topo-int": _atoll("topo", QUANTIZED, quantize="outer"),
+    "atoll-topo-int-bf16": _atoll("topo", QUANTIZED, torch.bfloat16, quantize="outer", reduce_dtype="bf16"),
+    # inside the node what HSDP does, over both slow levels the optimizer's states, quantized
+    "atoll-113-int-bf16": _atoll(
+        "free",
+        QUANTIZED,
+        torch.bfloat16,
+        min_levels=3,
+        params=1,
+        grads=1,
+        optim=3,
+        quantize="outer",
+        reduce_dtype="bf16",
+        weights_format={"node": "int8"},
+        grads_format={"node": "int4"},
+    ),
     "atoll-topo-int-all": _atoll("topo", QUANTIZED, quantize="all"),
     "atoll-zero3-int-all": _atoll("zero3", QUANTIZED, quantize="all"),
     "fsdp2": _fsdp2(repaired=False),

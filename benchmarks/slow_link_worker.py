@@ -4,13 +4,16 @@
     {"do": "check"}                                   trains a few steps; the losses beside a plain loop's
     {"do": "time", "accumulation": 4, "steps": 2}     between two barriers, nothing left under way
     {"do": "drop"}                                    the engine and its process group
+    {"do": "renew"}                                   the rank: a new process, with nothing of what was
 
 An answer is ``{"ok": ...}`` or ``{"error": ...}``. Standard output belongs to the libraries, so answers have a file
-descriptor of their own. The process ends with the one that started it.
+descriptor of their own. The process ends with the one that started it. What it has imported it keeps: each rank is a
+fork of it.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import resource
@@ -20,10 +23,10 @@ import traceback
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # `offload` is the package, not the benchmark
 
 from namespaces import die_with  # noqa: E402
 
@@ -36,6 +39,8 @@ from slow_link_engines import ENGINES, JOBS, OPTIMIZER, Side  # noqa: E402
 
 from parallel import foreign  # noqa: E402
 
+RENEW = 75
+"""The exit code of a rank that is to be followed by a new one."""
 CHECK = (1, 1, 2, 2)
 """Micro-batches a rank of the steps whose losses are compared."""
 
@@ -66,6 +71,19 @@ class Rank:
         self._store = dist.TCPStore(address, port, world, is_master=rank == 0, timeout=timedelta(seconds=120))
         self._side: Side | None = None
         self._steps_taken = 0
+
+    def answer(self, answers: TextIO) -> None:
+        """Do what standard input says until it says ``renew`` or ends."""
+        print(json.dumps({"ok": {"pid": os.getpid()}}), file=answers, flush=True)
+        for line in sys.stdin:
+            command = json.loads(line)
+            if (act := command.pop("do")) == "renew":
+                os._exit(RENEW)
+            try:
+                answer = {"ok": getattr(self, act)(**command)}
+            except Exception as error:  # the driver decides; the other ranks may be waiting for this one
+                answer = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+            print(json.dumps(answer), file=answers, flush=True)
 
     def build(self, job: str, engine: str, overlap: bool, levels: dict[str, int], generation: int) -> dict[str, Any]:
         self._join(generation)
@@ -126,16 +144,15 @@ def main(kind: type[Rank] = Rank) -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)  # many pairs
-    with os.fdopen(args.answers, "w") as answers:
-        rank = kind(args.rank, args.world, args.address, args.port)
-        print(json.dumps({"ok": {}}), file=answers, flush=True)
-        for line in sys.stdin:
-            command = json.loads(line)
-            try:
-                answer = {"ok": getattr(rank, command.pop("do"))(**command)}
-            except Exception as error:  # the driver decides; the other ranks may be waiting for this one
-                answer = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-            print(json.dumps(answer), file=answers, flush=True)
+    here = os.getpid()
+    for count in itertools.count():
+        if (child := os.fork()) == 0:  # no thread has been started yet
+            die_with(here)
+            with os.fdopen(args.answers, "w") as answers:  # a port of its own: the ranks do not renew all at once
+                kind(args.rank, args.world, args.address, args.port + count).answer(answers)
+            os._exit(0)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != RENEW:
+            return
 
 
 if __name__ == "__main__":

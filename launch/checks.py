@@ -2,12 +2,16 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from checkpoint.options import CheckpointOptions
 from launch.config import Config
 from launch.options import LaunchOptions
 from parallel.options import ParallelOptions
 from trainer.job import Job
+
+if TYPE_CHECKING:
+    from parallel.transport import Transport
 
 BASELINE_PLACEMENTS = {"fsdp2": ("ddp", "zero2", "zero3", "hsdp"), "deepspeed": ("zero1", "zero2", "zero3")}
 """What one sharding for parameters, gradients and optimizer states (FSDP2), or a ZeRO stage, can express."""
@@ -108,15 +112,36 @@ def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
             f"parallel.levels ({shown}) multiply to {math.prod(levels.values())}, but launch.workers={crew.workers}; "
             f"change one of them"
         )
-    placement = Placement.of(options, len(levels))
     if options.sequence and options.sequence not in levels:
         raise ValueError(f"parallel.sequence={options.sequence}: the levels are {', '.join(levels)}")
-    if options.quantizes:
-        from parallel.mesh import Mesh
-        from parallel.transport import Transport
+    for each in [options, *map(options.candidate, options.candidates)]:
+        placement = Placement.of(each, len(levels))
+        if each.quantizes:
+            from parallel.mesh import Mesh
+            from parallel.transport import Transport
 
-        Transport.of(options, Mesh(levels), placement)
+            _check_blocks(config, Transport.of(each, Mesh(levels), placement), crew.workers)
     return replace(options, levels=levels)
+
+
+def _check_blocks(config: Config, transport: "Transport", workers: int) -> None:
+    """As the engine does, but before anything is taken: by the model without its memory."""
+    import torch
+
+    from parallel.cut import cut_units
+    from trainer.data.tokenizer import open_tokenizer
+    from trainer.models import build_model
+
+    vocab_size, meta = open_tokenizer(config.data.tokenizer).vocab_size, torch.device("meta")
+    model = build_model(
+        config.model, vocab_size=vocab_size, seq_len=config.train.seq_len, dtype=torch.float32, device=meta
+    )
+    units, root = cut_units(model, model.units())
+    sizes = [
+        sum(p.numel() for name, p in named if p.requires_grad and transport.allows(name, p.ndim))
+        for named in (root, *(own for _, _, own in units))
+    ]
+    transport.check_blocks(max(sizes), workers)
 
 
 def _check_engine(job: Job, parallel: ParallelOptions) -> None:
@@ -138,6 +163,8 @@ def _check_engine(job: Job, parallel: ParallelOptions) -> None:
         raise ValueError(
             f"offload.states and offload.weights need engine=native; engine={job.engine} does not read them"
         )
+    if parallel.candidates:
+        raise ValueError(f"parallel.candidates need engine=native; engine={job.engine} does not try placements")
     if parallel.sequence:
         raise ValueError(f"parallel.sequence={parallel.sequence} needs engine=native; engine={job.engine} has none")
     if job.offload.activations.leave:

@@ -13,7 +13,7 @@ from launch.config import Config
 from parallel.mesh import Mesh
 from parallel.options import QUANTIZE
 from parallel.placement import Placement
-from parallel.planning.choose import Candidate, Choice, choose, preset_of
+from parallel.planning.choose import MEASURED, Candidate, Choice, choose, preset_of
 from parallel.planning.cost import KINDS, Plan, estimate
 from parallel.planning.machine import PRESETS, Machine, load_machine
 from parallel.planning.simulate import simulate
@@ -57,20 +57,17 @@ def settle(config: Config, workers: int) -> tuple[Config, str]:
     config = replace(config, launch=replace(config.launch, workers=workers))
     planned = plan(config, named_machine(config))
     assert planned.choice is not None
-    found, place = planned.candidate, planned.candidate.plan.placement
-    mesh = found.plan.mesh
-    named = preset_of(place, mesh.num_levels)
+    found, mesh = planned.candidate, planned.candidate.plan.mesh
+    names = [one.name for one in planned.choice.contenders[:MEASURED]]
+    measured = names if config.parallel.auto_steps and len(names) > 1 else []
     parallel = replace(
-        config.parallel,
-        placement=named or "free",
-        params=None if named else place.params,
-        grads=None if named else place.grads,
-        optim=None if named else place.optim,
-        quantize=found.quantize,
-        memory_gib=None,
+        config.parallel.candidate(found.name),
+        auto_steps=config.parallel.auto_steps if measured else 0,
+        candidates=measured,
         levels=dict(zip(mesh.names, mesh.sizes, strict=True)),
     )
-    return replace(config, parallel=parallel), planned.choice.why
+    trying = f"; tried at the start, too near to tell: {', '.join(measured)}" if measured else ""
+    return replace(config, parallel=parallel), planned.choice.why + trying
 
 
 def plan(config: Config, machine: Machine) -> Planned:
@@ -90,7 +87,7 @@ def plan(config: Config, machine: Machine) -> Planned:
     choice = None
     if options.placement == "auto":
         allowed = QUANTIZE[:-1] if options.quantize == "auto" else (options.quantize,)
-        choice = choose(work, mesh, machine, cap_bytes=cap_bytes, quantize=allowed)
+        choice = choose(work, mesh, machine, cap_bytes=cap_bytes, quantize=allowed, options=options)
         candidate = choice.best
     else:
         placement = Placement.of(options, mesh.num_levels)

@@ -1,6 +1,7 @@
 """Options of the engine: where state is partitioned, and how it is updated."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 
 PLACEMENTS = ("ddp", "zero1", "zero2", "zero3", "hsdp", "hfsdp", "topo", "free", "auto")
 DTYPES = ("fp32", "bf16")
@@ -47,6 +48,11 @@ class ParallelOptions:
     """Whether what quantization takes from a gradient is added to the next step's. Costs 4 bytes an element sent."""
     memory_gib: float | None = None
     """What a rank may hold where ``placement=auto`` chooses. None: 92% of the machine's."""
+    auto_steps: int = 0
+    """For how many steps each of ``candidates`` is tried at the start of a run; the fastest is taken. With
+    ``placement=auto`` these are what the cost model cannot tell apart; 0: the model alone decides."""
+    candidates: list[str] = field(default_factory=list)
+    """Placements to try, with what they quantize: ``[zero2, hfsdp+outer, free:0:1:2]``. ``auto`` fills them in."""
     exact: list[str] = field(default_factory=list)
     """Name patterns (``*.router.*``) of parameters that are never quantized. Those of fewer than two dimensions and
     frozen ones never are."""
@@ -98,9 +104,35 @@ class ParallelOptions:
                 "parallel.error_feedback=true corrects quantized gradients, and none are: set parallel.quantize or "
                 "parallel.grads_format"
             )
+        if self.auto_steps < 0:
+            raise ValueError(f"parallel.auto_steps={self.auto_steps}: must be 0 or more")
+        if self.candidates and not self.auto_steps:
+            raise ValueError("parallel.candidates are tried for parallel.auto_steps steps each: set it, 5 for example")
+        if self.auto_steps and not self.candidates and self.placement != "auto":
+            raise ValueError(
+                f"parallel.auto_steps={self.auto_steps} has nothing to try: name parallel.candidates, or parallel=auto"
+            )
+        for name in self.candidates:
+            self.candidate(name)
         for name, size in self.levels.items():
             if size < 1:
                 raise ValueError(f"parallel.levels.{name}={size}: a level has at least one member")
+
+    def candidate(self, name: str) -> "ParallelOptions":
+        """These options with one of ``candidates`` in the place of the placement and of ``quantize``."""
+        placement, _, quantize = name.removesuffix("+none").partition("+")
+        placement, *triple = placement.split(":")
+        number = re.compile("[0-9]+").fullmatch
+        if len(triple) != (3 if placement == "free" else 0) or not all(map(number, triple)) or placement == "auto":
+            raise ValueError(
+                f"parallel.candidates has {name!r}: write a placement, free:P:G:O with numbers of levels, and perhaps "
+                f"what it quantizes, as in zero2, free:0:1:2+outer"
+            )
+        params, grads, optim = map(int, triple) if triple else (None, None, None)
+        return replace(
+            self, placement=placement, params=params, grads=grads, optim=optim, quantize=quantize or "none",
+            error_feedback=self.error_feedback and bool(quantize), memory_gib=None, candidates=[], auto_steps=0,
+        )  # fmt: skip
 
     @property
     def sequence_ranks(self) -> int:

@@ -18,19 +18,38 @@ Every operation is one IEEE operation in fp32, and the kernels are compiled with
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 4096
-"""Elements a program handles, at least a block."""
-WARPS = 4
-VECTOR = {
-    "quantize fp32": 8, "quantize bf16": 16, "dequantize fp32": 4, "dequantize bf16": 8, "fused": 16, "residual": 4,
-}  # fmt: skip
-"""Neighbouring elements of a half that a thread holds: at most 16 bytes of each tensor in one access. Where a kernel's
-tensors differ in bytes an element, what keeps them in one layout: else data passes through shared memory."""
+
+@dataclass(frozen=True)
+class Setting:
+    """How a kernel is launched. `benchmarks/quantize.py --tune` finds these."""
+
+    tile: int
+    """Elements a program handles, at least a block."""
+    warps: int
+    vector: int
+    """Neighbouring elements of a half that a thread holds: at most 16 bytes of each tensor in one access. Where a
+    kernel's tensors differ in bytes an element, what keeps them in one layout: else data passes through shared
+    memory."""
+
+
+SETTINGS = {
+    "quantize fp32": Setting(4096, 4, 8),
+    "quantize bf16": Setting(4096, 4, 16),
+    "quantize feedback": Setting(4096, 4, 4),
+    "dequantize fp32": Setting(4096, 4, 4),
+    "dequantize bf16": Setting(4096, 4, 8),
+    "sum fp32": Setting(4096, 4, 16),  # most of what it moves is packed, so the loads are to be wide, not the stores
+    "sum bf16": Setting(4096, 4, 16),
+    "fused": Setting(4096, 4, 16),
+    "fused feedback": Setting(4096, 4, 4),
+}
 EXPONENT = 0x4B000000
 """Of 2^23 as fp32. Given to kernels as an argument: the assembler makes two instructions of a mask and a constant."""
 
@@ -208,6 +227,9 @@ def _dequantize_sum_quantize(
     _pack(low, high, out_ptr, scales_offset, residual_ptr + start, row, blocks, HAS_RESIDUAL, BITS, BLOCK, VECTOR)
 
 
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
 def _scales_offset(numel: int, bits: int) -> int:
     return numel * bits // 8
 
@@ -215,27 +237,27 @@ def _scales_offset(numel: int, bits: int) -> int:
 def quantize(values: Tensor, bits: int, block: int, out: Tensor, chunks: int, residual: Tensor | None) -> None:
     """As `parallel.quantize.quantize`, of arguments that it has checked."""
     numel = values.numel() // chunks
-    rows = max(1, TILE // block)
-    kind = "residual" if residual is not None else "quantize fp32" if values.dtype == torch.float32 else "quantize bf16"
+    setting = SETTINGS[f"quantize {'feedback' if residual is not None else _NAMES[values.dtype]}"]
+    rows = max(1, setting.tile // block)
     tiles = triton.cdiv(triton.cdiv(numel // block, 4) * 4, rows)
     _quantize[(chunks * tiles,)](
         values, out, values if residual is None else residual,
         numel // block, out.numel() // chunks, _scales_offset(numel, bits), tiles,
-        HAS_RESIDUAL=residual is not None, BITS=bits, BLOCK=block, ROWS=rows, VECTOR=VECTOR[kind],
-        num_warps=WARPS, enable_fp_fusion=False,
+        HAS_RESIDUAL=residual is not None, BITS=bits, BLOCK=block, ROWS=rows, VECTOR=setting.vector,
+        num_warps=setting.warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
 def dequantize(packed: Tensor, bits: int, block: int, out: Tensor, chunks: int, *, add: bool) -> None:
     """`out` from each chunk in its place, or with `add` from the sum of the chunks."""
     numel = out.numel() if add else out.numel() // chunks
-    rows = max(1, TILE // block)
-    kind = "dequantize fp32" if out.dtype == torch.float32 else "dequantize bf16"
+    setting = SETTINGS[f"{'sum' if add else 'dequantize'} {_NAMES[out.dtype]}"]
+    rows = max(1, setting.tile // block)
     tiles = triton.cdiv(numel // block, rows)
     _dequantize[(tiles if add else chunks * tiles,)](
         packed, out, numel // block, packed.numel() // chunks, _scales_offset(numel, bits), tiles, EXPONENT,
-        PARTS=chunks if add else 1, BITS=bits, BLOCK=block, ROWS=rows, VECTOR=VECTOR[kind],
-        num_warps=WARPS, enable_fp_fusion=False,
+        PARTS=chunks if add else 1, BITS=bits, BLOCK=block, ROWS=rows, VECTOR=setting.vector,
+        num_warps=setting.warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -253,7 +275,8 @@ def dequantize_sum_quantize(
 ) -> None:
     """As `parallel.quantize.dequantize_sum_quantize`, of arguments that it has checked; numel: of one input chunk."""
     out_numel = numel // out_chunks
-    tile = max(TILE, in_block, block)
+    setting = SETTINGS["fused" if residual is None else "fused feedback"]
+    tile = max(setting.tile, in_block, block)
     tiles = triton.cdiv(triton.cdiv(out_numel // block, 4) * 4, tile // block)
     _dequantize_sum_quantize[(out_chunks * tiles,)](
         packed, out, packed if residual is None else residual,
@@ -261,5 +284,5 @@ def dequantize_sum_quantize(
         out_numel // block, out.numel() // out_chunks, _scales_offset(out_numel, bits), tiles, EXPONENT,
         PARTS=chunks, IN_BITS=in_bits, IN_BLOCK=in_block,
         HAS_RESIDUAL=residual is not None, BITS=bits, BLOCK=block, ROWS=tile // block,
-        VECTOR=VECTOR["fused" if residual is None else "residual"], num_warps=WARPS, enable_fp_fusion=False,
+        VECTOR=setting.vector, num_warps=setting.warps, enable_fp_fusion=False,
     )  # fmt: skip

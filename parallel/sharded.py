@@ -115,7 +115,8 @@ class ShardedModel:
         self.root = make_unit("root", model, root) if root else None
         self._all = ([self.root] if self.root else []) + self.units
         self._trainable = [flat for unit in self._all for flat in unit.trainable]
-        _check_blocks(self._trainable)
+        if quantized := [flat.layout.numel for flat in self._trainable if flat.transport and flat.transport.quantizes]:
+            self.transport.check_blocks(max(quantized), mesh.world)
         self._offloader = Offloader(self._all, offload, optimizer, device)
         self._resident = [flat for flat in self._trainable if flat.away is None]
         self.optimizer = optimizers.build(optimizer, self._resident)
@@ -453,23 +454,6 @@ def _squares(flat: TrainableFlat) -> Tensor:
         return flat.squares
     assert flat.grad is not None, "step() needs a forward_backward(last=True) before it"
     return optimizers.sum_of_squares(flat.grad)
-
-
-def _check_blocks(flats: Sequence[TrainableFlat]) -> None:
-    """ValueError where a block is larger than any rank's part of any buffer: quantization would send mostly padding."""
-    quantized = [flat for flat in flats if flat.transport and flat.transport.quantizes]
-    if not quantized:
-        return
-    largest = max(quantized, key=lambda flat: flat.layout.numel)
-    transport, part = largest.transport, largest.layout.numel / largest.mesh.world
-    assert transport is not None
-    for key, formats in (("weights_block", transport.weights), ("grads_block", transport.grads)):
-        for format in formats:
-            if format and format.block > part:
-                raise ValueError(
-                    f"parallel.{key}={format.block} is larger than a shard: of the largest unit's "
-                    f"{largest.layout.numel} elements each of {largest.mesh.world} ranks has {part:.0f}; lower it"
-                )
 
 
 def _create_groups(mesh: Mesh, placement: Placement) -> None:

@@ -87,6 +87,17 @@ class Transport:
         dimensions and matches no pattern of ``parallel.exact``."""
         return not self.quantizes or (num_dims >= 2 and not any(fnmatchcase(name, p) for p in self.exact))
 
+    def check_blocks(self, numel: int, world: int) -> None:
+        """ValueError where a block is larger than a rank's part of the largest buffer that is quantized, of `numel`
+        elements: mostly padding would cross."""
+        for key, formats in (("weights_block", self.weights), ("grads_block", self.grads)):
+            for format in formats:
+                if format and format.block > numel / world:
+                    raise ValueError(
+                        f"parallel.{key}={format.block} is larger than a shard: of the largest unit's {numel} elements "
+                        f"each of {world} ranks has {numel / world:.0f}; lower it"
+                    )
+
     def describe(self, names: Sequence[str]) -> str:
         """``weights int8/256 over node; gradients int4/128 over node; exact in any case: …``."""
 

@@ -9,12 +9,13 @@ ranks together: the wish of one travels with the loss. On a GPU a step is report
 host never waits for the device.
 """
 
+import gc
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +25,15 @@ from torch import Tensor
 from checkpoint import CheckpointReader, Checkpoints, rng_state, set_rng_state
 from checkpoint.roster import Roster
 from checkpoint.snapshot_reader import SnapshotReader
+from checkpoint.snapshots import NoSnapshots, Snapshots
 from offload.device import DeviceReader, peak_flops
+from parallel.options import ParallelOptions
+from trainer import trial
 from trainer.build import Rank, build_engine, check_same_data, choose_dtype, open_snapshots, share_sequences
 from trainer.data import open_corpus
 from trainer.evaluate import sample, validate
 from trainer.job import Job
-from trainer.models import build_model
+from trainer.models import LanguageModel, build_model
 from trainer.models.attention import attention_backends
 from trainer.plan import describe
 from trainer.progress import Progress
@@ -142,7 +146,6 @@ class Trainer:
             cleanup.callback(self._device.close)
             self.corpus = open_corpus(job.data, job.train.seq_len, job.train.seed, say=self._tell)
             check_same_data(self.corpus, where)
-            torch.manual_seed(job.train.seed + where.rank)
             self._build(cleanup)
             self._resume(cleanup)
             self._clock = time.perf_counter()
@@ -150,7 +153,21 @@ class Trainer:
 
     def _build(self, cleanup: ExitStack) -> None:
         """Make the model and the engine, and tell what was derived."""
+        if self.job.parallel.candidates:
+            found = trial.settle(self.job, self.where, self.run.path, self._time_step, self._tell)
+            self.job = replace(self.job, parallel=found)
+        model = self._make_engine(cleanup)
+        self._event({"type": "plan", "text": describe(self.job, self.where, self.corpus, model, self.engine)})
+        self.step = 0
+        self._saved_step = -1
+        self._stopping = False
+        self._reports: deque[Running] = deque()
+        self._lag = 1 if self.where.device.type == "cuda" else 0
+
+    def _make_engine(self, cleanup: ExitStack) -> LanguageModel:
+        """The engine, as the job says, around a fresh model; the model."""
         job, where = self.job, self.where
+        torch.manual_seed(job.train.seed + where.rank)
         dtype, _ = choose_dtype(job.train.dtype, where.device)
         model = build_model(
             job.model,
@@ -164,12 +181,30 @@ class Trainer:
         self.sequence = share_sequences(job, model, where)
         self.engine = build_engine(job, model, where, dtype, self._tell)
         cleanup.callback(self.engine.close)
-        self._event({"type": "plan", "text": describe(job, where, self.corpus, model, self.engine)})
-        self.step = 0
-        self._saved_step = -1
-        self._stopping = False
-        self._reports: deque[Running] = deque()
-        self._lag = 1 if where.device.type == "cuda" else 0
+        return model
+
+    def _time_step(self, parallel: ParallelOptions) -> float:
+        """Seconds a step of the slowest rank with these options, of a model that is then thrown away. Collective."""
+        settled, self.job = self.job, replace(self.job, parallel=parallel)
+        self.snapshots: Snapshots | NoSnapshots = NoSnapshots()
+        count, total = settled.parallel.auto_steps, settled.train.steps
+        with ExitStack() as cleanup:
+            self._make_engine(cleanup)
+            for step in range(2):  # they compile, allocate and connect
+                _wait(self.train_step(step % total))
+            start = time.perf_counter()
+            for step in range(2, 2 + count):
+                last = self.train_step(step % total)
+            _wait(last)
+            taken = torch.tensor((time.perf_counter() - start) / count, device=self.where.device)
+        if self.where.world > 1:
+            dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+        self.job = settled
+        del self.engine
+        gc.collect()
+        if self.where.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return float(taken)
 
     def _resume(self, cleanup: ExitStack) -> None:
         """Load what ``run.resume`` names, if there is any, from memory or storage. Rank 0 chooses it for all."""
@@ -252,8 +287,7 @@ class Trainer:
 
     def _log(self, done: Running) -> None:
         """Wait for a step and say what came of it. FloatingPointError where the loss is not a number, on every rank."""
-        if done.ready:
-            done.ready.synchronize()
+        _wait(done)
         loss, stops, grad_norm = done.values.tolist()
         now = time.perf_counter()
         step_s, self._clock = max(now - self._clock, done.issue_s), now
@@ -326,6 +360,12 @@ class Trainer:
     def _event(self, event: Event) -> None:
         if self.where.rank == 0:
             self._emit(event)
+
+
+def _wait(running: Running) -> None:
+    """Until the device has computed the step."""
+    if running.ready:
+        running.ready.synchronize()
 
 
 def to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -7,19 +7,19 @@ rates that make the simulator reproduce some measured steps; what it is worth sh
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from parallel.planning.cost import Plan
-from parallel.planning.machine import Fit, Link, Machine
+from parallel.planning.machine import Fit, Link, Machine, Packing
 from parallel.planning.simulate import simulate
 from parallel.planning.workload import Workload
 
 _NOISE = 0.03
 """Errors below this count by their square, larger ones by their size: a disturbed measurement does not decide."""
-_FLOORS = {"unit_s": 5e-5, "step_s": 5e-4, "quantize_s": 1e-4}
+_FLOORS = {"unit_s": 5e-5, "step_s": 5e-4}
 """Seconds from which a factor is searched where less was measured: nothing comes of a factor on 0."""
 
 
@@ -46,12 +46,35 @@ def calibrate(machine: Machine, runs: Sequence[Run], *, rounds: int = 12, within
     return calibrate_alike([machine], [runs], rounds=rounds, within=within)[0]
 
 
+@dataclass(frozen=True)
+class _Off:
+    """The errors of all runs with the factors ``exp(logs)``; plain data, so that another process can do it."""
+
+    machines: list[Machine]
+    runs: Sequence[Sequence[Run]]
+    names: list[str]
+
+    def scaled(self, logs: Sequence[float]) -> list[Machine]:
+        factors = dict(zip(self.names, logs, strict=True))
+        return [scaled(machine, factors) for machine in self.machines]
+
+    def __call__(self, logs: Sequence[float]) -> list[float]:
+        found = [errors(machine, some) for machine, some in zip(self.scaled(logs), self.runs, strict=True)]
+        return [error for some in found for error in some]
+
+
 def calibrate_alike(
-    machines: Sequence[Machine], runs: Sequence[Sequence[Run]], *, rounds: int = 12, within: float = 8.0
+    machines: Sequence[Machine],
+    runs: Sequence[Sequence[Run]],
+    *,
+    rounds: int = 12,
+    within: float = 8.0,
+    each: Callable[..., Iterable[list[float]]] = map,
 ) -> list[Machine]:
     """As `calibrate`, for machines of the same links' names, by the runs of each: one factor on a rate for all.
 
     What differs between them is what they were described with: the same computers behind a link of another rate.
+    each: applies a function to a list, in order, perhaps in other processes.
     """
     if not any(runs):
         raise ValueError("calibrate needs at least one measured step")
@@ -59,47 +82,52 @@ def calibrate_alike(
     machines = [_floored(machine, every) for machine in machines]
     names = _names(machines[0], every)
     limit, nudge = math.log(within), 0.07
+    errors_with = _Off(machines, runs, names)
 
-    def machines_by(logs: torch.Tensor) -> list[Machine]:
-        factors = dict(zip(names, logs.tolist(), strict=True))
-        return [scaled(machine, factors) for machine in machines]
-
-    def off(logs: torch.Tensor) -> torch.Tensor:
-        found = [errors(machine, some) for machine, some in zip(machines_by(logs), runs, strict=True)]
-        return torch.tensor([error for some in found for error in some], dtype=torch.float64)
+    def off(tried: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        found = each(errors_with, [logs.tolist() for logs in tried])
+        return [torch.tensor(some, dtype=torch.float64) for some in found]
 
     logs = torch.zeros(len(names), dtype=torch.float64)
-    now = off(logs)
+    (now,) = off([logs])
     rates = [i for i, name in enumerate(names) if not name.endswith(".skew")]
     for free in dict.fromkeys((tuple(rates), tuple(range(len(names))))):  # late neighbours for what rates leave over
         axes, damping = torch.eye(len(names), dtype=torch.float64)[list(free)], 0.03
         for _ in range(rounds):
-            slopes = torch.stack([(off(logs + nudge * axis) - now) / nudge for axis in axes], dim=1)
+            slopes = torch.stack([(found - now) / nudge for found in off(logs + nudge * axis for axis in axes)], dim=1)
             weighted = slopes.T / now.abs().clamp(min=_NOISE)
             square, down = weighted @ slopes, weighted @ now
-            for _ in range(4):
-                ridge = damping * torch.diag(square.diag() + 1e-3)
-                step = torch.linalg.solve(square + ridge, down).clamp(-0.7, 0.7) @ axes
-                tried = (logs - step).clamp(-limit, limit)
-                if (found := off(tried)).abs().sum() < now.abs().sum():
-                    logs, now, damping = tried, found, damping / 3
-                    break
-                damping *= 5
-            else:
+            dampings = [damping * 5**i for i in range(4)]
+            ridges = [damping * torch.diag(square.diag() + 1e-3) for damping in dampings]
+            steps = [torch.linalg.solve(square + ridge, down).clamp(-0.7, 0.7) @ axes for ridge in ridges]
+            tried = [(logs - step).clamp(-limit, limit) for step in steps]
+            better = [
+                (there, found, damping / 3)
+                for there, found, damping in zip(tried, off(tried), dampings, strict=True)
+                if found.abs().sum() < now.abs().sum()
+            ]
+            if not better:
                 break
-    return machines_by(logs)
+            logs, now, damping = better[0]
+    return errors_with.scaled(logs.tolist())
 
 
 def scaled(machine: Machine, logs: dict[str, float]) -> Machine:
     """`machine` with each rate times ``exp`` of its entry: ``compute``, ``<link>.bandwidth``, ``<link>.latency`` …
 
+    ``quantize.rate``, ``dequantize.rate`` and ``packing.chunk_s`` are those of either format.
     ``<link>.skew`` is added, at the least to 0: most machines have none.
     """
     factors = {name: math.exp(log) for name, log in logs.items()}
-    own = {name: getattr(machine, name) * factor for name, factor in factors.items() if "." not in name}
+    own = {name: getattr(machine, name) * factor for name, factor in factors.items() if hasattr(machine, name)}
     links = [_scaled_link(link, factors) for link in machine.links]
     links = [replace(link, skew=max(0.0, link.skew + logs.get(f"{link.name}.skew", 0.0))) for link in links]
-    return replace(machine, links=tuple(links), **own)
+    chunk = factors.get("packing.chunk_s", 1.0)
+    packing = {
+        name: Packing(rate=p.rate * factors.get(f"{name.partition('_')[0]}.rate", 1.0), chunk_s=p.chunk_s * chunk)
+        for name, p in machine.packing.items()
+    }
+    return replace(machine, links=tuple(links), packing=packing, **own)
 
 
 def _scaled_link(link: Link, factors: dict[str, float]) -> Link:
@@ -111,16 +139,12 @@ def _scaled_link(link: Link, factors: dict[str, float]) -> Link:
     alone = None if link.rank_bandwidth is None else link.rank_bandwidth * bandwidth
     return replace(
         link, bandwidth=link.bandwidth * bandwidth, latency=link.latency * latency, rank_bandwidth=alone, fits=fits,
-        core=min(1.0, link.core * core),
+        core=min(1.0, link.core * core), burst=link.burst * factors.get(f"{link.name}.burst", 1.0),
     )  # fmt: skip
 
 
 def _floored(machine: Machine, runs: Sequence[Run]) -> Machine:
     floors = {name: max(floor, getattr(machine, name)) for name, floor in _FLOORS.items()}
-    if not _quantizes(machine, runs):
-        del floors["quantize_s"]
-    elif machine.int8_rate is None and machine.quantize_rate:
-        floors["int8_rate"] = machine.quantize_rate
     links = machine.links
     if machine.backend == "gloo":
         links = tuple(replace(link, core=max(0.1, link.core), latency=max(1e-5, link.latency)) for link in links)
@@ -131,13 +155,14 @@ def _names(machine: Machine, runs: Sequence[Run]) -> list[str]:
     """What is corrected."""
     names = ["compute", "memory_rate", "unit_s", "step_s"]
     if _quantizes(machine, runs):
-        names += ["quantize_rate", "int8_rate", "quantize_s"]
+        names += ["quantize.rate", "dequantize.rate", "packing.chunk_s"]
     each = ("bandwidth", "latency", "core") if machine.backend == "gloo" else ("bandwidth", "latency")
     names += [f"{link.name}.{what}" for link in machine.links for what in each]
     if machine.backend == "gloo":
         names += [f"{link.name}.skew" for link in machine.links if link.shared]
+        names += [f"{link.name}.burst" for link in machine.links if link.burst]
     return names
 
 
 def _quantizes(machine: Machine, runs: Sequence[Run]) -> bool:
-    return machine.quantize_rate is not None and any(run.plan.transport.quantizes for run in runs)
+    return bool(machine.packing) and any(run.plan.transport.quantizes for run in runs)

@@ -21,6 +21,11 @@ from parallel.planning.workload import Workload
 from parallel.transport import Transport
 
 PRESETS = ("ddp", "zero1", "zero2", "zero3", "hsdp", "hfsdp", "topo")
+DEFAULTS = ParallelOptions()
+MODEL_ERROR = 0.15
+"""How far off a simulated step may be, nine times out of ten (docs/cost-model.md)."""
+MEASURED = 4
+"""Of the candidates that the model cannot tell apart, how many are worth measuring."""
 SIMULATED, SIMULATED_UNITS = 6, 480
 """Candidates that the simulator times, the best in closed form: at least so many, and more of a model of few units, up
 to so many units in all. A few seconds."""
@@ -37,6 +42,13 @@ class Candidate:
     @property
     def step_s(self) -> float:
         return self.simulation.step_s if self.simulation else self.cost.step_s
+
+    @property
+    def name(self) -> str:
+        """As one of ``parallel.candidates``."""
+        place = self.plan.placement
+        named = preset_of(place, self.plan.mesh.num_levels) or f"free:{place.params}:{place.grads}:{place.optim}"
+        return named + (f"+{self.quantize}" if self.quantize != "none" else "")
 
     @property
     def overrides(self) -> str:
@@ -60,20 +72,28 @@ class Choice:
     fitting: int
     """How many candidates fit, of `total`."""
     total: int
+    contenders: tuple[Candidate, ...] = ()
+    """`best`, and then whatever the model cannot tell from it: within `MODEL_ERROR` of it, the fastest first."""
 
 
 def choose(
-    work: Workload, mesh: Mesh, machine: Machine, *, cap_bytes: float, quantize: Sequence[str] = ("none",)
+    work: Workload,
+    mesh: Mesh,
+    machine: Machine,
+    *,
+    cap_bytes: float,
+    quantize: Sequence[str] = ("none",),
+    options: ParallelOptions = DEFAULTS,
 ) -> Choice:
     """The fastest candidate whose memory a rank is at most `cap_bytes`, the second one, and a sentence that says why.
 
-    quantize: which values of ``parallel.quantize`` may be chosen. ValueError where nothing fits: how many bytes are
-    missing, and what would help.
+    quantize: which values of ``parallel.quantize`` may be chosen; `options` say how that is done (blocks, error
+    feedback). ValueError where nothing fits: how many bytes are missing, and what would help.
     """
     everyone = [
         Candidate(plan, name, estimate(work, plan, machine))
         for name in quantize
-        for plan in _plans(mesh, name)
+        for plan in _plans(mesh, options.candidate(f"ddp+{name}"))
     ]  # fmt: skip
     fitting = [candidate for candidate in everyone if candidate.cost.memory_bytes <= cap_bytes]
     if not fitting:
@@ -86,7 +106,8 @@ def choose(
     best = min(close, key=lambda candidate: candidate.cost.memory_bytes)
     others = [candidate for candidate in played if candidate is not best]
     runner_up = others[0] if others else None
-    return Choice(best, runner_up, _why(best, runner_up), len(fitting), len(everyone))
+    near = [candidate for candidate in others if candidate.step_s <= (1 + MODEL_ERROR) * best.step_s]
+    return Choice(best, runner_up, _why(best, runner_up), len(fitting), len(everyone), (best, *near))
 
 
 def preset_of(placement: Placement, num_levels: int) -> str | None:
@@ -97,8 +118,7 @@ def preset_of(placement: Placement, num_levels: int) -> str | None:
     return None
 
 
-def _plans(mesh: Mesh, quantize: str) -> list[Plan]:
-    options = ParallelOptions(quantize=quantize)
+def _plans(mesh: Mesh, options: ParallelOptions) -> list[Plan]:
     plans: dict[tuple[int, ...], Plan] = {}
     triples = [Placement(*triple) for triple in combinations_with_replacement(range(mesh.num_levels + 1), 3)]
     triples.sort(key=lambda placement: preset_of(placement, mesh.num_levels) is None)  # named ones first

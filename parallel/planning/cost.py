@@ -81,20 +81,20 @@ class Clock:
         return self.prepare(move) + self.wait(move) + self.transfer(move)[1] + self.use(move)
 
     def prepare(self, move: Move) -> float:
-        return self._local(move, move.before)
+        return self._local("quantize", move.before, move.bits, move.packs)
 
     def use(self, move: Move) -> float:
-        return self._local(move, move.after)
+        return self._local("dequantize", move.after, move.bits, move.unpacks)
 
-    def _local(self, move: Move, size_bytes: float) -> float:
-        return self.packing(size_bytes, move.bits) if move.bits else self.memory(size_bytes)
+    def _local(self, act: str, size_bytes: float, bits: int, chunks: int) -> float:
+        return self.packing(act, size_bytes, bits, chunks) if bits else self.memory(size_bytes)
 
-    def packing(self, size_bytes: float, bits: int) -> float:
-        """Quantizing to or dequantizing from so many bits, with so many bytes read and written; 0 for none."""
-        rate = self._machine.quantize_rate or self._machine.memory_rate
-        if bits == 8:
-            rate = self._machine.int8_rate or rate
-        return size_bytes / rate + (self._machine.quantize_s if size_bytes else 0.0)
+    def packing(self, act: str, size_bytes: float, bits: int, chunks: int = 1) -> float:
+        """To ``quantize`` or ``dequantize`` so many chunks, with so many bytes read and written; 0 for none."""
+        packing = self._machine.packing.get(f"{act}_int{bits}")
+        if packing is None or not size_bytes:
+            return self.memory(size_bytes)
+        return size_bytes / packing.rate + chunks * packing.chunk_s
 
     def chain(self, chain: Chain) -> float:
         """Without overlap every transfer over a shared link is followed by one that late neighbours take part in."""
@@ -241,7 +241,8 @@ def update_s(work: Workload, traffic: Traffic, clock: Clock) -> float:
                 total += unit.count * owned * (4 + 4 + (4 + 4 * work.moments) * 2 + out)
                 if packs and traffic.weights_format:
                     format = traffic.weights_format
-                    packing += unit.count * clock.packing(4 * owned + format.packed_bytes(owned), format.bits)
+                    size = 4 * owned + format.packed_bytes(owned)
+                    packing += unit.count * clock.packing("quantize", size, format.bits)
     return clock.memory(total) + packing
 
 
@@ -262,6 +263,7 @@ def memory(work: Workload, traffic: Traffic) -> dict[str, float]:
                 apart = 4 if traffic.master_apart(packs) else 0
                 sizes["gradients"] += unit.count * grad_bytes * traffic.shard(numel, place.grads)
                 sizes["optimizer states"] += unit.count * (apart + 4 * work.moments) * owned
+                sizes["gradients"] += unit.count * (traffic.residual_bytes(numel) if packs else 0)
     sizes["gradients"] += work.compute_bytes * max((u.trained for u in work.units), default=0)  # one unit's, as made
     sizes["communication buffers"] = sum(buffers(work, traffic).values())
     kept = sum((u.input_bytes if u.recompute else u.activation_bytes) * u.count for u in work.units)

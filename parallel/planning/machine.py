@@ -41,6 +41,19 @@ class Fit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Packing:
+    """Quantizing or dequantizing a message: ``chunks * chunk_s + bytes / rate``."""
+
+    rate: float
+    """Bytes/s read and written."""
+    chunk_s: float = 0.0
+    """Seconds that a chunk, the part for one receiver or from one sender, takes beside its bytes."""
+
+
+PACKINGS = ("quantize_int8", "dequantize_int8", "quantize_int4", "dequantize_int4")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Link:
     name: str
     size: int | None = None
@@ -107,12 +120,8 @@ class Machine:
     """Bytes/s read and written in the memory that a rank computes in."""
     memory: Mapping[str, float] = field(default_factory=dict)
     """Bytes a rank has of each tier: ``gpu`` (or, without one, ``host``), ``host``, ``nvme``."""
-    quantize_rate: float | None = None
-    """Bytes/s read and written while values are packed and unpacked; None: as fast as memory (a GPU's kernels are)."""
-    int8_rate: float | None = None
-    """The same for INT8, whose codes are values already and are not two in a byte. None: as `quantize_rate`."""
-    quantize_s: float = 0.0
-    """Seconds that packing or unpacking takes beside its bytes."""
+    packing: Mapping[str, Packing] = field(default_factory=dict)
+    """By `PACKINGS`. What is not there goes at `memory_rate`, as a GPU's kernels do."""
     backend: str = "nccl"
     """``nccl``: chains run on side streams; ``gloo``: the host moves them on, see `parallel.collectives`."""
     unit_s: float = 0.0
@@ -128,6 +137,8 @@ class Machine:
                 raise ValueError(f"machine.{name}={getattr(self, name)}: must be above 0")
         if self.backend not in ("nccl", "gloo"):
             raise ValueError(f"machine.backend={self.backend!r}: choose nccl or gloo")
+        if unknown := set(self.packing) - set(PACKINGS):
+            raise ValueError(f"machine.packing has {sorted(unknown)}: choose from {list(PACKINGS)}")
         names = [link.name for link in self.links]
         if len(set(names)) != len(names):
             raise ValueError(f"machine.links have the names {names}: each must be there once")
@@ -185,6 +196,8 @@ class Machine:
         _check_keys(values, cls, "machine")
         if "links" in values:
             values["links"] = tuple(_link(name, link) for name, link in values["links"].items())
+        if "packing" in values:
+            values["packing"] = {name: Packing(**packing) for name, packing in values["packing"].items()}
         if base is not None:
             return replace(base, **values)
         if missing := {"name", "compute", "memory_rate"} - values.keys():

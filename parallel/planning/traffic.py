@@ -41,6 +41,10 @@ class Move:
     """… and to use what came (sums, unpacking)."""
     bits: int = 0
     """Of the codes where what is sent is packed: preparing and using it is then the quantizer's work. 0: it is not."""
+    packs: int = 0
+    """Chunks that are packed before …"""
+    unpacks: int = 0
+    """… and unpacked after it."""
 
     @property
     def level(self) -> int:
@@ -176,6 +180,13 @@ class Traffic:
             moves.append(Move("all_gather", self.mesh.world, flat.sent, self.work.buffer_bytes))
         return [move for move in moves if any(move.sent)]
 
+    def residual_bytes(self, numel: int) -> int:
+        """What error feedback keeps of a quantized flat buffer: fp32, of all that a rank sends packed."""
+        if not self.transport.error_feedback:
+            return 0
+        levels = range(self.mesh.num_levels)
+        return sum(4 * numel // math.prod(self.mesh.sizes[i + 1 :]) for i in levels if self._grads[i])
+
     def scratch(self, numel: int) -> dict[float, int]:
         """Buffers of packed bytes, by size, that a quantized flat buffer's chains take from their lane's pool."""
         counts: dict[float, int] = {}
@@ -262,7 +273,9 @@ class Traffic:
                 bits = self.weights_format.bits
                 whole = float(self.packed_weights(target, self.shard(numel, self.placement.optim)))
                 unpacks = all(size == 1 for size in sizes[level + 1 : self._packed_to + 1])
-                moves.append(self.all_gather(whole, level, after=(whole + item * target) * unpacks, bits=bits))
+                chunks = target // self.shard(numel, self.placement.optim) if unpacks else 0
+                after = (whole + item * target) * unpacks
+                moves.append(replace(self.all_gather(whole, level, after=after, bits=bits), unpacks=chunks))
             else:
                 moves.append(self.all_gather(item * target, level))
         return tuple(moves)
@@ -285,8 +298,11 @@ class Traffic:
             format = self._grads[level]
             packed = self.packed_grads(piece, level) if packs else None
             if format is not None and packed is not None:
-                before, after = 4 * piece + packed, packed + 4 * piece / size
-                moves.append(self.all_to_all(packed, level, before=before, after=after, bits=format.bits))
+                feedback = 8 * piece if self.transport.error_feedback else 0
+                before = 4 * piece + packed + feedback
+                after = packed + 4 * (piece if self.gloo else piece / size)  # CPUs write each chunk's values first
+                move = self.all_to_all(packed, level, before=before, after=after, bits=format.bits)
+                moves.append(replace(move, packs=size, unpacks=size))
             else:  # NCCL sums on the way; gloo's pieces are summed here
                 local = item * piece * (1 + 1 / size) if self.gloo else 0.0
                 moves.append(self.all_to_all(item * piece, level, after=local))
@@ -312,8 +328,9 @@ class Traffic:
                 parts = math.prod(mesh.sizes[: level + 1])
                 moves.append(self.all_gather(parts * finest.packed_bytes(piece // members), level))
         part = piece // members
-        moves[0] = replace(moves[0], bits=finest.bits, before=4.0 * part + finest.packed_bytes(part))
-        moves[-1] = replace(moves[-1], bits=finest.bits, after=4.0 * piece + members * finest.packed_bytes(part))
+        moves[0] = replace(moves[0], bits=finest.bits, packs=1, before=4.0 * part + finest.packed_bytes(part))
+        after = 4.0 * piece + members * finest.packed_bytes(part)
+        moves[-1] = replace(moves[-1], bits=finest.bits, unpacks=members, after=after)
         return (*chain, *scatters, *moves)
 
 

@@ -9,7 +9,7 @@ from launch.checks import Crew, Machine, check, find_crew
 from launch.config import Config
 from launch.options import LaunchOptions
 from parallel.options import ParallelOptions
-from trainer.options import RunOptions
+from trainer.options import LlamaOptions, RunOptions
 
 CPU = Machine("a", 8, 0)
 GPU = Machine("b", 8, 4)
@@ -81,6 +81,30 @@ def test_quantization_of_a_level_that_is_not_there_or_by_another_engine(tmp_path
     quantized = ParallelOptions(placement="zero3", quantize="all")
     with pytest.raises(ValueError, match="need engine=native; engine=fsdp2 does not read"):
         check(replace(config, parallel=quantized, engine="fsdp2"), Crew(2, 1, "cpu"))
+
+
+def test_p_not_inside_g_and_more_levels_than_there_are(tmp_path: Path) -> None:
+    def checked(*triple: int) -> None:
+        parallel = ParallelOptions(placement="free", **dict(zip(("params", "grads", "optim"), triple, strict=True)))
+        check(Config(run=RunOptions(root=str(tmp_path)), parallel=parallel), Crew(4, 2, "cpu"))
+
+    with pytest.raises(ValueError, match=r"parallel.params=2 <= parallel.grads=1 <= parallel.optim=2 must be"):
+        checked(2, 1, 2)
+    with pytest.raises(ValueError, match=r"parallel.optim=3 is more than the 2 levels of parallel.levels"):
+        checked(0, 1, 3)
+    checked(0, 1, 2)
+
+
+def test_a_block_larger_than_a_shard(tmp_path: Path) -> None:
+    model = LlamaOptions(dim=32, num_heads=2, ffn_dim=64, num_layers=1)
+    parallel = ParallelOptions(placement="zero3", quantize="all", grads_block=4096)
+    config = Config(run=RunOptions(root=str(tmp_path)), model=model, parallel=parallel)
+    with pytest.raises(ValueError, match=r"parallel.grads_block=4096 is larger than a shard: .* each of 8 ranks has"):
+        check(config, Crew(8, 1, "cpu"))
+    check(config, Crew(1, 1, "cpu"))  # nothing crosses
+    tried = ParallelOptions(candidates=["zero3", "zero3+all"], auto_steps=1, grads_block=4096)
+    with pytest.raises(ValueError, match=r"parallel.grads_block=4096 is larger than a shard"):
+        check(replace(config, parallel=tried), Crew(8, 1, "cpu"))
 
 
 def test_a_run_folder_that_is_a_file(tmp_path: Path) -> None:

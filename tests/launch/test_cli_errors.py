@@ -23,6 +23,7 @@ import pytest
         (["train=5"], ["train is a section", "train.steps"]),
         (["train.steps"], ["key=value"]),
         (["train.steps=1,2"], ["--multirun"]),
+        (["parallel=zero4"], ["parallel=zero4", "choose one of", "did you mean parallel=zero"]),
         (["engine=jax"], ["engine='jax'", "native"]),
         (["launch.workers=3", "parallel.levels={node:2,gpu:2}"], ["parallel.levels", "4", "launch.workers=3"]),
         (["launch.workers=3"], ["train.global_batch_size=16", "launch.workers=3"]),

@@ -18,6 +18,8 @@ SMALL = (
 ).split()
 # What a user's machine does between two steps anyway; without it a run is over before it can be killed.
 SLOWER = "train.seq_len=256"
+FEEDBACK = ("parallel.quantize=all", "parallel.error_feedback=true")
+"""What quantization took from the gradients is then state, too."""
 
 
 def command(root: Path, name: str, *overrides: str) -> list[str]:
@@ -55,23 +57,23 @@ def kill_when(started: list[str], metrics: Path, step: int, delay_s: float) -> b
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("workers", "kills"),
+    ("workers", "kills", "others"),
     [
-        (1, 1),
-        pytest.param(1, 5, marks=pytest.mark.slow),
-        pytest.param(2, 1, marks=pytest.mark.ray),
-        pytest.param(2, 5, marks=[pytest.mark.ray, pytest.mark.slow]),
+        (1, 1, ()),
+        pytest.param(1, 5, (), marks=pytest.mark.slow),
+        pytest.param(2, 1, (), marks=pytest.mark.ray),
+        pytest.param(2, 5, (), marks=[pytest.mark.ray, pytest.mark.slow]),
+        pytest.param(2, 2, FEEDBACK, marks=[pytest.mark.ray, pytest.mark.slow], id="2-2-error feedback"),
     ],
 )
-def test_killed_run_goes_on_to_the_last_bit(tmp_path: Path, workers: int, kills: int) -> None:
+def test_killed_run_goes_on_to_the_last_bit(tmp_path: Path, workers: int, kills: int, others: tuple[str, ...]) -> None:
     seed = random.randrange(1 << 30)
     draw = random.Random(seed)
-    subprocess.run(
-        command(tmp_path, "whole", f"launch.workers={workers}"), check=True, capture_output=True, timeout=120
-    )
+    overrides = (f"launch.workers={workers}", *others)
+    subprocess.run(command(tmp_path, "whole", *overrides), check=True, capture_output=True, timeout=120)
     expected = losses(tmp_path / "whole")
     assert sorted(expected) == list(range(STEPS))
-    again = command(tmp_path, "killed", f"launch.workers={workers}")
+    again = command(tmp_path, "killed", *overrides)
     killed = 0
     for step in sorted(draw.sample(range(STEPS - 2), kills)):
         killed += kill_when(again, tmp_path / "killed" / "metrics.jsonl", step, draw.random() * 0.2)

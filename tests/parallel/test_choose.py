@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from parallel import Mesh
+from parallel.options import ParallelOptions
 from parallel.placement import Placement
 from parallel.planning.choose import choose, preset_of
 from parallel.planning.cost import estimate
@@ -54,6 +55,18 @@ def test_quantization_is_chosen_only_where_allowed() -> None:
     assert exact.best.quantize == "none"
     assert quantized.best.quantize == "outer" and quantized.best.step_s < exact.best.step_s
     assert "parallel.quantize=outer" in quantized.best.overrides
+
+
+def test_error_feedback_takes_memory() -> None:
+    machine = PRESETS["ethernet-25g"]
+    bytes_ = [
+        choose(
+            WORK, Mesh(machine.levels(64)), machine, cap_bytes=1e15, quantize=("all",),
+            options=ParallelOptions(quantize="all", error_feedback=feeds),
+        ).best.cost.memory["gradients"]
+        for feeds in (False, True)
+    ]  # fmt: skip
+    assert bytes_[1] > bytes_[0] + 4 * WORK.numel / 64
 
 
 def test_of_equals_the_smaller_one_wins() -> None:

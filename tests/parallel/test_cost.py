@@ -13,7 +13,7 @@ import pytest
 
 from parallel import Mesh, ParallelOptions, Placement
 from parallel.planning.cost import Clock, Plan, estimate, memory, traffic_of
-from parallel.planning.machine import PRESETS, Fit, Link, Machine, expected_max, load_machine
+from parallel.planning.machine import PRESETS, Fit, Link, Machine, Packing, expected_max, load_machine
 from parallel.planning.traffic import EXACT, Traffic, wire_bytes
 from parallel.planning.workload import UnitCost, Workload
 from parallel.transport import Transport
@@ -154,15 +154,35 @@ def test_latency_counts_a_step_of_the_ring() -> None:
 
 def test_each_format_is_packed_at_its_own_rate() -> None:
     machine = Machine(
-        name="slow", compute=1e18, memory_rate=1e18, quantize_rate=1e9, int8_rate=4e9, quantize_s=1e-3,
-        links=(Link(name="node", bandwidth=1e9),),
+        name="slow", compute=1e18, memory_rate=1e18, links=(Link(name="node", bandwidth=1e9),),
+        packing={
+            "quantize_int4": Packing(rate=1e9, chunk_s=1e-3), "dequantize_int4": Packing(rate=2e9, chunk_s=2e-3),
+            "dequantize_int8": Packing(rate=4e9, chunk_s=3e-3),
+        },
     )  # fmt: skip
     mesh, placed = Mesh({"node": 2}), Placement(1, 1, 1)
     transport = Transport.of(ParallelOptions(quantize="all"), mesh, placed)
     traffic, clock = traffic_of(BIG, Plan(mesh, placed, transport), machine), Clock(machine, mesh, BIG)
     ((gather,),), ((reduce,),) = traffic.unit(BIG.units[0]).gather, traffic.unit(BIG.units[0]).reduce
-    assert clock.use(gather) == pytest.approx(1e-3 + PSI * (1 + 4 / 256 + 2) / 4e9, rel=1e-3)  # codes, scales; bf16
-    assert clock.prepare(reduce) == pytest.approx(1e-3 + PSI * (4 + 1 / 2 + 4 / 128) / 1e9, rel=1e-3)
+    assert clock.use(gather) == pytest.approx(2 * 3e-3 + PSI * (1 + 4 / 256 + 2) / 4e9, rel=1e-3)  # codes, scales; bf16
+    codes = 1 / 2 + 4 / 128
+    assert clock.prepare(reduce) == pytest.approx(2 * 1e-3 + PSI * (4 + codes) / 1e9, rel=1e-3)
+    assert clock.use(reduce) == pytest.approx(2 * 2e-3 + PSI * (codes + 4 / 2) / 2e9, rel=1e-3)
+
+
+def test_error_feedback_is_read_written_and_kept() -> None:
+    mesh, placed = Mesh({"node": 2, "gpu": 2}), Placement(2, 2, 2)
+    plain, fed = (
+        Plan(mesh, placed, Transport.of(ParallelOptions(quantize="all", error_feedback=feeds), mesh, placed))
+        for feeds in (False, True)
+    )
+    machine = Machine(
+        name="m", compute=1e18, memory_rate=1e9,
+        links=(Link(name="node", bandwidth=1e18), Link(name="gpu", bandwidth=1e18)),
+    )  # fmt: skip
+    more = estimate(BIG, fed, machine).memory_bytes - estimate(BIG, plain, machine).memory_bytes
+    assert more == 4 * PSI * (1 + 1 / 2)  # what leaves over the inner level, and half of it over the outer one
+    assert estimate(BIG, fed, machine).step_s - estimate(BIG, plain, machine).step_s == pytest.approx(2 * more / 1e9)
 
 
 # ---------------------------------------------------------------------------------------------------- machines
