@@ -16,7 +16,9 @@ from torch import Tensor
 
 from offload.hostpool import HostPool
 from offload.options import OffloadOptions
-from offload.states import KINDS, AdamW, AwayStates, Run, Shard, Terms
+from offload.placing import Part, place
+from offload.shard import Run, Shard, Terms
+from offload.states import KINDS, AdamW, AwayStates
 from parallel import optimizer as optimizers
 from parallel.options import OptimizerOptions
 from parallel.unit import Flat, TrainableFlat, Unit
@@ -61,20 +63,14 @@ class Offloader:
     def _place(self, units: Sequence[Unit], options: OffloadOptions, kinds: Sequence[str]) -> None:
         states, streams = self._states, options.weights == "host"
         assert states is not None
-        away = _leaving(units, options.gpu_bytes, streams)
-        speculated = _speculated(away, options, streams)
-        shards: dict[Flat, Shard] = {}
-        for flat in away:
-            full = states.host_bytes + 12 * flat.chunk > (options.host_bytes or 0)
-            on_nvme = options.states == "nvme" and full
-            shards[flat] = states.add(
-                flat.chunk,
-                flat.slot_dtype,
-                on_nvme=on_nvme,
-                pingpong=flat in speculated and not on_nvme,
-                stays=streams,
-            )
-        streamed: list[Flat] = [*shards, *(unit.frozen for unit in units if unit.frozen)] if streams else []
+        flats = [flat for unit in units for flat in unit.trainable]
+        frozen: list[Flat] = [unit.frozen for unit in units if unit.frozen] if streams else []
+        parts = [part_of(flat) for flat in flats]
+        extra_bytes = sum(flat.shard_numel * flat.shard_dtype.itemsize for flat in frozen)
+        placed = place(parts, options, extra_bytes=extra_bytes)
+        shards: dict[Flat, Shard] = {flat: shard for flat, shard in zip(flats, placed, strict=True) if shard}
+        states.add(shards.values())
+        streamed: list[Flat] = [*shards, *frozen] if streams else []
         apart = [flat for flat in streamed if not (isinstance(flat, TrainableFlat) and flat.slot_is_shard)]
         for own in apart:
             states.reserve(own.shard_numel * own.shard_dtype.itemsize)
@@ -165,28 +161,14 @@ class Offloader:
             self._states.pool.close()
 
 
-def _leaving(units: Sequence[Unit], gpu_bytes: int, streams: bool) -> list[TrainableFlat]:
-    """Those whose states have no room on the device: what runs first stays, it is updated where it is needed first."""
-    flats = [flat for unit in units for flat in unit.trainable]
-    for i, flat in enumerate(flats):
-        gpu_bytes -= 12 * flat.chunk + (flat.shard_numel * flat.shard_dtype.itemsize if streams else 0)
-        if gpu_bytes < 0:
-            return flats[i:]
-    return []
-
-
-def _speculated(away: Sequence[TrainableFlat], options: OffloadOptions, streams: bool) -> set[TrainableFlat]:
-    """Those whose states are there twice: the last to run, as their gradients come first."""
-    if options.update != "speculate":
-        return set()
-    room, chosen = options.speculate_share * sum(flat.chunk for flat in away), set()
-    for flat in reversed(away):
-        room -= flat.chunk
-        if room < 0:
-            break
-        if flat.slot_is_shard if streams else flat.slot_dtype == flat.dtype:
-            chosen.add(flat)
-    return chosen
+def part_of(flat: TrainableFlat) -> Part:
+    return Part(
+        numel=flat.chunk,
+        weight_bytes=flat.shard_numel * flat.shard_dtype.itemsize,
+        slot_dtype=flat.slot_dtype,
+        slot_is_shard=flat.slot_is_shard,
+        weights_direct=flat.slot_dtype == flat.dtype,
+    )
 
 
 def _runs(flat: TrainableFlat) -> tuple[Run, ...]:
