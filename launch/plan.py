@@ -13,6 +13,7 @@ from launch.config import Config
 from parallel.mesh import Mesh
 from parallel.options import QUANTIZE
 from parallel.placement import Placement
+from parallel.planning.away import AwayPlan, plan_away
 from parallel.planning.choose import Candidate, Choice, choose, preset_of
 from parallel.planning.cost import KINDS, Plan, estimate
 from parallel.planning.machine import PRESETS, Machine, load_machine
@@ -36,6 +37,8 @@ class Planned:
     cap_bytes: float
     flops_per_token: int
     """Model FLOPs, without recomputation."""
+    away: AwayPlan | None = None
+    """Where states or weights leave the device."""
 
 
 def named_machine(config: Config) -> Machine:
@@ -96,7 +99,12 @@ def plan(config: Config, machine: Machine) -> Planned:
         placement = Placement.of(options, mesh.num_levels)
         made = Plan(mesh, placement, Transport.of(options, mesh, placement))
         candidate = Candidate(made, options.quantize, estimate(work, made, machine), simulate(work, made, machine))
-    return Planned(work, machine, candidate, choice, cap_bytes, flops)
+    away = None
+    if config.offload.away:
+        simulation = candidate.simulation
+        waits_s = simulation.step_s - simulation.compute_s if simulation else 0.0
+        away = plan_away(work, candidate.plan, machine, config.offload, cap_bytes=cap_bytes, waits_s=waits_s)
+    return Planned(work, machine, candidate, choice, cap_bytes, flops, away)
 
 
 def read_workload(config: Config, machine: Machine, world: int) -> tuple[Workload, int]:
@@ -138,7 +146,8 @@ def show(planned: Planned) -> str:
     assert simulation is not None
     mesh = made.mesh
     named = preset_of(made.placement, mesh.num_levels) or "free"
-    rate = work.tokens * work.micro_batches / simulation.step_s
+    away = planned.away
+    rate = work.tokens * work.micro_batches / (away.step_s if away else simulation.step_s)
     model_rate = rate * planned.flops_per_token
     lines = [
         f"machine    {machine.name}, {mesh.world:,} ranks: {mesh}",
@@ -146,15 +155,15 @@ def show(planned: Planned) -> str:
         f"transport  {made.transport.describe(mesh.names)}",
         f"step       {work.micro_batches} micro-batches of {work.tokens:,} tokens a rank",
         "",
-        *_memory_rows(planned),
+        *(away.rows() if away else _memory_rows(planned)),
         "",
         *_level_rows(planned),
         "",
-        f"step       {_seconds(simulation.step_s)} ({_seconds(cost.step_s)} by the closed form): compute "
+        f"{'step      ' if away is None else 'on device '} {_seconds(simulation.step_s)} ({_seconds(cost.step_s)} by the closed form): compute "
         f"{_seconds(simulation.compute_s)}, waiting {_seconds(simulation.step_s - simulation.compute_s)}",
         f"speed      {rate:,.0f} tokens/s a rank, {model_rate / 1e12:.1f} TFLOP/s a rank, "
         f"{rate * mesh.world:,.0f} tokens/s in all",
-        f"bottleneck {simulation.bottleneck}",
+        f"bottleneck {away.prediction.bottleneck if away else simulation.bottleneck}",
     ]
     if planned.choice:
         lines.append(f"chosen     {planned.choice.why}; {planned.choice.fitting} of {planned.choice.total} fit")

@@ -19,6 +19,8 @@ from offload.shard import Shard, host_bytes, nvme_bytes
 COMPUTE, HOST, DRIVE, INTO, OUT = "compute", "host memory", "the drives", "the link to the device", "the link from it"
 STEPS = 4
 """Played until one follows the other alike."""
+MICRO_BATCHES = 3
+"""Played at most: those between the first and the last are alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,9 @@ class Layer:
     """Of one micro-batch, with recomputation."""
     parts: tuple[Part, ...]
     frozen_bytes: int = 0
-    """Of weights that do not train."""
+    """Of weights that do not train, as this rank keeps them."""
+    gathered_bytes: int = 0
+    """Of all its weights, as they are computed with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +122,9 @@ class _Play:
     """Steps of one rank, one after the other."""
 
     def __init__(self, layers: Sequence[Layer], options: OffloadOptions, rates: Rates, micro_batches: int) -> None:
-        self._layers, self._rates, self._micro_batches = layers, rates, micro_batches
+        self._layers, self._rates = layers, rates
+        self._micro_batches = min(micro_batches, MICRO_BATCHES)
+        self._more = micro_batches - self._micro_batches
         self._streams = options.states != "none" and options.weights == "host"
         parts = [part for layer in layers for part in layer.parts]
         frozen_bytes = sum(layer.frozen_bytes for layer in layers) if self._streams else 0
@@ -146,7 +152,7 @@ class _Play:
 
     def lasting_s(self, *, clipped: bool) -> float:
         """Seconds of a step that follows others like it."""
-        self._device = self._into = self._out = self._host = self._known = 0.0
+        self._device = self._into = self._out = self._host = self._known = self._before = 0.0
         self._arrived: dict[Shard, float] = dict.fromkeys(self.shards, 0.0)
         self._stands: dict[Shard, float] = {}
         before = 0.0
@@ -165,15 +171,17 @@ class _Play:
     def _step(self, clipped: bool) -> None:
         ready = [self._update(away) for away in self._away]
         self._stands = {}
-        last = self._micro_batches - 1
-        order = range(len(self._layers))
+        order, last = range(len(self._layers)), self._micro_batches - 1
         for micro in range(self._micro_batches):
+            begin = self._device, self.into_bytes, self.busy.copy(), self.waits.copy()
             for i in order:
                 self._compute(i, self._layers[i].forward_s, ready[i] if micro == 0 else (0.0, HOST))
             for i in reversed(order):
                 self._compute(i, self._layers[i].backward_s, (0.0, HOST), gathered=i == order[-1])
                 for shard in self._away[i] if micro == last else ():
                     self._leave(shard)
+            if micro == 1:
+                self._repeat(*begin)
         resident_s = self._resident / self._rates.resident
         self._device += resident_s
         self.busy[COMPUTE] += resident_s
@@ -181,6 +189,15 @@ class _Play:
         for away in [] if clipped else reversed(self._away):
             for shard in away:
                 self._guess(shard)
+
+    def _repeat(self, begin_s: float, into_bytes: int, busy: Counter[str], waits: Counter[str]) -> None:
+        """Let the micro-batches that are not played take what the one since `begin_s` took."""
+        passed_s = self._more * (self._device - begin_s)
+        self._device, self._into, self._before = (t + passed_s for t in (self._device, self._into, self._before))
+        self.into_bytes += self._more * (self.into_bytes - into_bytes)
+        for counter, before in ((self.busy, busy), (self.waits, waits)):
+            for name in counter:
+                counter[name] += self._more * (counter[name] - before[name])
 
     def _update(self, away: Sequence[Shard]) -> tuple[float, str]:
         """Just in time: when a layer's new weights are there, and what they waited for last."""
@@ -233,11 +250,9 @@ class _Play:
             after = brought
         if after > self._device:
             self.waits[cause] += after - self._device
+        # from when a layer begins on the next one's weights may come: there are two places
         self._before, self._device = self._device, max(self._device, after) + compute_s
         self.busy[COMPUTE] += compute_s
-
-    _before = 0.0
-    """When the last layer began: from then on the next one's weights may come, there are two places."""
 
     def _leave(self, shard: Shard) -> None:
         size_bytes = shard.numel * shard.dtype.itemsize

@@ -77,7 +77,7 @@ class OffloadOptions:
     """Past the page cache (O_DIRECT). ``false`` only where the file system refuses it: takes memory and time."""
     nvme_tbw: float | None = None
     """Terabytes (10^12 bytes) that the drives together are rated to have written to them (TBW): how long they last at
-    the rate of this run is said at its start and end. None: reckoned for one drive write a day over 5 years."""
+    the rate of this run is said at its start and end. None: reckoned for their capacity once a day over 5 years."""
     predict: bool = True
     """With states away: measure this machine and two blocks of the model before the first step (seconds, kept in the
     run's folder), and say how long a step should take and what limits it; later what it took."""

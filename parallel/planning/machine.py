@@ -107,6 +107,9 @@ class Machine:
     """Bytes/s read and written in the memory that a rank computes in."""
     memory: Mapping[str, float] = field(default_factory=dict)
     """Bytes a rank has of each tier: ``gpu`` (or, without one, ``host``), ``host``, ``nvme``."""
+    away: Mapping[str, float] = field(default_factory=dict)
+    """Rates of one rank while states are away from the device, by the names of `offload.cost.Rates`. Those that are not
+    there are taken from one that was measured, `parallel.planning.away.MEASURED`."""
     quantize_rate: float | None = None
     """Bytes/s read and written while values are packed and unpacked; None: as fast as memory (a GPU's kernels are)."""
     int8_rate: float | None = None
