@@ -111,32 +111,18 @@ def read_workload(config: Config, machine: Machine, world: int) -> tuple[Workloa
     """The job's numbers, from its model on ``meta``, and its model FLOPs a token."""
     from trainer.data.tokenizer import open_tokenizer
     from trainer.models import build_model
+    from trainer.workload import workload_of
 
-    micro, count = config.micro_batches(world)
-    train, options = config.train, config.parallel
-    bf16 = train.dtype == "bf16" or (train.dtype == "auto" and machine.tier == "gpu")
+    bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and machine.tier == "gpu")
     model = build_model(
         config.model,
         vocab_size=open_tokenizer(config.data.tokenizer).vocab_size,
-        seq_len=train.seq_len,
+        seq_len=config.train.seq_len,
         dtype=torch.bfloat16 if bf16 else torch.float32,
         device=torch.device("meta"),
     )
-    kinds = 2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0)
-    work = Workload.read(
-        model,
-        seq_len=train.seq_len,
-        micro_batch_size=micro,
-        micro_batches=count,
-        compute_bytes=2 if bf16 else 4,
-        reduce_bytes=2 if options.reduce_dtype == "bf16" else 4,
-        moments=kinds,
-        prefetch_units=options.prefetch_units,
-        recompute=config.offload.activations.mode in ("checkpoint", "recompute"),
-        loss_chunk_tokens=config.model.loss_chunk_tokens,
-        exact=options.exact,
-    )
-    return replace(work, overlap=options.overlap), model.flops_per_token(train.seq_len)
+    work = workload_of(config, model, world, compute_bytes=2 if bf16 else 4)
+    return work, model.flops_per_token(config.train.seq_len)
 
 
 def show(planned: Planned) -> str:

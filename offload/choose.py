@@ -86,7 +86,9 @@ def choose(
         else:
             found.append(Chosen(options=fitted, prediction=predicted, device_bytes=needed, why=""))
     if not found:
-        there = f"{room.device_bytes * HEADROOM / GIB:.1f} GiB on the device, {room.host_bytes / GIB:.1f} of host memory"
+        there = (
+            f"{room.device_bytes * HEADROOM / GIB:.1f} GiB on the device, {room.host_bytes / GIB:.1f} of host memory"
+        )
         there += f", {room.nvme_bytes / GIB:.1f} on drives" if options.nvme_path else ", no drives (offload.nvme_path)"
         raise ValueError(
             f"offload.states=auto: nothing fits into {there}: {'; '.join(dict.fromkeys(short))}. What helps: "

@@ -10,7 +10,7 @@ Source: Fuyou, arXiv 2403.06504, sec. 4.3 (its cost model has the same terms, wi
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from offload.options import OffloadOptions
 from offload.placing import Part, place

@@ -5,7 +5,6 @@ model's own, so that what each costs beside its bytes counts too; a small model'
 """
 
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,7 +78,7 @@ def _host_rates(parts: Sequence[Part], device: torch.device, pool: HostPool) -> 
                 )  # fmt: skip
 
         numel = sum(shard.numel for shard in shards)
-        rates = [numel / _median_s(lambda twice=twice: update(twice)) for twice in (False, True)]
+        rates = [numel / _fastest_s(lambda twice=twice: update(twice)) for twice in (False, True)]
         memory = max((states[0] for states in arrays), key=lambda tensor: tensor.nbytes).view(torch.uint8)
         return rates[0], rates[1], *_link_rates(memory[:LINK_BYTES], device)
 
@@ -89,7 +88,9 @@ def _link_rates(host: Tensor, device: torch.device) -> tuple[float, float]:
     half = host.nbytes // 2
     if device.type == "cpu":
         near = torch.empty(half, dtype=torch.uint8)
-        return half / _median_s(lambda: near.copy_(host[:half])), half / _median_s(lambda: host[half:][:half].copy_(near))
+        return half / _fastest_s(lambda: near.copy_(host[:half])), half / _fastest_s(
+            lambda: host[half:][:half].copy_(near)
+        )
     near = torch.empty(2, half, dtype=torch.uint8, device=device)
     streams = [torch.cuda.Stream(device) for _ in range(2)]
 
@@ -101,13 +102,11 @@ def _link_rates(host: Tensor, device: torch.device) -> tuple[float, float]:
         for stream in streams:
             stream.synchronize()
 
-    rate = half / _median_s(both)
+    rate = half / _fastest_s(both)
     return rate, rate
 
 
-def _drive_rate(
-    parts: Sequence[Part], options: OffloadOptions, device: torch.device, pool: HostPool
-) -> float:
+def _drive_rate(parts: Sequence[Part], options: OffloadOptions, device: torch.device, pool: HostPool) -> float:
     """Bytes/s read and written together while states on the drives are updated."""
     shards = [Shard(numel=p.numel, dtype=p.slot_dtype, on_nvme=True, stays=True) for p in parts]
     states = AwayStates(
@@ -137,14 +136,14 @@ def _resident_rate(device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    return parameter.numel() / _median_s(step)
+    return parameter.numel() / _fastest_s(step)
 
 
-def _median_s(act: Callable[[], object]) -> float:
-    """Seconds of `act`, the median of several rounds after one that is not counted."""
+def _fastest_s(act: Callable[[], object]) -> float:
+    """Seconds of `act`, the fastest of several rounds after one that is not counted."""
     taken = []
     for _ in range(1 + ROUNDS):
         start = time.perf_counter()
         act()
         taken.append(time.perf_counter() - start)
-    return max(1e-9, statistics.median(taken[1:]))
+    return max(1e-9, min(taken[1:]))

@@ -45,6 +45,8 @@ class Offloader:
             return
         if optimizer.name != "adamw":
             raise ValueError(f"offload.states={options.states} updates by AdamW: set optimizer=adamw")
+        if options.states == "auto":
+            raise ValueError("offload.states=auto: what it stands for is chosen before the engine is built")
         if options.states == "none":
             raise ValueError(
                 "offload.weights=host needs offload.states=host or nvme: the states would take more memory"
@@ -52,7 +54,7 @@ class Offloader:
         self._states = AwayStates(
             AdamW(beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps, weight_decay=optimizer.weight_decay),
             device=device,
-            pool=HostPool(options.threads or _threads()),
+            pool=HostPool(num_threads(options)),
             nvme_folders=[Path(path) for path in options.nvme_path],
             nvme_direct=options.nvme_direct,
         )
@@ -188,11 +190,16 @@ def _check_limits(states: AwayStates, options: OffloadOptions) -> None:
             )
 
 
-def _threads() -> int:
-    """This machine's cores over its ranks, but for one that issues the device's work."""
-    ranks = 1
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        names: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(names, socket.gethostname())
-        ranks = names.count(socket.gethostname())
-    return max(1, len(os.sched_getaffinity(0)) // ranks - 1)
+def ranks_here() -> int:
+    """How many ranks this machine has, this one included. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return 1
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names.count(socket.gethostname())
+
+
+def num_threads(options: OffloadOptions) -> int:
+    """Of the CPU optimizer: this machine's cores over its ranks, but for one that issues the device's work. Collective
+    where they are not given."""
+    return options.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here() - 1)

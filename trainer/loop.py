@@ -28,6 +28,7 @@ from offload.device import DeviceReader, peak_flops
 from trainer.build import Rank, build_engine, check_same_data, choose_dtype, open_snapshots, share_sequences
 from trainer.data import open_corpus
 from trainer.evaluate import sample, validate
+from trainer.forecast import settle
 from trainer.job import Job
 from trainer.models import build_model
 from trainer.models.attention import attention_backends
@@ -162,6 +163,8 @@ class Trainer:
         self._flops_per_token = model.flops_per_token(job.train.seq_len)
         self._peak_flops = peak_flops(where.device, dtype)
         self.sequence = share_sequences(job, model, where)
+        job, self.forecast = settle(job, model, where, dtype, self.run.path, self._tell)
+        self.job = job
         self.engine = build_engine(job, model, where, dtype, self._tell)
         cleanup.callback(self.engine.close)
         self._event({"type": "plan", "text": describe(job, where, self.corpus, model, self.engine)})
@@ -231,6 +234,8 @@ class Trainer:
         else:
             reason = self._stop_reason or "another rank was asked to stop"
             text = f"stopped after step {self.step} of {job.train.steps} ({reason}); the same command resumes it"
+        if self.forecast and (compared := self.forecast.summary()):
+            text = f"{compared}\n{text}"
         if not self.checkpoints.error():
             self.snapshots.close(dropped=True)
         if error := self.checkpoints.error():
@@ -281,6 +286,8 @@ class Trainer:
         }
         self.run.log_step(metrics)
         self._emit({"type": "step", **metrics})
+        if self.forecast and (compared := self.forecast.seen(step_s, grad_norm)):
+            self._tell(compared)
 
     def _validate(self) -> None:
         self._flush()
