@@ -145,7 +145,8 @@ def show(planned: Planned) -> str:
         "",
         *_level_rows(planned),
         "",
-        f"{'step      ' if away is None else 'on device '} {_seconds(simulation.step_s)} ({_seconds(cost.step_s)} by the closed form): compute "
+        f"{'on device ' if away else 'step      '} {_seconds(simulation.step_s)} "
+        f"({_seconds(cost.step_s)} by the closed form): compute "
         f"{_seconds(simulation.compute_s)}, waiting {_seconds(simulation.step_s - simulation.compute_s)}",
         f"speed      {rate:,.0f} tokens/s a rank, {model_rate / 1e12:.1f} TFLOP/s a rank, "
         f"{rate * mesh.world:,.0f} tokens/s in all",

@@ -72,26 +72,28 @@ def choose(
     """The best options for a rank that has `layers`; `options` are those of ``auto``. ValueError where nothing fits:
     how much is missing where."""
     found: list[Chosen] = []
-    short: list[str] = []
+    short: dict[str, tuple[float, str]] = {}  # by tier, what the candidate that needs least has too little of
     for candidate in _candidates(layers, options, room):
         fitted, needed = _fill_device(layers, candidate, room.device_bytes * HEADROOM, micro_batches, activation_bytes)
-        if fitted is None:
-            short.append(f"{_named(candidate)} needs {needed / GIB:.1f} GiB on the device")
-            continue
-        predicted = predict(layers, fitted, rates, micro_batches=micro_batches)
-        if predicted.host_bytes > room.host_bytes:
-            short.append(f"{_named(candidate)} needs {predicted.host_bytes / GIB:.1f} GiB of host memory")
-        elif predicted.nvme_bytes > room.nvme_bytes:
-            short.append(f"{_named(candidate)} needs {predicted.nvme_bytes / GIB:.1f} GiB on the drives")
-        else:
-            found.append(Chosen(options=fitted, prediction=predicted, device_bytes=needed, why=""))
+        missing = (needed, "on the device")
+        if fitted is not None:
+            predicted = predict(layers, fitted, rates, micro_batches=micro_batches)
+            if predicted.host_bytes > room.host_bytes:
+                missing = (predicted.host_bytes, "of host memory")
+            elif predicted.nvme_bytes > room.nvme_bytes:
+                missing = (predicted.nvme_bytes, "on the drives")
+            else:
+                found.append(Chosen(options=fitted, prediction=predicted, device_bytes=needed, why=""))
+                continue
+        short[_named(candidate)] = min(short.get(_named(candidate), missing), missing)
     if not found:
         there = (
-            f"{room.device_bytes * HEADROOM / GIB:.1f} GiB on the device, {room.host_bytes / GIB:.1f} of host memory"
+            f"{room.device_bytes * HEADROOM / GIB:.3g} GiB on the device, {room.host_bytes / GIB:.3g} of host memory"
         )
-        there += f", {room.nvme_bytes / GIB:.1f} on drives" if options.nvme_path else ", no drives (offload.nvme_path)"
+        there += f", {room.nvme_bytes / GIB:.3g} on drives" if options.nvme_path else ", no drives (offload.nvme_path)"
+        wanted = "; ".join(f"{name} needs {size / GIB:.3g} GiB {where}" for name, (size, where) in short.items())
         raise ValueError(
-            f"offload.states=auto: nothing fits into {there}: {'; '.join(dict.fromkeys(short))}. What helps: "
+            f"offload.states=auto: nothing fits into {there}: {wanted}. What helps: "
             f"offload.nvme_path, more of offload.device_bytes or offload.host_bytes, "
             f"offload.activations=checkpoint, a smaller train.micro_batch_size, more launch.workers"
         )
