@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from offload.arena import SHARED
-from offload.choose import Chosen, Room, choose
+from offload.choose import Chosen, Room, choose, overrides
 from offload.cost import Layer, Prediction, Rates, predict, seconds
 from offload.device import host_available_bytes
 from offload.measure import measure
@@ -141,6 +141,8 @@ def settle(
         profile = _slowest([p for p in profiles if isinstance(p, Profile)])
     else:
         profile, options = known
+        if needed:
+            say(f"offload.states=auto: {overrides(options)}, as when this run began")
     if options.states == "auto":
         chosen = plan.choose(profile)
         options = chosen.options
