@@ -101,7 +101,7 @@ AWAY = ("model=3b", "model.vocab_size=32000", "launch.workers=1", "train.seq_len
 
 
 def test_states_away_are_planned_as_they_were_measured() -> None:
-    """3b, 4 x 4096 on one H200: 22.2 GiB of GPU memory and 14.0 bytes a parameter on the host (results/offload.json)."""
+    """3b, 4 x 4096 on one H200: 22.2 GiB of GPU memory, 14.0 host bytes a parameter (results/offload.json)."""
     streamed = ("offload=host", "offload.weights=host", f"offload.gpu_bytes={15 * 2**30}", "offload.update=speculate")
     planned = plan(composed(*AWAY, *streamed), PRESETS["single"])
     assert planned.away is not None and planned.away.fits
