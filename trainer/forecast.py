@@ -59,7 +59,7 @@ class Forecast:
     """The predicted step beside the measured ones."""
 
     def __init__(self, prediction: Prediction, job: Job, *, world: int) -> None:
-        self._predicted, self._options, self._world = prediction, job.offload, world
+        self.prediction, self._options, self._world = prediction, job.offload, world
         self._clip = job.train.clip_norm
         self._norms: deque[float] = deque(maxlen=2)
         self._skip = SKIPPED
@@ -69,7 +69,7 @@ class Forecast:
     def announce(self) -> str:
         """The prediction, and what it means for the drives."""
         alone = "" if self._world == 1 else ", without what ranks send each other"
-        return f"predicted: {self._predicted}{alone}{self._wear(self._predicted.step_s)}"
+        return f"predicted: {self.prediction}{alone}{self._wear(self.prediction.step_s)}"
 
     def seen(self, step_s: float, grad_norm: float) -> str:
         """Take note of a step; what to say of it, mostly nothing."""
@@ -78,7 +78,7 @@ class Forecast:
         if self._skip:
             self._skip -= 1
             return ""
-        expected_s = self._predicted.clipped_step_s if clipped else self._predicted.step_s
+        expected_s = self.prediction.clipped_step_s if clipped else self.prediction.step_s
         self._times.append(step_s)
         self._ratios.append(step_s / expected_s)
         return self._compare() if len(self._times) == SHOWN else ""
@@ -98,11 +98,11 @@ class Forecast:
 
     def _wear(self, step_s: float) -> str:
         """What this rank's writing means for the drives of its machine, if it writes any."""
-        if not self._predicted.written_bytes:
+        if not self.prediction.written_bytes:
             return ""
         capacity = sum(_space(Path(path))[1] for path in self._options.nvme_path)
         wear = endurance(
-            self._predicted.written_bytes, step_s, capacity_bytes=capacity, tbw=self._options.nvme_tbw
+            self.prediction.written_bytes, step_s, capacity_bytes=capacity, tbw=self._options.nvme_tbw
         )  # fmt: skip
         return f"\ndrives: {'this rank ' if self._world > 1 else ''}{wear}"
 

@@ -198,7 +198,10 @@ def fail_and_resume(
     """A run on a drive that breaks stops with an error that says `said`; the same run on what `mend` returns goes on
     from its last checkpoint, bitwise."""
 
+    before: list[str] = []
+
     def seen(event: dict[str, Any]) -> None:
+        before.append(str(event.get("text", event)))
         if event["type"] == "step" and event["step"] == FAILS_AT - 1:
             break_it()
 
@@ -212,7 +215,7 @@ def fail_and_resume(
     rest = losses_of(
         job_of(root, data, STEPS, mended, every=EVERY), lambda event: told.append(str(event.get("text", "")))
     )
-    assert f"resumed from step {EVERY} " in " ".join(told)
+    assert f"resumed from step {EVERY} " in " ".join(told), "\n".join([*before, "resumed:", *told])
     assert rest == {step: loss for step, loss in whole.items() if step >= EVERY}
 
 
