@@ -10,7 +10,9 @@ import json
 import re
 import statistics
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ TIERS: dict[str, dict[str, Any]] = {
     "streamed": {"states": "host", "weights": "host"},
     "nvme": {"states": "nvme"},
     "nvme-streamed": {"states": "nvme", "weights": "host"},
+    "auto": {"states": "auto"},
 }
 
 
@@ -40,25 +43,14 @@ def command(name: str, case: str, *, nvme: str = "", **more: Any) -> list[str] |
     return [sys.executable, __file__, json.dumps(spec)]
 
 
-def baseline(name: str, case: str, *, cap: float, clip: float, steps: int) -> list[str]:
+def baseline(name: str, case: str, *, cap: float, clip: float, steps: int, nvme: str = "") -> list[str]:
     """The command of ``baselines/one_gpu.py``; what runs all in memory has no cap."""
     model, seq_len, batch, *_ = case.split(":")
     capped = "0" if name.startswith("memory") else str(cap)
     file = str(HERE / "baselines" / "one_gpu.py")
-    return [
-        sys.executable,
-        file,
-        name,
-        model,
-        seq_len,
-        batch,
-        "--cap",
-        capped,
-        "--clip",
-        str(clip),
-        "--steps",
-        str(steps),
-    ]
+    more = ["--nvme", nvme] if nvme else []
+    limits = ["--cap", capped, "--clip", str(clip), "--steps", str(steps), *more]
+    return [sys.executable, file, name, model, seq_len, batch, *limits]
 
 
 def options(name: str, nvme: str) -> dict | None:
@@ -75,7 +67,7 @@ def options(name: str, nvme: str) -> dict | None:
     chosen["activations"] = {"mode": mode or "checkpoint", "alpha": float(alpha) if alpha else None}
     if kept:
         chosen["activations"]["keep_last"] = int(kept)
-    if tier.startswith("nvme"):
+    if tier.startswith("nvme") or (tier == "auto" and nvme):
         chosen["nvme_path"] = [nvme]
     if gpu:
         chosen["gpu_bytes"] = int(float(gpu) * 2**30)
@@ -95,9 +87,11 @@ def ours(spec: dict) -> None:
     from in_memory import preset
 
     from offload.activations import describe
+    from offload.choose import overrides
     from offload.options import ActivationOptions, OffloadOptions
     from parallel import OptimizerOptions, ParallelOptions
     from trainer.build import Rank, build_engine
+    from trainer.forecast import settle
     from trainer.job import Job
     from trainer.models import build_model
     from trainer.models.attention import attention_backends
@@ -117,10 +111,17 @@ def ours(spec: dict) -> None:
             **spec["offload"] | {"activations": ActivationOptions(**spec["offload"]["activations"])}
         ),
     )
+    if spec["offload"].get("states") == "auto" and spec["cap"]:
+        job = replace(job, offload=replace(job.offload, device_bytes=int(spec["cap"] * 2**30)))
     where = Rank.current()
     llama = build_model(job.model, vocab_size=32000, seq_len=seq_len, dtype=torch.bfloat16, device=where.device)
     num_params = sum(p.numel() for p in llama.parameters())
     flops = llama.flops_per_token(seq_len) * batch * count * seq_len
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        job, forecast = settle(job, llama, where, torch.bfloat16, Path(folder), print)
+    torch.cuda.reset_peak_memory_stats()
+    print(f"measured and predicted in {time.perf_counter() - start:.1f} s", flush=True)
     start = time.perf_counter()
     engine = build_engine(job, llama, where, torch.bfloat16, say=print)
     print(f"built in {time.perf_counter() - start:.1f} s {engine.state_bytes()}", flush=True)
@@ -154,6 +155,10 @@ def ours(spec: dict) -> None:
         for clipped in (False, True)
     }
     median = statistics.median(by_clip[False] or times[warm_up:])
+    predicted = forecast.prediction if forecast else None
+    expected_s = None
+    if predicted:
+        expected_s = predicted.step_s if by_clip[False] else predicted.clipped_step_s
     result = {
         "engine": spec["name"], "model": model, "params": num_params, "seq": seq_len, "batch": batch,
         "accumulation": count, "step_s": round(median, 4), "steps_unclipped": len(by_clip[False]),
@@ -166,6 +171,12 @@ def ours(spec: dict) -> None:
         "gpu_allocated_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1),
         "activations": describe(engine.activations.choices),
         "host_GiB": round(psutil.Process().memory_info().rss / 2**30, 1),
+        "chosen": overrides(job.offload) if spec["offload"].get("states") == "auto" else None,
+        "predicted_s": round(predicted.step_s, 4) if predicted else None,
+        "predicted_clipped_s": round(predicted.clipped_step_s, 4) if predicted else None,
+        "bottleneck": predicted.bottleneck if predicted else None,
+        "ratio": round(median / expected_s, 3) if expected_s else None,
+        "nvme_bytes_per_step": 2 * predicted.written_bytes if predicted else None,
         "host_bytes_per_param": round(engine.state_bytes().get("host", 0) / num_params, 2),
     }  # fmt: skip
     print("RESULT", json.dumps(result), flush=True)

@@ -13,6 +13,7 @@ from launch.config import Config
 from parallel.mesh import Mesh
 from parallel.options import QUANTIZE
 from parallel.placement import Placement
+from parallel.planning.away import AwayPlan, plan_away
 from parallel.planning.choose import MEASURED, Candidate, Choice, choose, preset_of
 from parallel.planning.cost import KINDS, Plan, estimate
 from parallel.planning.machine import PRESETS, Machine, load_machine
@@ -36,6 +37,8 @@ class Planned:
     cap_bytes: float
     flops_per_token: int
     """Model FLOPs, without recomputation."""
+    away: AwayPlan | None = None
+    """Where states or weights leave the device."""
 
 
 def named_machine(config: Config) -> Machine:
@@ -93,39 +96,30 @@ def plan(config: Config, machine: Machine) -> Planned:
         placement = Placement.of(options, mesh.num_levels)
         made = Plan(mesh, placement, Transport.of(options, mesh, placement))
         candidate = Candidate(made, options.quantize, estimate(work, made, machine), simulate(work, made, machine))
-    return Planned(work, machine, candidate, choice, cap_bytes, flops)
+    away = None
+    if config.offload.away:
+        simulation = candidate.simulation
+        waits_s = simulation.step_s - simulation.compute_s if simulation else 0.0
+        away = plan_away(work, candidate.plan, machine, config.offload, cap_bytes=cap_bytes, waits_s=waits_s)
+    return Planned(work, machine, candidate, choice, cap_bytes, flops, away)
 
 
 def read_workload(config: Config, machine: Machine, world: int) -> tuple[Workload, int]:
     """The job's numbers, from its model on ``meta``, and its model FLOPs a token."""
     from trainer.data.tokenizer import open_tokenizer
     from trainer.models import build_model
+    from trainer.workload import workload_of
 
-    micro, count = config.micro_batches(world)
-    train, options = config.train, config.parallel
-    bf16 = train.dtype == "bf16" or (train.dtype == "auto" and machine.tier == "gpu")
+    bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and machine.tier == "gpu")
     model = build_model(
         config.model,
         vocab_size=open_tokenizer(config.data.tokenizer).vocab_size,
-        seq_len=train.seq_len,
+        seq_len=config.train.seq_len,
         dtype=torch.bfloat16 if bf16 else torch.float32,
         device=torch.device("meta"),
     )
-    kinds = 2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0)
-    work = Workload.read(
-        model,
-        seq_len=train.seq_len,
-        micro_batch_size=micro,
-        micro_batches=count,
-        compute_bytes=2 if bf16 else 4,
-        reduce_bytes=2 if options.reduce_dtype == "bf16" else 4,
-        moments=kinds,
-        prefetch_units=options.prefetch_units,
-        recompute=config.offload.activations.mode in ("checkpoint", "recompute"),
-        loss_chunk_tokens=config.model.loss_chunk_tokens,
-        exact=options.exact,
-    )
-    return replace(work, overlap=options.overlap), model.flops_per_token(train.seq_len)
+    work = workload_of(config, model, world, compute_bytes=2 if bf16 else 4)
+    return work, model.flops_per_token(config.train.seq_len)
 
 
 def show(planned: Planned) -> str:
@@ -135,7 +129,8 @@ def show(planned: Planned) -> str:
     assert simulation is not None
     mesh = made.mesh
     named = preset_of(made.placement, mesh.num_levels) or "free"
-    rate = work.tokens * work.micro_batches / simulation.step_s
+    away = planned.away
+    rate = work.tokens * work.micro_batches / (away.step_s if away else simulation.step_s)
     model_rate = rate * planned.flops_per_token
     lines = [
         f"machine    {machine.name}, {mesh.world:,} ranks: {mesh}",
@@ -143,15 +138,16 @@ def show(planned: Planned) -> str:
         f"transport  {made.transport.describe(mesh.names)}",
         f"step       {work.micro_batches} micro-batches of {work.tokens:,} tokens a rank",
         "",
-        *_memory_rows(planned),
+        *(away.rows() if away else _memory_rows(planned)),
         "",
         *_level_rows(planned),
         "",
-        f"step       {_seconds(simulation.step_s)} ({_seconds(cost.step_s)} by the closed form): compute "
+        f"{'on device ' if away else 'step      '} {_seconds(simulation.step_s)} "
+        f"({_seconds(cost.step_s)} by the closed form): compute "
         f"{_seconds(simulation.compute_s)}, waiting {_seconds(simulation.step_s - simulation.compute_s)}",
         f"speed      {rate:,.0f} tokens/s a rank, {model_rate / 1e12:.1f} TFLOP/s a rank, "
         f"{rate * mesh.world:,.0f} tokens/s in all",
-        f"bottleneck {simulation.bottleneck}",
+        f"bottleneck {away.prediction.bottleneck if away else simulation.bottleneck}",
     ]
     if planned.choice:
         lines.append(f"chosen     {planned.choice.why}; {planned.choice.fitting} of {planned.choice.total} fit")

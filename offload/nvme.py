@@ -222,22 +222,41 @@ class NvmeTier:
 
 @dataclass(frozen=True, kw_only=True)
 class Endurance:
-    """What writing at a rate means for a drive."""
+    """What writing at a rate means for drives."""
 
     bytes_per_day: float
-    drive_writes_per_day: float
-    """How often the whole capacity is written in a day. Drives are sold for 0.3 to 3, for five years."""
+    capacity_bytes: float | None = None
+    """Of the drives together."""
+    tbw: float | None = None
+    """Terabytes (10^12 bytes) that they together are rated to have written to them."""
+
+    @property
+    def years(self) -> float | None:
+        """Until as much is written as they are rated for: by `tbw`, else once the capacity a day over 5 years (drives
+        are sold for 0.3 to 3 a day); None where neither is known."""
+        if self.tbw is None and self.capacity_bytes is None:
+            return None
+        rated = 5 * 365 * (self.capacity_bytes or 0.0) if self.tbw is None else self.tbw * 1e12
+        return rated / self.bytes_per_day / 365 if self.bytes_per_day else float("inf")
 
     def __str__(self) -> str:
-        writes = self.drive_writes_per_day
-        years = f"{5 / writes:.1f} years" if writes > 0.05 else "over 100 years"
-        return (
-            f"writes {self.bytes_per_day / 1e12:.2f} TB a day, {writes:.2f} times the capacity; a drive rated for 1 a "
-            f"day over 5 years lasts {years}"
-        )
+        said = f"writes {self.bytes_per_day / 1e12:.2f} TB a day"
+        if self.capacity_bytes:
+            said += f", {self.bytes_per_day / self.capacity_bytes:.2f} times the capacity"
+        if self.years is None:
+            return f"{said}; offload.nvme_tbw=<terabytes> has it said how long the drives last"
+        rated = "rated for 1 a day over 5 years" if self.tbw is None else f"rated for {self.tbw:g} TB"
+        return f"{said}; drives {rated} last {_duration(self.years)}"
 
 
-def endurance(bytes_written: float, seconds: float, capacity_bytes: int) -> Endurance:
-    """From what was written in `seconds` to drives that hold `capacity_bytes` in all."""
-    per_day = bytes_written / seconds * 86400
-    return Endurance(bytes_per_day=per_day, drive_writes_per_day=per_day / capacity_bytes)
+def endurance(
+    bytes_written: float, seconds: float, *, capacity_bytes: float | None = None, tbw: float | None = None
+) -> Endurance:
+    """From what was written in `seconds`."""
+    return Endurance(bytes_per_day=bytes_written / seconds * 86400, capacity_bytes=capacity_bytes, tbw=tbw)
+
+
+def _duration(years: float) -> str:
+    if years >= 100:
+        return "over 100 years"
+    return f"{years:.1f} years" if years >= 1 else f"{365 * years:.1f} days"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 ACTIVATIONS = ("keep", "swap", "recompute", "auto", "checkpoint")
-STATES = ("none", "host", "nvme")
+STATES = ("none", "host", "nvme", "auto")
 WEIGHTS = ("device", "host")
 UPDATES = ("just_in_time", "speculate")
 
@@ -46,7 +46,9 @@ class ActivationOptions:
 class OffloadOptions:
     states: str = "none"
     """Where master weights and moments live that `gpu_bytes` has no room for: ``none`` (all on the device), ``host``,
-    or ``nvme``: on the drives of `nvme_path`, after `host_bytes` of them in host memory."""
+    or ``nvme``: on the drives of `nvme_path`, after `host_bytes` of them in host memory. ``auto`` measures this machine
+    and the model's layers, and chooses this, `weights`, `update`, `speculate_share` and `gpu_bytes` for the shortest
+    step within `device_bytes`, `host_bytes` and `nvme_bytes`; drives are used where `nvme_path` names them."""
     weights: str = "device"
     """Where the weights live that the device computes with: ``device``, or ``host``: a unit's are brought when it
     runs."""
@@ -60,15 +62,25 @@ class OffloadOptions:
     gpu_bytes: int = 0
     """Device memory for optimizer states, 12 bytes a parameter (and for weights, with ``weights=host``): the units that
     run first get it."""
+    device_bytes: int | None = None
+    """Device memory that ``states=auto`` may plan with, all of it: weights, states, activations. None: 92% of what is
+    free on a GPU when the run starts; on a CPU, what is available."""
     host_bytes: int | None = None
     """Host memory for all that is kept there. With ``states=nvme`` the states that do not fit go to NVMe; else it is an
-    error. None: ``states=host`` takes what it needs, ``states=nvme`` puts no states there."""
+    error. None: ``states=host`` takes what it needs, ``states=nvme`` puts no states there, ``states=auto`` plans with
+    85% of this rank's part of what is available."""
     nvme_path: list[str] = field(default_factory=list)
     """Folders on drives, one a drive; each file is scratch and removed by itself."""
     nvme_bytes: int | None = None
     """The most that all drives together may hold. None: what is needed."""
     nvme_direct: bool = True
     """Past the page cache (O_DIRECT). ``false`` only where the file system refuses it: takes memory and time."""
+    nvme_tbw: float | None = None
+    """Terabytes (10^12 bytes) that the drives together are rated to have written to them (TBW): how long they last at
+    the rate of this run is said at its start and end. None: reckoned for their capacity once a day over 5 years."""
+    predict: bool = True
+    """With states away: measure this machine and two blocks of the model before the first step (seconds, kept in the
+    run's folder), and say how long a step should take and what limits it; later what it took."""
     threads: int | None = None
     """Of the CPU optimizer on each rank, whatever OMP_NUM_THREADS says. None: the cores of this machine over its ranks,
     but for one."""
@@ -85,12 +97,30 @@ class OffloadOptions:
             raise ValueError(f"offload.speculate_share={self.speculate_share}: must be from 0 to 1")
         if self.states == "nvme" and not self.nvme_path:
             raise ValueError("offload.states=nvme needs a folder on a drive: offload.nvme_path=[/path/on/the/drive]")
-        for key in ("gpu_bytes", "host_bytes", "nvme_bytes"):
+        self._check_auto()
+        for key in ("gpu_bytes", "device_bytes", "host_bytes", "nvme_bytes", "nvme_tbw"):
             value = getattr(self, key)
             if value is not None and value < 0:
                 raise ValueError(f"offload.{key}={value}: must be 0 or more")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"offload.threads={self.threads}: at least 1")
+
+    def _check_auto(self) -> None:
+        """ValueError for what would be ignored."""
+        if self.states == "auto":
+            for key in ("weights", "update", "speculate_share", "gpu_bytes"):
+                if getattr(self, key) != getattr(OffloadOptions, key):
+                    raise ValueError(
+                        f"offload.{key}={getattr(self, key)}: offload.states=auto chooses it; limit it by "
+                        f"offload.device_bytes, offload.host_bytes and offload.nvme_bytes, or set offload.states"
+                    )
+            if not self.predict:
+                raise ValueError("offload.predict=false: offload.states=auto chooses by what it predicts")
+        elif self.device_bytes is not None:
+            raise ValueError(
+                f"offload.device_bytes={self.device_bytes} is what offload.states=auto plans with; with "
+                f"offload.states={self.states} set offload.gpu_bytes, of optimizer states on the device"
+            )
 
     @property
     def away(self) -> bool:

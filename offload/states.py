@@ -33,27 +33,24 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from offload.adamw import State, adamw
-from offload.arena import ALIGN, Arena, layout
+from offload.arena import ALIGN, Arena
+from offload.drive import BLOCK
 from offload.hostpool import HostPool
 from offload.nvme import NvmeTier
+from offload.shard import OUTGOING, RING, Shard, Terms, Update, chunk_bytes, host_bytes, largest_chunk, nvme_bytes
 from offload.space import round_up
 from offload.state import MASTER
 
 KINDS = (MASTER, "exp_avg", "exp_avg_sq")
-CHUNK = (4 << 20) + 1184
-"""Parameters in a chunk on NVMe: its arrays begin 4736 bytes apart modulo 64 KiB, see `offload/arena.py`."""
-RING = 5
-_OUTGOING = 3
-_BLOCK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,88 +59,6 @@ class AdamW:
     beta2: float
     eps: float
     weight_decay: float
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What an update is made by, beside the gradient."""
-
-    lr: float
-    updates: int
-    """How many updates there were, this one included."""
-    runs: "tuple[Run, ...]"
-
-
-@dataclass(frozen=True)
-class Run:
-    """Neighbouring parameters of a shard that are updated alike: elements ``start:stop``."""
-
-    start: int
-    stop: int
-    decays: bool
-
-
-class Update:
-    """A shard's update under way."""
-
-    def __init__(self) -> None:
-        self.answer: Future[torch.cuda.Event | None] = Future()
-
-    @property
-    def done(self) -> bool:
-        """Whether `finish` will not make the host wait."""
-        return self.answer.done()
-
-    def finish(self) -> None:
-        """Let what the caller does next, on its current stream, see the new weights. Raises what went wrong."""
-        if event := self.answer.result():
-            torch.cuda.current_stream().wait_event(event)
-
-
-@dataclass(eq=False, kw_only=True)
-class Shard:
-    """`numel` parameters whose states are away. `AwayStates.add` makes it."""
-
-    numel: int
-    on_nvme: bool
-    dtype: torch.dtype
-    """Of the slot: the dtype in which gradients leave and weights come back."""
-    pingpong: bool
-    """Whether the states are there twice."""
-    stays: bool
-    """Whether the weights stay in host memory."""
-    slot: Tensor = field(init=False)
-    target: Tensor | None = None
-    """Where on the device new weights go; None: they stay in host memory."""
-    apart: Tensor | None = None
-    """Host memory for the weights, where they do not take the gradient's place in the slot."""
-    versions: list[State] = field(default_factory=list)
-    """In host memory, the current one first; none on NVMe."""
-    made: Terms | None = None
-    """By which terms the other version was made from the gradient in the slot."""
-    place: int = 0
-    """Bytes from the start of the tier."""
-    arrived: torch.cuda.Event | None = None
-    """After which the gradient is in the slot."""
-    left: torch.cuda.Event | None = None
-    """After which the weights in the slot have been read."""
-
-    @property
-    def weight(self) -> Tensor:
-        """Where the update leaves new weights in host memory."""
-        return self.slot if self.apart is None else self.apart
-
-    def chunks(self) -> Iterator[tuple[int, int, int]]:
-        """Elements ``start:stop`` and the place in the tier of each chunk."""
-        place = self.place
-        for start in range(0, self.numel, CHUNK):
-            stop = min(start + CHUNK, self.numel)
-            yield start, stop, place
-            place += chunk_bytes(stop - start)
-
-
-def chunk_bytes(numel: int) -> int:
-    return round_up(12 * numel, _BLOCK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,14 +116,9 @@ class AwayStates:
 
     # ------------------------------------------------------------------------------------------------ memory
 
-    def add(
-        self, numel: int, dtype: torch.dtype, *, on_nvme: bool, pingpong: bool = False, stays: bool = False
-    ) -> Shard:
-        """A shard to be; its memory comes with `allocate`. pingpong: its states are there twice, in host memory.
-        stays: its weights have no `target`, they are used from `Shard.weight`."""
-        shard = Shard(numel=numel, on_nvme=on_nvme, dtype=dtype, pingpong=pingpong, stays=stays)
-        self.shards.append(shard)
-        return shard
+    def add(self, shards: Iterable[Shard]) -> None:
+        """Shards to be; their memory comes with `allocate`."""
+        self.shards += shards
 
     def reserve(self, size_bytes: int) -> None:
         """Make the arena larger by what the caller will `take` from it."""
@@ -217,12 +127,11 @@ class AwayStates:
     @property
     def host_bytes(self) -> int:
         """What the arena needs for the shards added and the memory reserved."""
-        outgoing = _OUTGOING * round_up(self._largest_weight(), ALIGN)
-        return self._extra_bytes + sum(map(self._shard_bytes, self.shards)) + self._ring_bytes() + outgoing
+        return self._extra_bytes + host_bytes(self.shards)
 
     @property
     def nvme_bytes(self) -> int:
-        return sum(chunk_bytes(stop - start) for s in self.shards if s.on_nvme for start, stop, _ in s.chunks())
+        return nvme_bytes(self.shards)
 
     @property
     def tier(self) -> NvmeTier | None:
@@ -236,44 +145,23 @@ class AwayStates:
         self.arena = Arena(self.host_bytes, register=self._device if self._cuda else None, pool=self.pool)
         if self.nvme_bytes:
             self._tier = NvmeTier(self._folders, self.nvme_bytes, direct=self._direct)
-        largest = self._largest_chunk()
+        largest = largest_chunk(self.shards)
         for _ in range(RING if largest else 0):
-            self._ring.append(self.arena.take(chunk_bytes(largest), torch.uint8, align=_BLOCK))
+            self._ring.append(self.arena.take(chunk_bytes(largest), torch.uint8, align=BLOCK))
         place = 0
         for shard in self.shards:
             if shard.on_nvme:
                 shard.slot, shard.place = self.arena.take(shard.numel, shard.dtype), place
-                place += sum(chunk_bytes(stop - start) for start, stop, _ in shard.chunks())
+                place += shard.nvme_bytes
             else:
-                *states, shard.slot = self.arena.take_together(shard.numel, self._dtypes(shard))
+                *states, shard.slot = self.arena.take_together(shard.numel, shard.dtypes)
                 if shard.pingpong and shard.stays:
                     shard.apart = states.pop()
                 shard.versions = [(a, b, c) for a, b, c in zip(states[::3], states[1::3], states[2::3], strict=True)]
-        for _ in range(_OUTGOING if self._largest_weight() else 0):
-            self._outgoing.append((self.arena.take(self._largest_weight(), torch.uint8), None))
+        if passing := max((shard.passing_bytes for shard in self.shards), default=0):
+            self._outgoing.extend((self.arena.take(passing, torch.uint8), None) for _ in range(OUTGOING))
         self._thread = threading.Thread(target=self._work, name="offload-update", daemon=True)
         self._thread.start()
-
-    def _dtypes(self, shard: Shard) -> list[torch.dtype]:
-        weights = 2 if shard.pingpong and shard.stays else 1
-        return [torch.float32] * (6 if shard.pingpong else 3) + [shard.dtype] * weights
-
-    def _largest_weight(self) -> int:
-        """Bytes of the weights of the largest ping-pong shard whose weights pass through host memory to the device."""
-        passing = (shard for shard in self.shards if shard.pingpong and not shard.stays)
-        return max((shard.numel * shard.dtype.itemsize for shard in passing), default=0)
-
-    def _shard_bytes(self, shard: Shard) -> int:
-        if shard.on_nvme:
-            return round_up(shard.numel * shard.dtype.itemsize, ALIGN)
-        return layout(shard.numel, self._dtypes(shard))[1]
-
-    def _largest_chunk(self) -> int:
-        return max((min(CHUNK, shard.numel) for shard in self.shards if shard.on_nvme), default=0)
-
-    def _ring_bytes(self) -> int:
-        largest = self._largest_chunk()
-        return (RING * chunk_bytes(largest) + _BLOCK) if largest else 0
 
     # ------------------------------------------------------------------------------------------------ a step
 

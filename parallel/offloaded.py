@@ -16,7 +16,9 @@ from torch import Tensor
 
 from offload.hostpool import HostPool
 from offload.options import OffloadOptions
-from offload.states import KINDS, AdamW, AwayStates, Run, Shard, Terms
+from offload.placing import Part, place
+from offload.shard import Run, Shard, Terms
+from offload.states import KINDS, AdamW, AwayStates
 from parallel import optimizer as optimizers
 from parallel.options import OptimizerOptions
 from parallel.unit import Flat, TrainableFlat, Unit
@@ -43,6 +45,8 @@ class Offloader:
             return
         if optimizer.name != "adamw":
             raise ValueError(f"offload.states={options.states} updates by AdamW: set optimizer=adamw")
+        if options.states == "auto":
+            raise ValueError("offload.states=auto: what it stands for is chosen before the engine is built")
         if options.states == "none":
             raise ValueError(
                 "offload.weights=host needs offload.states=host or nvme: the states would take more memory"
@@ -50,7 +54,7 @@ class Offloader:
         self._states = AwayStates(
             AdamW(beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps, weight_decay=optimizer.weight_decay),
             device=device,
-            pool=HostPool(options.threads or _threads()),
+            pool=HostPool(num_threads(options)),
             nvme_folders=[Path(path) for path in options.nvme_path],
             nvme_direct=options.nvme_direct,
         )
@@ -61,20 +65,14 @@ class Offloader:
     def _place(self, units: Sequence[Unit], options: OffloadOptions, kinds: Sequence[str]) -> None:
         states, streams = self._states, options.weights == "host"
         assert states is not None
-        away = _leaving(units, options.gpu_bytes, streams)
-        speculated = _speculated(away, options, streams)
-        shards: dict[Flat, Shard] = {}
-        for flat in away:
-            full = states.host_bytes + 12 * flat.chunk > (options.host_bytes or 0)
-            on_nvme = options.states == "nvme" and full
-            shards[flat] = states.add(
-                flat.chunk,
-                flat.slot_dtype,
-                on_nvme=on_nvme,
-                pingpong=flat in speculated and not on_nvme,
-                stays=streams,
-            )
-        streamed: list[Flat] = [*shards, *(unit.frozen for unit in units if unit.frozen)] if streams else []
+        flats = [flat for unit in units for flat in unit.trainable]
+        frozen: list[Flat] = [unit.frozen for unit in units if unit.frozen] if streams else []
+        parts = [part_of(flat) for flat in flats]
+        extra_bytes = sum(flat.shard_numel * flat.shard_dtype.itemsize for flat in frozen)
+        placed = place(parts, options, extra_bytes=extra_bytes)
+        shards: dict[Flat, Shard] = {flat: shard for flat, shard in zip(flats, placed, strict=True) if shard}
+        states.add(shards.values())
+        streamed: list[Flat] = [*shards, *frozen] if streams else []
         apart = [flat for flat in streamed if not (isinstance(flat, TrainableFlat) and flat.slot_is_shard)]
         for own in apart:
             states.reserve(own.shard_numel * own.shard_dtype.itemsize)
@@ -165,28 +163,14 @@ class Offloader:
             self._states.pool.close()
 
 
-def _leaving(units: Sequence[Unit], gpu_bytes: int, streams: bool) -> list[TrainableFlat]:
-    """Those whose states have no room on the device: what runs first stays, it is updated where it is needed first."""
-    flats = [flat for unit in units for flat in unit.trainable]
-    for i, flat in enumerate(flats):
-        gpu_bytes -= 12 * flat.chunk + (flat.shard_numel * flat.shard_dtype.itemsize if streams else 0)
-        if gpu_bytes < 0:
-            return flats[i:]
-    return []
-
-
-def _speculated(away: Sequence[TrainableFlat], options: OffloadOptions, streams: bool) -> set[TrainableFlat]:
-    """Those whose states are there twice: the last to run, as their gradients come first."""
-    if options.update != "speculate":
-        return set()
-    room, chosen = options.speculate_share * sum(flat.chunk for flat in away), set()
-    for flat in reversed(away):
-        room -= flat.chunk
-        if room < 0:
-            break
-        if flat.slot_is_shard if streams else flat.slot_dtype == flat.dtype:
-            chosen.add(flat)
-    return chosen
+def part_of(flat: TrainableFlat) -> Part:
+    return Part(
+        numel=flat.chunk,
+        weight_bytes=flat.shard_numel * flat.shard_dtype.itemsize,
+        slot_dtype=flat.slot_dtype,
+        slot_is_shard=flat.slot_is_shard,
+        weights_direct=flat.slot_dtype == flat.dtype,
+    )
 
 
 def _runs(flat: TrainableFlat) -> tuple[Run, ...]:
@@ -206,11 +190,16 @@ def _check_limits(states: AwayStates, options: OffloadOptions) -> None:
             )
 
 
-def _threads() -> int:
-    """This machine's cores over its ranks, but for one that issues the device's work."""
-    ranks = 1
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        names: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(names, socket.gethostname())
-        ranks = names.count(socket.gethostname())
-    return max(1, len(os.sched_getaffinity(0)) // ranks - 1)
+def ranks_here() -> int:
+    """How many ranks this machine has, this one included. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return 1
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names.count(socket.gethostname())
+
+
+def num_threads(options: OffloadOptions) -> int:
+    """Of the CPU optimizer: this machine's cores over its ranks, but for one that issues the device's work. Collective
+    where they are not given."""
+    return options.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here() - 1)

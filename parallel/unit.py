@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from offload.shard import Shard, Update
 from offload.state import Piece, Read
-from offload.states import Shard, Update
 from parallel.collectives import BufferPool, Chain, Steps, all_gather, all_reduce
 from parallel.layout import ALIGN, Layout
 from parallel.mesh import Mesh

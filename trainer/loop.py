@@ -32,6 +32,7 @@ from trainer import trial
 from trainer.build import Rank, build_engine, check_same_data, choose_dtype, open_snapshots, share_sequences
 from trainer.data import open_corpus
 from trainer.evaluate import sample, validate
+from trainer.forecast import settle
 from trainer.job import Job
 from trainer.models import LanguageModel, build_model
 from trainer.models.attention import attention_backends
@@ -179,6 +180,8 @@ class Trainer:
         self._flops_per_token = model.flops_per_token(job.train.seq_len)
         self._peak_flops = peak_flops(where.device, dtype)
         self.sequence = share_sequences(job, model, where)
+        job, self.forecast = settle(job, model, where, dtype, self.run.path, self._tell)
+        self.job = job
         self.engine = build_engine(job, model, where, dtype, self._tell)
         cleanup.callback(self.engine.close)
         return model
@@ -266,6 +269,8 @@ class Trainer:
         else:
             reason = self._stop_reason or "another rank was asked to stop"
             text = f"stopped after step {self.step} of {job.train.steps} ({reason}); the same command resumes it"
+        if self.forecast and (compared := self.forecast.summary()):
+            text = f"{compared}\n{text}"
         if not self.checkpoints.error():
             self.snapshots.close(dropped=True)
         if error := self.checkpoints.error():
@@ -315,6 +320,8 @@ class Trainer:
         }
         self.run.log_step(metrics)
         self._emit({"type": "step", **metrics})
+        if self.forecast and (compared := self.forecast.seen(step_s, grad_norm)):
+            self._tell(compared)
 
     def _validate(self) -> None:
         self._flush()

@@ -122,6 +122,9 @@ class Machine:
     """Bytes a rank has of each tier: ``gpu`` (or, without one, ``host``), ``host``, ``nvme``."""
     packing: Mapping[str, Packing] = field(default_factory=dict)
     """By `PACKINGS`. What is not there goes at `memory_rate`, as a GPU's kernels do."""
+    away: Mapping[str, float] = field(default_factory=dict)
+    """Rates of one rank while states are away from the device, by the names of `offload.cost.Rates`. Those that are not
+    there are taken from one that was measured, `parallel.planning.away.MEASURED`."""
     backend: str = "nccl"
     """``nccl``: chains run on side streams; ``gloo``: the host moves them on, see `parallel.collectives`."""
     unit_s: float = 0.0

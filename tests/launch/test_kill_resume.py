@@ -82,6 +82,39 @@ def test_killed_run_goes_on_to_the_last_bit(tmp_path: Path, workers: int, kills:
     assert losses(tmp_path / "killed") == expected, f"seed {seed}, killed {killed} times"
 
 
+AWAY = "offload.threads=1 offload.predict=false offload.nvme_direct=false".split()
+SPECULATE = ["offload.weights=host", "offload.update=speculate", "offload.speculate_share=0.7"]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("tier", "more", "kills"),
+    [
+        ("nvme", ["offload.host_bytes=8000000", *SPECULATE], 1),
+        pytest.param("host", [], 3, marks=pytest.mark.slow),
+        pytest.param("host", SPECULATE, 3, marks=pytest.mark.slow),
+        pytest.param("nvme", [], 3, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_run_with_states_away_goes_on_to_the_last_bit(
+    tmp_path: Path, tier: str, more: list[str], kills: int
+) -> None:
+    seed = random.randrange(1 << 30)
+    draw = random.Random(seed)
+    away = ["launch.workers=1", *AWAY, *more]
+    whole = command(tmp_path, "whole", "offload=host", *away[:3])
+    subprocess.run(whole, check=True, capture_output=True, timeout=120)
+    drives = [f"offload.nvme_path=[{tmp_path}]"] if tier == "nvme" else []
+    again = command(tmp_path, "killed", f"offload={tier}", *away, *drives)
+    killed = 0
+    for step in sorted(draw.sample(range(STEPS - 2), kills)):
+        killed += kill_when(again, tmp_path / "killed" / "metrics.jsonl", step, draw.random() * 0.2)
+    assert killed, f"nothing was killed (seed {seed})"
+    subprocess.run(again, check=True, capture_output=True, timeout=120)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole"), f"seed {seed}, killed {killed} times"
+    assert not list(tmp_path.glob("*.state")), "a killed run left its memory on the drive"
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(200)

@@ -105,3 +105,42 @@ def test_what_only_auto_reads_is_refused_elsewhere() -> None:
         composed("parallel.memory_gib=4")
     with pytest.raises(ValueError, match="with parallel.placement=auto set parallel.quantize=auto"):
         composed("parallel=auto", "parallel.grads_format={node: int4}")
+
+
+AWAY = ("model=3b", "model.vocab_size=32000", "launch.workers=1", "train.seq_len=4096", "train.global_batch_size=4",
+        "offload.activations.mode=checkpoint")  # fmt: skip
+
+
+def test_states_away_are_planned_as_they_were_measured() -> None:
+    """3b, 4 x 4096 on one H200: 22.2 GiB of GPU memory, 14.0 host bytes a parameter (results/offload.json)."""
+    streamed = ("offload=host", "offload.weights=host", f"offload.gpu_bytes={15 * 2**30}", "offload.update=speculate")
+    planned = plan(composed(*AWAY, *streamed), PRESETS["single"])
+    assert planned.away is not None and planned.away.fits
+    assert planned.away.device_bytes / 2**30 == pytest.approx(22.2, rel=0.05)
+    assert planned.away.prediction.host_bytes / 3015355392 == pytest.approx(14.0, rel=0.01)
+    assert planned.away.step_s == pytest.approx(0.818, rel=0.1)
+    text = show(planned)
+    for said in ("GB to the device", "bottleneck host memory", "where the update is clipped", "host"):
+        assert said in text, text
+
+
+def test_auto_and_endurance_are_planned() -> None:
+    auto = ("offload=auto", "offload.nvme_path=[/drive]", "offload.host_bytes=10_000_000_000", "offload.nvme_tbw=600",
+            f"offload.device_bytes={24 * 2**30}")  # fmt: skip
+    text = show(plan(composed(*AWAY, *auto), PRESETS["single"]))
+    for said in (
+        "chosen     offload.states=nvme",
+        "TB a day; drives rated for 600 TB last",
+        "read and as much written",
+    ):
+        assert said in text, text
+    with pytest.raises(ValueError, match="offload.states=auto: nothing fits"):
+        plan(
+            composed(*AWAY, "offload=auto", "offload.host_bytes=1000", f"offload.device_bytes={2**34}"),
+            PRESETS["single"],
+        )
+
+
+def test_what_is_away_and_does_not_fit_is_said() -> None:
+    planned = plan(composed(*AWAY, "model=70b", "offload=host"), PRESETS["single"])
+    assert planned.away is not None and not planned.away.fits and "does NOT fit" in show(planned)

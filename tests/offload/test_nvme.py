@@ -147,12 +147,13 @@ def test_bytes_are_counted(disk_folder: Path) -> None:
 
 
 def test_endurance_in_words() -> None:
-    found = endurance(bytes_written=1e12, seconds=8640, capacity_bytes=4 * 10**12)
-    assert found.bytes_per_day == 1e13 and found.drive_writes_per_day == 2.5
-    assert str(found) == (
-        "writes 10.00 TB a day, 2.50 times the capacity; a drive rated for 1 a day over 5 years lasts 2.0 years"
+    by_capacity = endurance(1e12, 8640, capacity_bytes=4e12)
+    assert by_capacity.bytes_per_day == 1e13 and by_capacity.years == 2.0
+    assert str(by_capacity) == (
+        "writes 10.00 TB a day, 2.50 times the capacity; drives rated for 1 a day over 5 years last 2.0 years"
     )
-    assert "over 100 years" in str(endurance(0, 1, 10**12))
+    assert str(endurance(1e12, 8640, tbw=600)) == "writes 10.00 TB a day; drives rated for 600 TB last 60.0 days"
+    assert "over 100 years" in str(endurance(0, 1, tbw=1)) and "offload.nvme_tbw" in str(endurance(1e12, 1))
 
 
 @pytest.mark.parametrize("bad", [{"size_bytes": 0}, {"folders": []}, {"depth": 0}, {"stripe_bytes": 100}])

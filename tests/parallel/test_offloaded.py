@@ -30,7 +30,7 @@ def test_one_worker_equals_a_plain_process(nvme: dict) -> None:
     cases = [
         {"parallel": {"placement": "zero3"}, "accumulation": accumulation, "offload": offload, "evaluate": True}
         for accumulation in (1, 4)
-        for offload in (HOST, STREAMED, SPLIT, SPLIT | STREAMED, nvme, nvme | {"weights": "host", "host_bytes": 60_000})
+        for offload in (HOST, STREAMED, SPLIT, SPLIT | STREAMED, nvme, nvme | {"weights": "host", "host_bytes": 75_000})
     ]
     check(1, cases)
 
@@ -56,7 +56,7 @@ def test_where_states_are_changes_no_bit(nvme: dict) -> None:
         HALF | {"speculate_share": 1.0},
         nvme,
         nvme | {"weights": "host"},
-        nvme | {"host_bytes": 60_000},
+        nvme | {"host_bytes": 75_000},
     ]
     cases = [
         {

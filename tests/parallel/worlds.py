@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from offload import states
+from offload import shard as away_shard
 from offload.options import OffloadOptions
 from offload.state import MASTER
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard
@@ -272,7 +272,7 @@ CHECKS = {"alike": alike, "equality": equality, "resumed": resumed, "ddp": again
 
 def run(rank: int, world: int, cases: list[dict], init: str) -> None:
     torch.set_num_threads(1)
-    states.CHUNK = 1000  # or the toy's states would be one chunk
+    away_shard.CHUNK = 1000  # or the toy's states would be one chunk
     dist.init_process_group(
         "gloo", init_method=f"file://{init}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )

@@ -1,0 +1,84 @@
+"""Which states lie where: the rule that the engine follows, so that a plan made before knows what it will do.
+
+The units that run first get the fastest memory: the next forward asks for their new weights first. `Part` is one flat
+buffer as offloading sees it, in the order in which they run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offload.options import OffloadOptions
+from offload.shard import Shard, host_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one rank has of a flat buffer."""
+
+    numel: int
+    """Parameters whose states it has."""
+    weight_bytes: int
+    """Of the weights that it keeps."""
+    slot_dtype: torch.dtype
+    """In which gradients leave and new weights come back."""
+    slot_is_shard: bool = True
+    """Whether the slot can be the only place of the weights in host memory."""
+    weights_direct: bool = True
+    """Whether what an update writes is what the device computes with; not so where it is packed afterwards."""
+
+
+def place(parts: Sequence[Part], options: OffloadOptions, *, extra_bytes: int = 0) -> list[Shard | None]:
+    """The shard of each part whose states are away; None where they stay on the device.
+
+    extra_bytes: host memory that is taken beside the shards.
+    """
+    if options.states == "none":
+        return [None] * len(parts)
+    streams, room = options.weights == "host", options.gpu_bytes
+    stay = 0
+    for part in parts:
+        room -= 12 * part.numel + (part.weight_bytes if streams else 0)
+        if room < 0:
+            break
+        stay += 1
+    away = parts[stay:]
+    speculated = _speculated(away, options)
+    shards = [
+        Shard(numel=p.numel, dtype=p.slot_dtype, on_nvme=options.states == "nvme", pingpong=doubles, stays=streams)
+        for p, doubles in zip(away, speculated, strict=True)
+    ]
+    if options.states == "nvme":
+        apart_bytes = sum(part.weight_bytes for part in away if streams and not part.slot_is_shard)
+        _fill_host(shards, (options.host_bytes or 0) - extra_bytes - apart_bytes)
+    return [None] * stay + shards
+
+
+def _speculated(away: Sequence[Part], options: OffloadOptions) -> list[bool]:
+    """Whose states are there twice: the last to run, as their gradients come first."""
+    chosen = [False] * len(away)
+    if options.update == "speculate":
+        room = options.speculate_share * sum(part.numel for part in away)
+        for i in reversed(range(len(away))):
+            room -= away[i].numel
+            if room < 0:
+                break
+            chosen[i] = away[i].slot_is_shard if options.weights == "host" else away[i].weights_direct
+    return chosen
+
+
+def _fill_host(shards: Sequence[Shard], limit_bytes: int) -> None:
+    """Bring shards from NVMe into host memory, the first to run first, while there is room; the others are not
+    speculated on."""
+    doubled = [shard.pingpong for shard in shards]
+    for shard in shards:
+        shard.pingpong = False
+    room = limit_bytes - host_bytes(shards)
+    for shard, doubles in zip(shards, doubled, strict=True):
+        before = shard.host_bytes
+        shard.on_nvme, shard.pingpong = False, doubles
+        room -= shard.host_bytes - before
+        if room < 0:
+            shard.on_nvme, shard.pingpong = True, False
+            return

@@ -1,0 +1,133 @@
+"""A run whose states are away says beforehand how long a step should take, chooses by it, and compares."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offload.options import OffloadOptions
+from offload.states import AwayStates
+from trainer import forecast
+from trainer.job import Job
+from trainer.loop import Trainer
+from trainer.options import DataOptions, LlamaOptions, LoggerOptions, RunOptions, TrainOptions
+
+MODEL = LlamaOptions(dim=64, ffn_dim=128, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=16)
+STEPS = 16
+AWAY: dict[str, Any] = {"threads": 1}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "text.txt"
+    file.write_text("".join(f"{number} squared is {number * number}.\n" for number in range(2000)))
+    return file
+
+
+def run(root: Path, data: Path, *, steps: int = STEPS, name: str = "run", **offload: Any) -> tuple[list[float], str]:
+    """The losses, and all that was told."""
+    job = Job(
+        model=MODEL,
+        data=DataOptions(source="text", paths=[str(data)], valid_fraction=0, cache_dir=str(root / "cache")),
+        train=TrainOptions(
+            steps=steps, seq_len=32, global_batch_size=4, micro_batch_size=2, eval_sequences=4, sample_tokens=0
+        ),
+        offload=OffloadOptions(**AWAY, **offload),
+        logger=LoggerOptions(tensorboard=False, plot=False),
+        run=RunOptions(root=str(root), name=name, on_change="accept"),
+    )
+    torch.set_num_threads(1)  # two that wait for each other measure the other processes of this machine
+    events: list[dict[str, Any]] = []
+    Trainer(job, emit=events.append).train()
+    losses = [event["loss"] for event in events if event["type"] == "step"]
+    return losses, "\n".join(event["text"] for event in events if "text" in event)
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the tiers of runs had written when they were closed."""
+    counts: list[int] = []
+    close = AwayStates.close
+
+    def counting(self: AwayStates) -> None:
+        counts.append(self.tier.bytes_written if self.tier else 0)
+        close(self)
+
+    monkeypatch.setattr(AwayStates, "close", counting)
+    return counts
+
+
+@pytest.mark.timeout(200)
+def test_auto_trains_as_what_it_chose_and_says_so(
+    tmp_path: Path, data: Path, disk_folder: Path, written: list[int]
+) -> None:
+    caps = {"device_bytes": 9_000_000, "host_bytes": 4_500_000, "nvme_path": [str(disk_folder)], "nvme_tbw": 600.0}
+    losses, told = run(tmp_path, data, states="auto", **caps)
+    profile = json.loads((tmp_path / "run" / "profile.json").read_text())
+    chosen = profile["offload"]
+    assert chosen["states"] == "nvme" and f"offload.gpu_bytes={chosen['gpu_bytes']}" in told
+    assert told.index("predicted: ") < told.index("measured: ") < told.rindex("measured: ")
+    assert told.count("drives: writes") == 2 and "rated for 600 TB last" in told
+    for act in ("activations", "nvme_tbw", "threads"):
+        chosen.pop(act)
+    again, _ = run(tmp_path, data, name="explicit", **chosen | {"predict": False})
+    assert again == losses, "the prediction changed the training"
+    by_run = [count for count in written if count > 10_000_000]
+    assert len(by_run) == 2 and by_run[0] == by_run[1], written
+
+
+@pytest.mark.timeout(200)
+def test_a_resumed_run_measures_nothing_and_stays_as_it_was(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first = run(tmp_path, data, states="auto", device_bytes=9_000_000, host_bytes=20_000_000)
+    monkeypatch.setattr(forecast, "measure", None)
+    monkeypatch.setattr(forecast, "probe", None)
+    _, second = run(tmp_path, data, steps=STEPS + 4, states="auto", device_bytes=9_000_000, host_bytes=20_000_000)
+    assert "resumed from step" in second
+    line = next(line for line in first.splitlines() if line.startswith("predicted"))
+    assert line in second and "offload.states=host" in second
+
+
+@pytest.mark.timeout(100)
+def test_the_measured_step_is_near_the_predicted(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a factor of 4: other processes share these cores. benchmarks/offload.py measures it where none do."""
+    ratios: list[float] = []
+    summary = forecast.Forecast.summary
+    monkeypatch.setattr(forecast.Forecast, "summary", lambda self: ratios.append(self.ratio) or summary(self))
+    run(tmp_path, data, states="host")
+    assert 0.25 < ratios[0] < 4, ratios
+
+
+def test_what_cannot_be_predicted_is_said_or_refused(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("no such block")
+
+    monkeypatch.setattr(forecast, "probe", refuse)
+    _, told = run(tmp_path, data, steps=1, states="host")
+    assert "the time of a step is not predicted: ValueError: no such block" in told
+    with pytest.raises(ValueError, match="offload.states=auto: this machine could not be measured: .*no such block"):
+        run(tmp_path, data, steps=1, name="auto", states="auto")
+
+
+def test_of_several_ranks_the_slowest_counts() -> None:
+    fast = forecast.Profile(
+        probed=forecast.Probed(
+            block_forward_s=1, block_backward_s=2, rest_forward_s=1, rest_backward_s=0, block_bytes=None, rest_bytes=5
+        ),
+        rates=forecast.Rates(update=2, pingpong=2, resident=2, into=2, out=2, drive=None),
+        room=forecast.Room(device_bytes=8, host_bytes=8, nvme_bytes=0),
+    )
+    slow = forecast.replace(
+        fast,
+        rates=forecast.replace(fast.rates, update=1),
+        room=forecast.replace(fast.room, host_bytes=7),
+        probed=forecast.replace(fast.probed, block_forward_s=3),
+    )
+    worst = forecast._slowest([fast, slow])
+    assert worst.rates.update == 1 and worst.rates.into == 2 and worst.rates.drive is None
+    assert worst.room.host_bytes == 7 and worst.probed.block_forward_s == 3 and worst.probed.rest_bytes == 5

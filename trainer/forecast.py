@@ -1,0 +1,303 @@
+"""What a step should take while states are away from the device: said before the first, and compared with what it took.
+
+The machine's rates and the time of a block are measured once and kept in the run's folder (``profile.json``), so that a
+resumed run goes on as it was: ``offload.states=auto`` is then what it was before. All ranks measure at the same time,
+and reckon with the slowest of them.
+"""
+
+import json
+import os
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from offload.arena import SHARED
+from offload.choose import Chosen, Room, choose, overrides
+from offload.cost import Layer, Prediction, Rates, predict, seconds
+from offload.device import host_available_bytes
+from offload.measure import measure
+from offload.nvme import endurance
+from offload.options import OffloadOptions
+from parallel import Placement
+from parallel.offloaded import num_threads, ranks_here
+from parallel.planning.away import Seconds, layers_of
+from parallel.planning.cost import memory
+from parallel.planning.traffic import Traffic
+from parallel.planning.workload import UnitCost
+from parallel.transport import Transport
+from trainer.build import Rank, mesh_of
+from trainer.changes import as_plain
+from trainer.job import Job
+from trainer.loggers import replace_file
+from trainer.models import LanguageModel
+from trainer.probe import Probed, probe
+from trainer.workload import workload_of
+
+FILE = "profile.json"
+SKIPPED, SHOWN = 3, 10
+"""Steps that are not compared (blocks compile, memory settles), and how many more until the first comparison."""
+FREE_HOST, FREE_NVME = 0.85, 0.95
+"""Of what is free, how much ``auto`` plans with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What was measured, and the memory there was."""
+
+    probed: Probed
+    rates: Rates
+    room: Room
+
+
+class Forecast:
+    """The predicted step beside the measured ones."""
+
+    def __init__(self, prediction: Prediction, job: Job, *, world: int) -> None:
+        self.prediction, self._options, self._world = prediction, job.offload, world
+        self._clip = job.train.clip_norm
+        self._norms: deque[float] = deque(maxlen=2)
+        self._skip = SKIPPED
+        self._ratios: list[float] = []
+        self._times: list[float] = []
+
+    def announce(self) -> str:
+        """The prediction, and what it means for the drives."""
+        alone = "" if self._world == 1 else ", without what ranks send each other"
+        return f"predicted: {self.prediction}{alone}{self._wear(self.prediction.step_s)}"
+
+    def seen(self, step_s: float, grad_norm: float) -> str:
+        """Take note of a step; what to say of it, mostly nothing."""
+        clipped = self._clip is not None and any(norm > self._clip for norm in self._norms)
+        self._norms.append(grad_norm)
+        if self._skip:
+            self._skip -= 1
+            return ""
+        expected_s = self.prediction.clipped_step_s if clipped else self.prediction.step_s
+        self._times.append(step_s)
+        self._ratios.append(step_s / expected_s)
+        return self._compare() if len(self._times) == SHOWN else ""
+
+    def summary(self) -> str:
+        """For the end of the run; empty where it was too short to tell."""
+        return self._compare() + self._wear(statistics.median(self._times)) if self._times else ""
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted, the median of the steps seen. At least one was."""
+        return statistics.median(self._ratios)
+
+    def _compare(self) -> str:
+        count, median = len(self._times), statistics.median(self._times)
+        return f"measured: {seconds(median)} a step (median of {count}), {self.ratio:.2f} of what was predicted"
+
+    def _wear(self, step_s: float) -> str:
+        """What this rank's writing means for the drives of its machine, if it writes any."""
+        if not self.prediction.written_bytes:
+            return ""
+        capacity = sum(_space(Path(path))[1] for path in self._options.nvme_path)
+        wear = endurance(
+            self.prediction.written_bytes, step_s, capacity_bytes=capacity, tbw=self._options.nvme_tbw
+        )  # fmt: skip
+        return f"\ndrives: {'this rank ' if self._world > 1 else ''}{wear}"
+
+
+def settle(
+    job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, folder: Path, say: Callable[[str], None]
+) -> tuple[Job, Forecast | None]:
+    """The job with a tier in the place of ``offload.states=auto``, and its forecast; None where nothing is predicted.
+    Collective.
+
+    model: on ``meta``. ValueError where ``auto`` finds nothing that fits, or cannot tell.
+    """
+    options = job.offload
+    if not options.away or not options.predict:
+        return job, None
+    needed, cannot = options.states == "auto", ""
+    if job.engine != "native" or job.parallel.sequence:
+        cannot = f"with {'parallel.sequence' if job.parallel.sequence else 'engine=' + job.engine} it is not reckoned"
+    elif job.optimizer.name != "adamw":
+        cannot = f"optimizer={job.optimizer.name} is not updated away from the device"
+    if cannot and needed:
+        raise ValueError(f"offload.states=auto: {cannot}; choose offload=host or nvme")
+    if cannot:
+        return job, None
+    plan = _Reckoning(job, model, where, dtype)
+    key = _key(job, where, dtype)
+    known = _agreed(_load(folder / FILE, key) if where.rank == 0 else None, where)
+    if known is None:
+        found = plan.measure()
+        profiles = _everyone(found, where)
+        if failed := next((text for text in profiles if isinstance(text, str)), None):
+            if needed:
+                raise ValueError(f"offload.states=auto: this machine could not be measured: {failed}")
+            say(f"the time of a step is not predicted: {failed}")
+            return job, None
+        profile = _slowest([p for p in profiles if isinstance(p, Profile)])
+    else:
+        profile, options = known
+        if needed:
+            say(f"offload.states=auto: {overrides(options)}, as when this run began")
+    if options.states == "auto":
+        chosen = plan.choose(profile)
+        options = chosen.options
+        say(f"offload.states=auto: {chosen.why}")
+    if where.rank == 0 and known is None:
+        replace_file(folder / FILE, json.dumps({"key": key, **_plain(profile), "offload": asdict(options)}, indent=1))
+    job = replace(job, offload=options)
+    forecast = Forecast(plan.predict(profile, options), job, world=where.world)
+    say(forecast.announce())
+    return job, forecast
+
+
+class _Reckoning:
+    """One rank's part of a job as the cost model sees it."""
+
+    def __init__(self, job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype) -> None:
+        self._job, self._where, self._dtype, self._vocab_size = job, where, dtype, model.vocab_size
+        mesh = mesh_of(job, where)
+        placement = Placement.of(job.parallel, mesh.num_levels)
+        transport = Transport.of(job.parallel, mesh, placement)
+        self.work = workload_of(job, model, where.world, compute_bytes=dtype.itemsize)
+        gloo = where.device.type == "cpu"
+        self._traffic = Traffic(self.work, mesh, placement, transport, gloo=gloo)
+        blocks = set(model.blocks())
+        self._blocks = {name for name, module in model.named_modules() if module in blocks}
+        self._num_blocks = len(blocks)
+
+    def measure(self) -> "Profile | str":
+        """This rank's own, or what went wrong."""
+        try:
+            parts = [part for layer in self._layers(lambda _: (0.0, 0.0)) for part in layer.parts]
+            options, device = self._job.offload, self._where.device
+            here = ranks_here()
+            threads = num_threads(options)
+            probed = probe(self._job, vocab_size=self._vocab_size, dtype=self._dtype, device=device)
+            if self._where.world > 1:
+                dist.barrier()
+            return Profile(
+                probed=probed,
+                rates=measure(parts, options, device=device, threads=threads),
+                room=_room(options, device, here),
+            )
+        except (OSError, ValueError, torch.OutOfMemoryError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    def predict(self, profile: Profile, options: OffloadOptions) -> Prediction:
+        layers = self._layers(self._times(profile.probed))
+        return predict(layers, options, profile.rates, micro_batches=self.work.micro_batches)
+
+    def choose(self, profile: Profile) -> Chosen:
+        sizes = memory(self.work, self._traffic)
+        kept = sizes["activations"]
+        if profile.probed.block_bytes is not None and profile.probed.rest_bytes is not None:
+            kept = profile.probed.rest_bytes + self._num_blocks * profile.probed.block_bytes
+        return choose(
+            self._layers(self._times(profile.probed)), self._job.offload, profile.rates, profile.room,
+            micro_batches=self.work.micro_batches, activation_bytes=kept + sizes["communication buffers"],
+        )  # fmt: skip
+
+    def _layers(self, times: Seconds) -> list[Layer]:
+        return layers_of(self.work, self._traffic, times)
+
+    def _times(self, probed: Probed) -> Seconds:
+        last = self.work.units[-1]
+
+        def times(unit: UnitCost) -> tuple[float, float]:
+            if unit.name in self._blocks:
+                return probed.block_forward_s, probed.block_backward_s
+            return (probed.rest_forward_s, probed.rest_backward_s) if unit is last else (0.0, 0.0)
+
+        return times
+
+
+def _room(options: OffloadOptions, device: torch.device, ranks: int) -> Room:
+    """What this rank may use. ranks: of this machine, which share it."""
+    available = host_available_bytes()
+    shared, _ = _space(SHARED)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+        device_bytes = min(free + torch.cuda.memory_reserved(device), allowed)
+    else:
+        device_bytes = available / ranks
+    host_bytes = FREE_HOST * min(available, shared) / ranks
+    drives = FREE_NVME * sum(_space(Path(path))[0] for path in options.nvme_path) / ranks
+    return Room(
+        device_bytes=device_bytes if options.device_bytes is None else options.device_bytes,
+        host_bytes=host_bytes if options.host_bytes is None else options.host_bytes,
+        nvme_bytes=drives if options.nvme_bytes is None else min(drives, options.nvme_bytes),
+    )
+
+
+def _space(folder: Path) -> tuple[float, float]:
+    """Bytes free, and in all, of the file system of a folder."""
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize
+
+
+def _slowest(profiles: list[Profile]) -> Profile:
+    """What all ranks can count on."""
+
+    def worst(parts: list[Any], pick: Callable[[list[float]], float]) -> Any:
+        values = {item.name: [getattr(part, item.name) for part in parts] for item in fields(parts[0])}
+        known = {name: None if None in found else pick(found) for name, found in values.items()}
+        return type(parts[0])(**known)
+
+    return Profile(
+        probed=worst([profile.probed for profile in profiles], max),
+        rates=replace(worst([profile.rates for profile in profiles], min), shared=profiles[0].rates.shared),
+        room=worst([profile.room for profile in profiles], min),
+    )
+
+
+def _everyone(mine: "Profile | str", where: Rank) -> list[Any]:
+    if where.world == 1:
+        return [mine]
+    found: list[Any] = [None] * where.world
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def _agreed(known: "tuple[Profile, OffloadOptions] | None", where: Rank) -> "tuple[Profile, OffloadOptions] | None":
+    """Rank 0's answer, on all ranks."""
+    if where.world == 1:
+        return known
+    told: list[Any] = [known]
+    dist.broadcast_object_list(told, src=0)
+    answer: tuple[Profile, OffloadOptions] | None = told[0]
+    return answer
+
+
+def _key(job: Job, where: Rank, dtype: torch.dtype) -> dict[str, Any]:
+    """What a profile is good for. Through JSON, as it comes back."""
+    device = torch.cuda.get_device_name(where.device) if where.device.type == "cuda" else "cpu"
+    plain = {name: as_plain(job)[name] for name in ("model", "optimizer", "parallel", "offload", "train")}
+    for name in ("steps", "eval_every_steps", "eval_sequences", "sample_tokens", "seed"):
+        plain["train"].pop(name)
+    key = plain | {"world": where.world, "dtype": str(dtype), "device": device, "cores": len(os.sched_getaffinity(0))}
+    agreed: dict[str, Any] = json.loads(json.dumps(key))
+    return agreed
+
+
+def _plain(profile: Profile) -> dict[str, Any]:
+    return {item.name: asdict(getattr(profile, item.name)) for item in fields(Profile)}
+
+
+def _load(file: Path, key: dict[str, Any]) -> tuple[Profile, OffloadOptions] | None:
+    """What was measured for the same job on the same machine, and the options then; None where there is nothing."""
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text())
+    if found["key"] != key:
+        return None
+    profile = Profile(
+        probed=Probed(**found["probed"]), rates=Rates(**found["rates"]), room=Room(**found["room"])
+    )  # fmt: skip
+    activations = type(OffloadOptions().activations)(**found["offload"].pop("activations"))
+    return profile, OffloadOptions(**found["offload"], activations=activations)

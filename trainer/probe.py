@@ -1,0 +1,176 @@
+"""How long a block of a model takes, and what it keeps: read from the same model cut to two blocks (and to one).
+
+Nothing of the job is touched: the probe has random weights, random tokens and no optimizer states, is one rank alone,
+and leaves the random numbers as they were. What it compiles, the model's blocks need not compile again.
+"""
+
+import gc
+import math
+import time
+from dataclasses import astuple, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload.options import ActivationOptions, OffloadOptions
+from parallel.options import OptimizerOptions, ParallelOptions
+from trainer.build import Rank, build_engine
+from trainer.job import Job
+from trainer.models import build_model
+from trainer.models.attention import attention_backends
+from trainer.options import HFOptions, LlamaOptions, ModelOptions
+
+WARM_UP, ROUNDS = 2, 5
+SHORT_S, LONG_S = 0.5, 4.0
+"""So long it takes at least, however many rounds that are; after so long two rounds are enough."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """Of one micro-batch on this device. Bytes are None on a CPU, which does not say what it holds."""
+
+    block_forward_s: float
+    block_backward_s: float
+    """Recomputation included."""
+    rest_forward_s: float
+    """Of all but the blocks: the embedding, the head and its loss."""
+    rest_backward_s: float
+    block_bytes: float | None
+    """What a block adds to a micro-batch's peak of memory, without weights, gradients and states."""
+    rest_bytes: float | None
+
+
+def probe(job: Job, *, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Probed:
+    """Run micro-batches through the job's model cut to two blocks, and on a GPU to one.
+
+    ValueError for a model that cannot be cut; torch.OutOfMemoryError where not even that fits.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        times, two_bytes = _run(job, 2, vocab_size, dtype, device)
+        one_bytes = _run(job, 1, vocab_size, dtype, device)[1] if devices else math.nan
+    block_bytes = max(0.0, two_bytes - one_bytes)
+    return Probed(
+        block_forward_s=times.block_forward_s,
+        block_backward_s=times.block_backward_s,
+        rest_forward_s=max(0.0, times.forward_s - 2 * times.block_forward_s),
+        rest_backward_s=max(0.0, times.backward_s - 2 * times.block_backward_s),
+        block_bytes=block_bytes if devices else None,
+        rest_bytes=max(0.0, one_bytes - block_bytes) if devices else None,
+    )
+
+
+def cut(options: ModelOptions, num_blocks: int) -> ModelOptions:
+    """The same model with fewer blocks and random weights."""
+    if isinstance(options, LlamaOptions):
+        return replace(options, num_layers=num_blocks)
+    if isinstance(options, HFOptions):
+        overrides = options.overrides | {"num_hidden_layers": str(num_blocks)}
+        return replace(options, from_scratch=True, overrides=overrides)
+    raise ValueError(f"a model by {type(options).__name__} cannot be cut to fewer blocks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Times:
+    forward_s: float
+    backward_s: float
+    block_forward_s: float
+    block_backward_s: float
+
+
+def _run(job: Job, num_blocks: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[_Times, float]:
+    """Seconds of the whole and of its last block, and bytes at the peak beside weights, gradients and states."""
+    mode = job.offload.activations.mode
+    alone = replace(
+        job,
+        model=cut(job.model, num_blocks),
+        optimizer=OptimizerOptions(name="sgd", momentum=0.0),
+        parallel=ParallelOptions(),
+        # which blocks swap how much depends on how many there are
+        offload=OffloadOptions(activations=ActivationOptions(mode="recompute" if mode in ("swap", "auto") else mode)),
+    )
+    seq_len, micro = job.train.seq_len, job.train.micro_batch_size or job.train.global_batch_size
+    model = build_model(alone.model, vocab_size=vocab_size, seq_len=seq_len, dtype=dtype, device=device)
+    watch = _Watch(device)
+    engine = build_engine(alone, model, Rank(0, 1, device), dtype, say=lambda _: None)
+    watch.hook(model, model.blocks()[-1])
+    rows = torch.randint(0, vocab_size, (micro, seq_len + 1), device=device)
+    found: list[_Times] = []
+    with attention_backends(device):
+        begin_s = time.perf_counter()
+        while not _enough(len(found) - WARM_UP, time.perf_counter() - begin_s):
+            watch.start()
+            engine.forward_backward(rows[:, :-1], rows[:, 1:], scale=1.0, first=True, last=True)
+            found.append(watch.stop())
+            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+            engine.step(0.0, None)
+            if len(found) <= WARM_UP:
+                begin_s = time.perf_counter()
+    held = engine.state_bytes()
+    held.pop("buffers", None)
+    gradients = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    engine.close()
+    del engine, model, rows, watch
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    columns = zip(*(astuple(times) for times in found[WARM_UP:]), strict=True)
+    fastest = _Times(**dict(zip((f.name for f in fields(_Times)), map(min, columns), strict=True)))  # others disturb
+    return fastest, max(0.0, peak - sum(held.values()) - gradients)
+
+
+def _enough(rounds: int, passed_s: float) -> bool:
+    return rounds >= ROUNDS and passed_s > SHORT_S or rounds >= 2 and passed_s > LONG_S
+
+
+class _Watch:
+    """Times of a micro-batch and of one block in it, on the device's own clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda, self._device = device.type == "cuda", device
+        self._marks: dict[str, Any] = {}
+
+    def hook(self, model: nn.Module, block: nn.Module) -> None:
+        def before(_: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+            entering = inputs[0] if inputs else options["hidden_states"]
+            entering.register_hook(lambda _: self._mark("block left"))
+            self._mark("block begins")
+
+        def after(_: nn.Module, inputs: Any, output: Any) -> None:
+            self._mark("block ends")
+            leaving: Tensor = output if isinstance(output, Tensor) else output[0]
+            leaving.register_hook(lambda _: self._mark("block entered"))
+
+        block.register_forward_pre_hook(before, with_kwargs=True)
+        block.register_forward_hook(after)
+        model.register_forward_hook(lambda *_: self._mark("forward ends"))
+
+    def start(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._mark("begins")
+
+    def stop(self) -> _Times:
+        self._mark("ends")
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+        return _Times(
+            forward_s=self._between("begins", "forward ends"),
+            backward_s=self._between("forward ends", "ends"),
+            block_forward_s=self._between("block begins", "block ends"),
+            block_backward_s=self._between("block entered", "block left"),
+        )
+
+    def _mark(self, name: str) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks[name] = event
+        else:
+            self._marks[name] = time.perf_counter()
+
+    def _between(self, first: str, last: str) -> float:
+        start, end = self._marks[first], self._marks[last]
+        return float(start.elapsed_time(end) / 1e3 if self._cuda else end - start)

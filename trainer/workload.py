@@ -1,0 +1,27 @@
+"""A job's numbers for a cost model: what its units hold and compute, from its model on ``meta``."""
+
+from dataclasses import replace
+
+from parallel.planning.workload import Workload
+from trainer.job import Job
+from trainer.models import LanguageModel
+
+
+def workload_of(job: Job, model: LanguageModel, world: int, *, compute_bytes: int) -> Workload:
+    """Of one rank of `world`. compute_bytes: of an element of the compute dtype."""
+    micro, count = job.micro_batches(world)
+    options = job.parallel
+    work = Workload.read(
+        model,
+        seq_len=job.train.seq_len,
+        micro_batch_size=micro,
+        micro_batches=count,
+        compute_bytes=compute_bytes,
+        reduce_bytes=2 if options.reduce_dtype == "bf16" else 4,
+        moments=2 if job.optimizer.name == "adamw" else int(job.optimizer.momentum > 0),
+        prefetch_units=options.prefetch_units,
+        recompute=job.offload.activations.mode in ("checkpoint", "recompute"),
+        loss_chunk_tokens=job.model.loss_chunk_tokens,
+        exact=options.exact,
+    )
+    return replace(work, overlap=options.overlap)
