@@ -104,6 +104,10 @@ class Activations:
         """Of tapes that are no more; what reads their buffers may not be launched yet."""
         self._auto = options.mode == "auto" or (options.mode == "swap" and options.alpha is None)
         """Whether α is still to be chosen."""
+        self._wrapped: list[weakref.ref[nn.Module]] = []
+        """Linears that tell of their products."""
+        self._unwrap: list[tuple[weakref.ref[nn.Module], Any]] = []
+        """Blocks, and the forward that each had of its own before."""
         self._num_forwards = 0
         self._times: dict[int, tuple[Any, Any]] = {}
         self._sizes: dict[int, dict[str, int]] = {}
@@ -124,9 +128,22 @@ class Activations:
         away = Choice("swap", o.alpha or 0.0) if swap else Choice("recompute")
         self._choices = [away] * (n - num_kept) + [Choice("keep")] * num_kept
         for position, block in enumerate(blocks):
-            for module in block.modules():
-                intercept(module)
-            block.forward = partial(self._run, position, block, block.forward)
+            self._wrapped += [weakref.ref(module) for module in block.modules() if intercept(module)]
+            self._stand_before(position, block)
+
+    def _stand_before(self, position: int, block: nn.Module) -> None:
+        """Have `block` run by `_run`. The block holds this, and neither this nor what stands there the block: its
+        memory would go only when cycles are looked for."""
+        own: Any = weakref.ref(block)
+        before = block.__dict__.get("forward")
+        inner = before or type(block).forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            block = own()
+            return self._run(position, block, inner if before else partial(inner, block), *args, **kwargs)
+
+        block.forward = forward
+        self._unwrap.append((own, before))
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -147,7 +164,17 @@ class Activations:
         ]
 
     def close(self) -> None:
-        """After the last backward: let go of the memory."""
+        """After the last backward: let go of the memory; blocks are as they were before `wrap`."""
+        for own, before in self._unwrap:
+            if (block := own()) is not None:
+                del block.forward
+                if before is not None:
+                    block.forward = before
+        for wrapped in self._wrapped:
+            if (module := wrapped()) is not None:
+                del module.forward
+        self._unwrap.clear()
+        self._wrapped.clear()
         self._settle(0)
         self._give_back()
         if self.device.type == "cuda":

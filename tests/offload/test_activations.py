@@ -4,6 +4,7 @@ On CPU the same code runs as on a GPU, each copy done when it is asked for. Memo
 """
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -313,6 +314,30 @@ def test_nothing_grows_over_fifty_steps() -> None:
     assert swap.pools._slots.num == LAYERS - 2
 
 
+def test_a_model_that_is_let_go_of_is_gone_at_once() -> None:
+    """Also while garbage is not collected: nothing that was wrapped holds itself."""
+    model = llama()
+    swap = leaving(model, "swap", 0.5)
+    gradients(model, *batch())
+    weights, kept = [weakref.ref(p) for p in model.parameters()], weakref.ref(swap)
+    gc.collect()
+    gc.disable()
+    try:
+        del swap, model
+        assert [p for p in weights if p() is not None] == [] and kept() is None
+    finally:
+        gc.enable()
+
+
+def test_closed_blocks_are_as_they_were() -> None:
+    model, expected = llama(), gradients(llama(), *batch())
+    before = [set(module.__dict__) for module in model.modules()]
+    swap = leaving(model)
+    swap.close()
+    assert [set(module.__dict__) for module in model.modules()] == before
+    assert_equal(gradients(model, *batch()), expected)
+
+
 def test_memory_that_is_given_back_is_poisoned() -> None:
     """So the other tests would find whoever still reads it."""
     model = llama()
@@ -523,7 +548,6 @@ def test_the_peak_on_a_gpu_is_lower_and_does_not_grow() -> None:
         if swap:
             swap.close()
         del model, swap
-        gc.collect()  # a wrapped block and its forward hold each other
         torch.cuda.empty_cache()
     assert peaks["swap", 19] < 0.7 * peaks["keep", 19]
     assert peaks["swap", 19] <= peaks["swap", 3]
