@@ -40,6 +40,7 @@ from offload.activations_memory import (
     on,
     places,
     room,
+    spare_bytes,
     wait,
 )
 from offload.activations_plan import BlockCost, Choice, choose
@@ -80,13 +81,15 @@ class Activations:
         *,
         pack: Callable[[Tensor], Any] | None = None,
         unpack: Callable[[Any], Tensor] | None = None,
+        sharing: int = 1,
         say: Callable[[str], None] = log.info,
         poison: bool = False,
     ) -> None:
         """pack, unpack: hooks for weights that are gathered, as `torch.autograd.graph.saved_tensors_hooks` takes them;
-        what `pack` returns unchanged is an activation. say: gets what ``auto`` chose. poison: fill memory with NaN when
+        what `pack` returns unchanged is an activation. sharing: how many ranks take of this machine's memory. say: gets
+        what ``auto`` chose. poison: fill memory with NaN when
         it is given back, to find who still reads it."""
-        self.options, self.device, self._say = options, device, say
+        self.options, self.device, self._say, self._sharing = options, device, say, sharing
         self._hooks = {"pack": pack, "unpack": unpack}
         self.pools = Pools(device, options.host_bytes, poison=poison)
         cuda = device.type == "cuda"
@@ -197,8 +200,8 @@ class Activations:
         if choice.mode == "keep":
             out = forward(*args, **kwargs)
         else:
-            tape = Tape(block, forward, args, kwargs, alpha=choice.alpha, **self._hooks)
             measured = self._auto and self._num_forwards > WARM_UP
+            tape = Tape(block, forward, args, kwargs, alpha=choice.alpha, measure=measured, **self._hooks)
             start = now(self.device) if measured else None
             out = tape.record()
             if measured:
@@ -277,19 +280,21 @@ class Activations:
     # ------------------------------------------------------------------------------------------------ auto
 
     def _decide(self) -> None:
-        """After the forward that is measured, choose α for each block that swaps."""
+        """After the forward that is measured, choose for each block that swaps."""
         self._num_forwards += 1
         if not self._auto or self._num_forwards < WARM_UP + 2:
             return
         self._auto = False
-        rate, most = link_bytes_per_s(self.device), self.options.host_bytes
+        rate, most, spare = link_bytes_per_s(self.device), self.options.host_bytes, spare_bytes(self.device)
         if most is None:
-            most = int(HOST_SHARE * (host_available_bytes() + self.pools.size_bytes()["host"]))
-        chosen = choose(self.costs(), link_bytes_per_s=rate, host_bytes=most, keep_last=0)
+            most = int(HOST_SHARE / self._sharing * (host_available_bytes() + self.pools.size_bytes()["host"]))
+        chosen = choose(self.costs(), link_bytes_per_s=rate, host_bytes=most, gpu_bytes=spare, keep_last=0)
         for position, choice in zip(sorted(self._sizes), chosen, strict=True):
             self._choices[position] = choice
+        left = "" if spare is None else f", {spare / 1e9:.1f} GB left over on the device"
         self._say(
             f"activations: {describe(self._choices)}; link {rate / 1e9:.1f} GB/s, {most / 1e9:.1f} GB of host memory"
+            + left
         )
 
 

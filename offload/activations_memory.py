@@ -21,6 +21,8 @@ from offload.arena import Arena, ArenaError
 from offload.space import round_up
 
 ALIGN = 512
+GPU_SHARE = 0.97
+"""Of the GPU's memory, or what is allowed of it, what is filled: the rest is for kernels' workspaces and holes."""
 POISON = 0xFF
 """Every byte of it is a NaN in any floating-point format."""
 Event = torch.cuda.Event | None
@@ -172,6 +174,20 @@ def link_bytes_per_s(device: torch.device, size_bytes: int = 128 << 20) -> float
             seconds.append(elapsed_s(start, now(device)))
         del target
     return size_bytes / min(seconds)
+
+
+def spare_bytes(device: torch.device) -> int | None:
+    """What this process may still take of a GPU beside the most that it has held so far; None on CPU.
+
+    The most is what PyTorch reserved: a hole in it may not be where it is wanted."""
+    if device.type == "cpu":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allowed = torch.cuda.memory_reserved(device), total
+    if hasattr(torch.cuda, "get_per_process_memory_fraction"):
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    most = torch.cuda.max_memory_reserved(device)
+    return max(0, int(GPU_SHARE * min(allowed, free + reserved)) - most)
 
 
 def now(device: torch.device) -> Any:

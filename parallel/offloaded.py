@@ -206,11 +206,15 @@ def _check_limits(states: AwayStates, options: OffloadOptions) -> None:
             )
 
 
+def ranks_here() -> int:
+    """How many ranks share this machine. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return 1
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names.count(socket.gethostname())
+
+
 def _threads() -> int:
     """This machine's cores over its ranks, but for one that issues the device's work."""
-    ranks = 1
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        names: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(names, socket.gethostname())
-        ranks = names.count(socket.gethostname())
-    return max(1, len(os.sched_getaffinity(0)) // ranks - 1)
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here() - 1)

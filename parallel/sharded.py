@@ -39,7 +39,7 @@ from parallel import optimizer as optimizers
 from parallel.collectives import BufferPool, Lane, Queue, Steps
 from parallel.cut import cut_units, move_without_memory, wrap_blocks
 from parallel.mesh import Mesh
-from parallel.offloaded import Offloader
+from parallel.offloaded import Offloader, ranks_here
 from parallel.options import OptimizerOptions, ParallelOptions
 from parallel.placement import Placement
 from parallel.transport import Transport
@@ -120,7 +120,10 @@ class ShardedModel:
         self.optimizer = optimizers.build(optimizer, self._resident)
         persistent = model.state_dict(keep_vars=True)
         self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-        self.activations = Activations(offload.activations, device, pack=self._pack, unpack=self._unpack, say=say)
+        sharing = ranks_here() if offload.activations.leave else 1
+        self.activations = Activations(
+            offload.activations, device, pack=self._pack, unpack=self._unpack, sharing=sharing, say=say
+        )
         self.activations.wrap(blocks)
         again = {*recompute, *(blocks if offload.activations.leave else ())}
         self._recomputed = {unit for unit in self.units if unit.module in again}

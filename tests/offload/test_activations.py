@@ -279,11 +279,15 @@ def held_after_forward(num_layers: int, mode: str, alpha: float | None, keep_las
     return held
 
 
+def kept_by_a_block() -> int:
+    one, two = (held_after_forward(n, "keep", None) for n in (1, 2))
+    return two - one
+
+
 def test_what_leaves_is_held_no_more() -> None:
     tokens, o = 2 * SEQ, OPTIONS
-    one, two = (held_after_forward(n, "keep", None) for n in (1, 2))
-    block = two - one
-    outside = one - block
+    block = kept_by_a_block()
+    outside = held_after_forward(1, "keep", None) - block
     assert held_after_forward(6, "swap", 1.0) <= outside
     assert held_after_forward(6, "swap", 0.3, keep_last=2) <= outside + 2 * block
     stays = 4 * tokens * (o.dim + o.num_heads * o.head_dim + o.num_heads)  # input, output, log-sum-exp
@@ -476,8 +480,18 @@ def test_a_block_without_room_in_host_memory_is_recomputed() -> None:
 
 
 def test_memory_left_on_the_device_keeps_the_last_blocks() -> None:
-    modes = [c.mode for c in choose([cost(kept=200)] * 6, link_bytes_per_s=80, gpu_bytes=799, keep_last=2)]
-    assert modes == ["swap"] * 3 + ["keep"] * 3
+    def modes(gpu_bytes: int) -> list[str]:
+        return [c.mode for c in choose([cost(kept=200)] * 6, link_bytes_per_s=80, gpu_bytes=gpu_bytes, keep_last=2)]
+
+    assert modes(799 + 200) == ["swap"] * 3 + ["keep"] * 3
+    assert modes(800 + 200) == ["swap"] * 2 + ["keep"] * 4
+
+
+def test_products_are_swapped_only_where_the_device_has_room_for_those_under_way() -> None:
+    """Twice those of one block, see [Note: what swapping takes on the device]."""
+    for gpu_bytes, alpha in ((199, 0.0), (200, 0.5), (None, 0.5)):
+        chosen = choose([cost(kept=300)] * 6, link_bytes_per_s=80, gpu_bytes=gpu_bytes, keep_last=0)
+        assert chosen == [Choice("swap", alpha)] * 6
 
 
 @given(
@@ -512,6 +526,7 @@ def test_auto_measures_and_then_chooses() -> None:
     found = swap.costs()[0]
     assert found.input_bytes == 4 * tokens * o.dim
     assert found.rest_bytes == 4 * tokens * (128 + 64 + 2 * o.ffn_dim)
+    assert found.kept_bytes == kept_by_a_block()
     assert swap.choices[0].alpha > 0, "a copy in memory is faster than a block"
 
 
