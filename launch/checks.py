@@ -145,6 +145,11 @@ def _check_engine(job: Job, parallel: ParallelOptions) -> None:
             f"offload.activations.mode={job.offload.activations.mode} needs engine=native; engine={job.engine} has "
             f"keep and checkpoint"
         )
+    if job.offload.activations.tile_tokens is not None:
+        raise ValueError(
+            f"offload.activations.tile_tokens={job.offload.activations.tile_tokens} needs engine=native; "
+            f"engine={job.engine} does not read it"
+        )
     if job.engine == "deepspeed" and parallel.levels:
         raise ValueError("parallel.levels is not read by engine=deepspeed; leave it empty, or set engine=native")
 

@@ -62,6 +62,16 @@ def watched(watcher: Watcher) -> Iterator[None]:
         _thread.watcher = before
 
 
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Within it this thread's Linears tell nobody."""
+    before, _thread.watcher = getattr(_thread, "watcher", None), None
+    try:
+        yield
+    finally:
+        _thread.watcher = before
+
+
 def product(inputs: Sequence[Tensor], out: Tensor, first_row: int) -> None:
     """Rows `first_row` and following of a Linear's result, into `out` (..., columns), contiguous."""
     x, weight, *bias = inputs
