@@ -17,7 +17,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 STEP = 64
 """α is a multiple of 1 / STEP, or a breath of noise in a time would have host memory made anew."""
 

@@ -37,7 +37,7 @@ def tile(modules: Sequence[nn.Module], num_tokens: int) -> None:
     """
     if not modules:
         raise ValueError(
-            f"offload.activations.tile_tokens={num_tokens}: the model has no MLP of plain Linears to tile; leave it null"
+            f"offload.activations.tile_tokens={num_tokens}: the model has no MLP of plain Linears; set it to null"
         )
     for module in modules:
         _tile(module, num_tokens)
