@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--budget-s", type=float, default=460, help="for all")
     parser.add_argument("--long-case", default="4b:131072:1")
-    parser.add_argument("--long", nargs="*", default=["host%swap:0", "host%checkpoint"])
+    parser.add_argument("--long", nargs="*", default=["host%swap:0:1", "host%checkpoint"])
     parser.add_argument("--long-s", type=float, default=160, help="for each run of it")
     parser.add_argument("--sweep-model", default="3b")
     parser.add_argument("--sweep-layers", type=int, default=10)
