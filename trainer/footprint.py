@@ -85,18 +85,27 @@ def footprint(job: Job, *, vocab_size: int, micro_batch_size: int, num_tokens: i
     num_tokens: of a sequence on this rank, its part where `parallel.sequence` shares it. vocab_size: the tokenizer's.
     """
     cpu = torch.device("cpu")
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build_model(job.model, vocab_size=vocab_size, seq_len=num_tokens, dtype=dtype, device=cpu)
-        move_without_memory(model, dtype, cpu)
-        if job.offload.activations.tile_tokens:
-            tile(model.tiles(), job.offload.activations.tile_tokens)
-        blocks = model.blocks()
+    model = build_model(job.model, vocab_size=vocab_size, seq_len=num_tokens, dtype=dtype, device=cpu)
+    move_without_memory(model, dtype, cpu)
+    if job.offload.activations.tile_tokens:
+        tile(model.tiles(), job.offload.activations.tile_tokens)
+    blocks = model.blocks()
+    fake = FakeTensorMode()
+    _pretend(model, fake)
+    with fake:
         tokens = torch.zeros(micro_batch_size, num_tokens, dtype=torch.int64)
         args, kwargs = _arguments(model, blocks[0], tokens)
         sizes = _block(blocks[0], args, kwargs)
-        return Footprint(
-            num_blocks=len(blocks), head_bytes=_head(model.units()[-1], args[0], tokens), **sizes
-        )  # fmt: skip
+        return Footprint(num_blocks=len(blocks), head_bytes=_head(model.units()[-1], args[0], tokens), **sizes)
+
+
+def _pretend(model: nn.Module, fake: FakeTensorMode) -> None:
+    """Give `model` fake parameters and buffers; it is built before, as a model may look at its own values then."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(fake.from_tensor(p.detach()), p.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, fake.from_tensor(buffer))
 
 
 def _arguments(model: nn.Module, block: nn.Module, tokens: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
