@@ -159,6 +159,11 @@ class Activations:
             raise ValueError(f"{len(choices)} choices for {len(self._choices)} blocks of {self.options}")
         self._choices, self._auto = list(choices), False
 
+    def device_bytes(self) -> int:
+        """On the device now: the buffers, and what is on its way out."""
+        leaving = sum(flat.nbytes for _, _, flats in self._leaving for flat in flats)
+        return self.pools.buffer_bytes + leaving
+
     def costs(self) -> list[BlockCost]:
         """Of the blocks that swap, as measured; empty before. Waits for the device."""
         return [

@@ -64,6 +64,8 @@ class Pools:
         """host_bytes: the most for slots. poison: fill with NaN what is given back."""
         self.device, self.host_bytes, self.poison = device, host_bytes, poison
         self.num_buffers = 0
+        self.buffer_bytes = 0
+        """Of all buffers, free or not."""
         self._buffers: list[Memory] = []
         self._slots: _Slots | None = None
 
@@ -81,8 +83,10 @@ class Pools:
             if memory.data.numel() >= size_bytes:
                 return memory
             wait(self.device, None, memory.free)  # the allocator hands it out again in the order of this stream
+            self.buffer_bytes -= memory.data.numel()
         else:
             self.num_buffers += 1
+        self.buffer_bytes += size_bytes
         return Memory(torch.empty(size_bytes, dtype=torch.uint8, device=self.device), mark(self.device, None))
 
     def give_buffer(self, memory: Memory) -> None:
@@ -141,6 +145,7 @@ class Pools:
             ) from error
 
     def close(self) -> None:
+        self.buffer_bytes -= sum(memory.data.numel() for memory in self._buffers)
         self._buffers.clear()
         slots, self._slots = self._slots, None
         if slots is not None:

@@ -276,6 +276,14 @@ class ShardedModel:
             **self._offloader.bytes(),
         }
 
+    def passing_bytes(self) -> dict[str, int]:
+        made = [p.grad for unit in self._all for flat in unit.trainable for p in flat.parameters]
+        held = [*made, *(flat.grad for flat in self._trainable)]
+        return {
+            "gradients": sum(grad.nbytes for grad in held if grad is not None),
+            "swapped activations": self.activations.device_bytes(),
+        }
+
     # ------------------------------------------------------------------------------------------------ units
 
     def _watch(self, unit: Unit, position: int) -> None:

@@ -13,7 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from trainer.evaluate import sample, validate
 from trainer.job import Job
 from trainer.models import build_model
 from trainer.models.attention import attention_backends
+from trainer.out_of_memory import explained
 from trainer.plan import describe
 from trainer.progress import Progress
 from trainer.run import RunFolder
@@ -78,7 +79,7 @@ class Trainer:
 
     def train(self) -> Event:
         """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished`` or ``stopped``."""
-        with self._opened(), attention_backends(self.where.device):
+        with self._opened(), attention_backends(self.where.device), self._out_of_memory_explained():
             if self.step == 0:
                 self._validate()
             while self.step < self.job.train.steps and not self._stopping:
@@ -122,6 +123,9 @@ class Trainer:
         if self.where.device.type == "cuda":
             rows = rows.pin_memory().to(self.where.device, non_blocking=True)
         return rows[:, :-1][:, part], rows[:, 1:][:, part]
+
+    def _out_of_memory_explained(self) -> AbstractContextManager[None]:
+        return explained(self.job, self.where, self.engine, self.corpus.vocab_size, lambda: self.step)
 
     def _due(self, every_steps: int) -> bool:
         return every_steps > 0 and self.step % every_steps == 0 and self.step < self.job.train.steps
