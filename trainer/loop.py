@@ -29,6 +29,7 @@ from trainer.build import Rank, build_engine, check_same_data, choose_dtype, ope
 from trainer.data import open_corpus
 from trainer.evaluate import sample, validate
 from trainer.job import Job
+from trainer.memory import Picture
 from trainer.models import build_model
 from trainer.models.attention import attention_backends
 from trainer.out_of_memory import explained
@@ -38,6 +39,8 @@ from trainer.run import RunFolder
 from trainer.schedule import learning_rate
 
 Event = dict[str, Any]
+PICTURED = 5
+"""Which step of this process the picture of the memory is of."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Trainer:
             if self.step == 0:
                 self._validate()
             while self.step < self.job.train.steps and not self._stopping:
-                self._report(self.train_step(self.step))
+                with self._pictured():
+                    self._report(self.train_step(self.step))
                 self.step += 1
                 if self._due(self.job.train.eval_every_steps):
                     self._validate()
@@ -127,6 +131,17 @@ class Trainer:
     def _out_of_memory_explained(self) -> AbstractContextManager[None]:
         return explained(self.job, self.where, self.engine, self.corpus.vocab_size, lambda: self.step)
 
+    @contextmanager
+    def _pictured(self) -> Iterator[None]:
+        """Watches who holds the device's memory in one step, on rank 0: the first few may compile, or choose."""
+        self._num_steps += 1
+        if self._num_steps != PICTURED or self.where.rank or not self.job.logger.plot:
+            yield
+            return
+        with self._picture.watch(self.step):
+            yield
+        self.run.save_memory(self._picture.record())
+
     def _due(self, every_steps: int) -> bool:
         return every_steps > 0 and self.step % every_steps == 0 and self.step < self.job.train.steps
 
@@ -169,6 +184,9 @@ class Trainer:
         self.engine = build_engine(job, model, where, dtype, self._tell)
         cleanup.callback(self.engine.close)
         self._event({"type": "plan", "text": describe(job, where, self.corpus, model, self.engine)})
+        compiles = where.device.type == "cuda" if job.model.compile is None else job.model.compile
+        self._picture = Picture(self.engine, model.units(), where.device, counted=not compiles)
+        self._num_steps = 0
         self.step = 0
         self._saved_step = -1
         self._stopping = False

@@ -16,24 +16,13 @@ from parallel.engine import Engine
 from trainer.build import Rank, choose_dtype
 from trainer.footprint import Footprint, alternatives, footprint
 from trainer.job import Job
+from trainer.memory import owners
 
 log = logging.getLogger(__name__)
 ACTIVATIONS = "activations and workspace"
 FULL = 0.95
 """Of what is allowed, what an estimate may fill to be called fitting."""
 TILE_TOKENS = 8192
-
-
-def owners(engine: Engine, device: torch.device) -> dict[str, int]:
-    """Bytes on the device now, by owner, without the activations that autograd holds."""
-    state = engine.state_bytes()
-    return {
-        "parameters": state["parameters"],
-        "optimizer states": state["master"] + state["optimizer"] + state.get("residuals", 0),
-        "communication buffers": state["buffers"],
-        "gradients": state.get("gradients", 0),
-        **engine.passing_bytes(),
-    }
 
 
 def limit_bytes(device: torch.device) -> int | None:
@@ -45,9 +34,7 @@ def limit_bytes(device: torch.device) -> int | None:
 
 
 @contextmanager
-def explained(
-    job: Job, where: Rank, engine: Engine, vocab_size: int, step: Callable[[], int]
-) -> Iterator[None]:
+def explained(job: Job, where: Rank, engine: Engine, vocab_size: int, step: Callable[[], int]) -> Iterator[None]:
     """Within it ``torch.OutOfMemoryError`` says who holds the memory and what would take less."""
     try:
         yield
