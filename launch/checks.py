@@ -8,6 +8,7 @@ from launch.config import Config
 from launch.options import LaunchOptions
 from parallel.options import ParallelOptions
 from trainer.job import Job
+from trainer.options import LlamaOptions
 
 BASELINE_PLACEMENTS = {"fsdp2": ("ddp", "zero2", "zero3", "hsdp"), "deepspeed": ("zero1", "zero2", "zero3")}
 """What one sharding for parameters, gradients and optimizer states (FSDP2), or a ZeRO stage, can express."""
@@ -111,12 +112,28 @@ def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
     placement = Placement.of(options, len(levels))
     if options.sequence and options.sequence not in levels:
         raise ValueError(f"parallel.sequence={options.sequence}: the levels are {', '.join(levels)}")
+    if options.sequence:
+        _check_sequence(config, levels[options.sequence])
     if options.quantizes:
         from parallel.mesh import Mesh
         from parallel.transport import Transport
 
         Transport.of(options, Mesh(levels), placement)
     return replace(options, levels=levels)
+
+
+def _check_sequence(config: Config, size: int) -> None:
+    """That of `parallel.sequence.SequenceParallel`, for what is known without the model."""
+    if isinstance(config.model, LlamaOptions) and config.model.num_heads % size:
+        raise ValueError(
+            f"parallel.sequence={config.parallel.sequence} has {size} ranks, which model.num_heads="
+            f"{config.model.num_heads} must be divisible by; choose another level, or change parallel.levels"
+        )
+    if config.train.seq_len < size:
+        raise ValueError(
+            f"parallel.sequence={config.parallel.sequence} has {size} ranks, and each needs a token of "
+            f"train.seq_len={config.train.seq_len}"
+        )
 
 
 def _check_engine(job: Job, parallel: ParallelOptions) -> None:

@@ -82,15 +82,18 @@ class Activations:
         pack: Callable[[Tensor], Any] | None = None,
         unpack: Callable[[Any], Tensor] | None = None,
         sharing: int = 1,
+        most_tokens: int | None = None,
         say: Callable[[str], None] = log.info,
         poison: bool = False,
     ) -> None:
         """pack, unpack: hooks for weights that are gathered, as `torch.autograd.graph.saved_tensors_hooks` takes them;
-        what `pack` returns unchanged is an activation. sharing: how many ranks take of this machine's memory. say: gets
-        what ``auto`` chose. poison: fill memory with NaN when
+        what `pack` returns unchanged is an activation. sharing: how many ranks take of this machine's memory.
+        most_tokens: of a forward that is to come, all its sequences together; None: not known. say: gets what ``auto``
+        chose. poison: fill memory with NaN when
         it is given back, to find who still reads it."""
         self.options, self.device, self._say, self._sharing = options, device, say, sharing
         self._hooks = {"pack": pack, "unpack": unpack}
+        self._most_tokens = most_tokens
         self.pools = Pools(device, options.host_bytes, poison=poison)
         cuda = device.type == "cuda"
         self._out = torch.cuda.Stream(device) if cuda else None
@@ -222,6 +225,8 @@ class Activations:
         """Copy a tape's sources to host memory; they are let go of once they are there."""
         sources = [source for source in tape.sources if source.flat is not None]
         num = sum(choice.mode == "swap" for choice in self._choices)
+        if self._most_tokens:
+            self.pools.growth = max(1.0, self._most_tokens / tape.num_tokens)
         slot = self.pools.take_slot(room(sources, whole=False), num)
         flats: list[Tensor] = []
         wait(self.device, self._out, mark(self.device, None), slot.free)

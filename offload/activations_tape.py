@@ -154,7 +154,8 @@ class Tape:
             else:
                 fixed.append(leaf)
         self._fixed = {t.untyped_storage().data_ptr() for t in fixed}
-        self.device = tensors[min(moving)].device
+        first = tensors[min(moving)]
+        self.device, self.num_tokens = first.device, max(1, first.numel() // first.size(-1))
 
     def sizes(self) -> dict[str, int]:
         """Bytes on the device by kind: ``input``, ``attention``, and ``rest``, the products as if α were 1; ``kept``

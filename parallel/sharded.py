@@ -79,6 +79,7 @@ class ShardedModel:
         offload: OffloadOptions = KEEP,
         blocks: Sequence[nn.Module] = (),
         recompute: Sequence[nn.Module] = (),
+        most_tokens: int | None = None,
         say: Callable[[str], None] = log.info,
     ) -> None:
         self.model, self.mesh, self.placement = model, mesh, placement
@@ -122,8 +123,9 @@ class ShardedModel:
         self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
         sharing = ranks_here() if offload.activations.leave else 1
         self.activations = Activations(
-            offload.activations, device, pack=self._pack, unpack=self._unpack, sharing=sharing, say=say
-        )
+            offload.activations, device,
+            pack=self._pack, unpack=self._unpack, sharing=sharing, most_tokens=most_tokens, say=say,
+        )  # fmt: skip
         self.activations.wrap(blocks)
         again = {*recompute, *(blocks if offload.activations.leave else ())}
         self._recomputed = {unit for unit in self.units if unit.module in again}
@@ -423,6 +425,7 @@ def shard(
     blocks: Sequence[nn.Module] = (),
     recompute: Sequence[nn.Module] = (),
     compile: Sequence[nn.Module] = (),
+    most_tokens: int | None = None,
     say: Callable[[str], None] = log.info,
 ) -> ShardedModel:
     """Shard a model for training; collective over the mesh.
@@ -434,6 +437,7 @@ def shard(
     offload: what lives in host memory or on NVMe. Call `close` at the end to let go of it.
     blocks: whose activations are treated as ``offload.activations`` says, in the order they run.
     recompute, compile: modules whose forward is recomputed in the backward, or compiled by ``torch.compile``.
+    most_tokens: of a micro-batch, where that is known: what activations are swapped to is made for it at once.
     say: gets what is chosen while training, in words.
 
     ValueError where a unit is not part of the model, or lies inside another, or for `offload` options that cannot be
@@ -443,7 +447,7 @@ def shard(
     engine = ShardedModel(
         model, mesh, placement,
         units=units, optimizer=optimizer, options=options, dtype=dtype, device=device, offload=offload,
-        blocks=blocks, recompute=recompute, say=say,
+        blocks=blocks, recompute=recompute, most_tokens=most_tokens, say=say,
     )  # fmt: skip
     engine.load(initial, moments=False)
     return engine

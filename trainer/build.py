@@ -88,7 +88,12 @@ def build_engine(
 
     mesh = mesh_of(job, where)
     placement = Placement.of(job.parallel, mesh.num_levels)
-    return shard(model, mesh, placement, offload=job.offload, blocks=model.blocks(), say=say, **common)
+    micro, _ = job.micro_batches(where.world)
+    most_tokens = micro * -(-job.train.seq_len // job.parallel.sequence_ranks)
+    return shard(
+        model, mesh, placement,
+        offload=job.offload, blocks=model.blocks(), most_tokens=most_tokens, say=say, **common,
+    )  # fmt: skip
 
 
 def mesh_of(job: Job, where: Rank) -> Mesh:

@@ -170,7 +170,7 @@ def draw(record: Path, png: Path, title: str) -> None:
     turn = next((i for i, p in enumerate(points) if p["at"].endswith("backward")), None)
     if turn is not None:
         axes.axvline(turn, color="#6b7785", linewidth=0.8, linestyle=":")
-        axes.text(turn, axes.get_ylim()[1], " backward", va="top", fontsize=8, color="#6b7785")
+        axes.text(turn, 0, " backward", va="bottom", fontsize=8, color="white")
     axes.margins(x=0, y=0.15)
     axes.set_title(f"{title}: memory of step {found['step']} on {found['device']}", loc="left", fontsize=11)
     axes.set_xlabel("units of the model, forward and backward")

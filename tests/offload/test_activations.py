@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -298,9 +299,11 @@ def test_what_leaves_is_held_no_more() -> None:
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-def test_nothing_grows_over_fifty_steps() -> None:
+@pytest.mark.parametrize("num_steps", [50, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(400)])])
+def test_nothing_grows(num_steps: int) -> None:
     model = llama()
     swap = leaving(model, "swap", 0.5)
+    process = psutil.Process()
 
     def state() -> tuple[Any, ...]:
         gc.collect()
@@ -310,10 +313,13 @@ def test_nothing_grows_over_fifty_steps() -> None:
 
     for _ in range(2):
         gradients(model, *batch())
-    before = state()
-    for _ in range(50):
+    before, resident = state(), 0
+    for step in range(num_steps):
         gradients(model, *batch())
+        if step == 20:
+            resident = process.memory_info().rss
     assert state() == before
+    assert process.memory_info().rss < resident + (16 << 20)
     assert swap.pools.num_buffers == 2
     assert swap.pools._slots.num == LAYERS - 2
 
@@ -375,6 +381,24 @@ def test_lengths_may_vary_and_only_longer_ones_take_more() -> None:
     assert len(set(sizes[:3])) == len(set(sizes[3:])) == 1
     assert sizes[3] > sizes[0]
     assert swap.pools.num_buffers == 2
+
+
+def test_slots_and_buffers_are_made_for_the_longest_at_once() -> None:
+    """[Note: made for the longest]: whatever comes first, nothing is made again, and nothing is larger than needed."""
+    plain, model, alone = llama(), llama(), llama()
+    swap = Activations(ActivationOptions(mode="swap", alpha=0.4), CPU, most_tokens=4 * SEQ, poison=True)
+    swap.wrap(model.blocks())
+    sizes, close = set(), {"rtol": 1e-5, "atol": 1e-6}
+    for length in (7, SEQ // 3, SEQ, 2 * SEQ, 13):
+        for a, b in zip(gradients(model, *batch(length)), gradients(plain, *batch(length)), strict=True):
+            torch.testing.assert_close(a, b, **close)
+        sizes.add((swap.pools.size_bytes()["host"], swap.pools.buffer_bytes, swap.pools.num_buffers))
+    assert len(sizes) == 1
+    longest = leaving(alone, "swap", 0.4)
+    gradients(alone, *batch(2 * SEQ))
+    host, buffers, _ = sizes.pop()
+    assert longest.pools.size_bytes()["host"] <= host <= 1.1 * longest.pools.size_bytes()["host"]
+    assert longest.pools.buffer_bytes <= buffers <= 1.1 * longest.pools.buffer_bytes
 
 
 def test_weights_go_through_the_engines_hooks() -> None:
