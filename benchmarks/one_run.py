@@ -32,7 +32,7 @@ TIERS: dict[str, dict[str, Any]] = {
 def command(name: str, case: str, *, nvme: str = "", **more: Any) -> list[str] | None:
     """The command of one run; None where `name` is not one of ours. case: model:tokens:sequences[:accumulation].
 
-    more: over ``cap`` (GiB; 0: none), ``clip``, ``steps`` and ``warm_up``.
+    more: over ``cap`` (GiB; 0: none), ``clip``, ``steps``, ``warm_up``, and ``budget_s``: after it no step begins.
     """
     chosen = options(name, nvme)
     if chosen is None:
@@ -55,18 +55,22 @@ def baseline(name: str, case: str, *, cap: float, clip: float, steps: int, nvme:
 
 def options(name: str, nvme: str) -> dict | None:
     """Options of ours by name: ``TIER[+GiB on the GPU][/GiB in host memory][~share speculated on][@threads]
-    [%ACTIVATIONS[:alpha[:blocks kept last]]]``; None for another's name. Without activations blocks are
+    [%ACTIVATIONS[:alpha[:blocks kept last]]][^tokens a tile]``; None for another's name. Without activations blocks are
     checkpointed."""
     found = re.fullmatch(
-        r"([a-z-]+)(?:\+([\d.]+))?(?:/([\d.]+))?(?:~([\d.]+))?(?:@(\d+))?(?:%([a-z]+)(?::([\d.]+)(?::(\d+))?)?)?", name
+        r"([a-z-]+)(?:\+([\d.]+))?(?:/([\d.]+))?(?:~([\d.]+))?(?:@(\d+))?"
+        r"(?:%([a-z]+)(?::([\d.]+)(?::(\d+))?)?)?(?:\^(\d+))?",
+        name,
     )
     if not found or found[1] not in TIERS:
         return None
-    tier, gpu, host, share, threads, mode, alpha, kept = found.groups()
+    tier, gpu, host, share, threads, mode, alpha, kept, tile = found.groups()
     chosen: dict[str, Any] = dict(TIERS[tier])
     chosen["activations"] = {"mode": mode or "checkpoint", "alpha": float(alpha) if alpha else None}
     if kept:
         chosen["activations"]["keep_last"] = int(kept)
+    if tile:
+        chosen["activations"]["tile_tokens"] = int(tile)
     if tier.startswith("nvme") or (tier == "auto" and nvme):
         chosen["nvme_path"] = [nvme]
     if gpu:
@@ -117,6 +121,7 @@ def ours(spec: dict) -> None:
     llama = build_model(job.model, vocab_size=32000, seq_len=seq_len, dtype=torch.bfloat16, device=where.device)
     num_params = sum(p.numel() for p in llama.parameters())
     flops = llama.flops_per_token(seq_len) * batch * count * seq_len
+    deadline = time.perf_counter() + spec.get("budget_s", 1e9)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         job, forecast = settle(job, llama, where, torch.bfloat16, Path(folder), print)
@@ -147,6 +152,8 @@ def ours(spec: dict) -> None:
             stood = f"{away.hits} of {away.guesses} guesses stood" if away else ""
             line = f"step {i} {times[-1]:.3f} s loss {loss.item():.4f} norm {norm.item():.3f} update {update_s:.3f} s"
             print(line, stood, flush=True)
+            if i >= spec["warm_up"] and time.perf_counter() + times[-1] > deadline:
+                break
     warm_up = spec["warm_up"]
     # a step's time holds the update of the step before it, whose guesses stand if that and its forerunner did not clip
     clips = [spec["clip"] and max(norms[max(0, i - 2) : i]) > spec["clip"] for i in range(warm_up, len(times))]

@@ -9,6 +9,7 @@ from launch.config import Config
 from launch.options import LaunchOptions
 from parallel.options import ParallelOptions
 from trainer.job import Job
+from trainer.options import LlamaOptions
 
 if TYPE_CHECKING:
     from parallel.transport import Transport
@@ -114,6 +115,8 @@ def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
         )
     if options.sequence and options.sequence not in levels:
         raise ValueError(f"parallel.sequence={options.sequence}: the levels are {', '.join(levels)}")
+    if options.sequence:
+        _check_sequence(config, levels[options.sequence])
     for each in [options, *map(options.candidate, options.candidates)]:
         placement = Placement.of(each, len(levels))
         if each.quantizes:
@@ -144,6 +147,20 @@ def _check_blocks(config: Config, transport: "Transport", workers: int) -> None:
     transport.check_blocks(max(sizes), workers)
 
 
+def _check_sequence(config: Config, size: int) -> None:
+    """That of `parallel.sequence.SequenceParallel`, for what is known without the model."""
+    if isinstance(config.model, LlamaOptions) and config.model.num_heads % size:
+        raise ValueError(
+            f"parallel.sequence={config.parallel.sequence} has {size} ranks, which model.num_heads="
+            f"{config.model.num_heads} must be divisible by; choose another level, or change parallel.levels"
+        )
+    if config.train.seq_len < size:
+        raise ValueError(
+            f"parallel.sequence={config.parallel.sequence} has {size} ranks, and each needs a token of "
+            f"train.seq_len={config.train.seq_len}"
+        )
+
+
 def _check_engine(job: Job, parallel: ParallelOptions) -> None:
     """A setting that an engine cannot express would be ignored, and that is an error."""
     if job.engine == "native":
@@ -171,6 +188,11 @@ def _check_engine(job: Job, parallel: ParallelOptions) -> None:
         raise ValueError(
             f"offload.activations.mode={job.offload.activations.mode} needs engine=native; engine={job.engine} has "
             f"keep and checkpoint"
+        )
+    if job.offload.activations.tile_tokens is not None:
+        raise ValueError(
+            f"offload.activations.tile_tokens={job.offload.activations.tile_tokens} needs engine=native; "
+            f"engine={job.engine} does not read it"
         )
     if job.engine == "deepspeed" and parallel.levels:
         raise ValueError("parallel.levels is not read by engine=deepspeed; leave it empty, or set engine=native")

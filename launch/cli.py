@@ -125,8 +125,10 @@ def _run_hydra(args: list[str], act: "Act") -> int:
 def _plan(config: "Config", args: list[str]) -> int:
     from launch.plan import named_machine, show
     from launch.plan import plan as make
+    from launch.plan_activations import activation_rows
 
-    print(show(make(config, named_machine(config))))
+    planned = make(config, named_machine(config))
+    print(show(planned), "", *activation_rows(config, planned), sep="\n")
     return 0
 
 

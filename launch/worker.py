@@ -189,6 +189,8 @@ def take_cores(device: str, threads: int | None, workers_on_node: int) -> int:
         os.environ[name] = str(count)  # Ray has set the first to the CPUs of the actor, which is not what computes
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:  # pages that are put behind each other: what one length leaves free serves any other (docs/memory-plan.md)
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return count
 
 

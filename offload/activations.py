@@ -40,6 +40,7 @@ from offload.activations_memory import (
     on,
     places,
     room,
+    spare_bytes,
     wait,
 )
 from offload.activations_plan import BlockCost, Choice, choose
@@ -80,14 +81,19 @@ class Activations:
         *,
         pack: Callable[[Tensor], Any] | None = None,
         unpack: Callable[[Any], Tensor] | None = None,
+        sharing: int = 1,
+        most_tokens: int | None = None,
         say: Callable[[str], None] = log.info,
         poison: bool = False,
     ) -> None:
         """pack, unpack: hooks for weights that are gathered, as `torch.autograd.graph.saved_tensors_hooks` takes them;
-        what `pack` returns unchanged is an activation. say: gets what ``auto`` chose. poison: fill memory with NaN when
+        what `pack` returns unchanged is an activation. sharing: how many ranks take of this machine's memory.
+        most_tokens: of a forward that is to come, all its sequences together; None: not known. say: gets what ``auto``
+        chose. poison: fill memory with NaN when
         it is given back, to find who still reads it."""
-        self.options, self.device, self._say = options, device, say
+        self.options, self.device, self._say, self._sharing = options, device, say, sharing
         self._hooks = {"pack": pack, "unpack": unpack}
+        self._most_tokens = most_tokens
         self.pools = Pools(device, options.host_bytes, poison=poison)
         cuda = device.type == "cuda"
         self._out = torch.cuda.Stream(device) if cuda else None
@@ -104,6 +110,10 @@ class Activations:
         """Of tapes that are no more; what reads their buffers may not be launched yet."""
         self._auto = options.mode == "auto" or (options.mode == "swap" and options.alpha is None)
         """Whether α is still to be chosen."""
+        self._wrapped: list[weakref.ref[nn.Module]] = []
+        """Linears that tell of their products."""
+        self._unwrap: list[tuple[weakref.ref[nn.Module], Any]] = []
+        """Blocks, and the forward that each had of its own before."""
         self._num_forwards = 0
         self._times: dict[int, tuple[Any, Any]] = {}
         self._sizes: dict[int, dict[str, int]] = {}
@@ -124,9 +134,22 @@ class Activations:
         away = Choice("swap", o.alpha or 0.0) if swap else Choice("recompute")
         self._choices = [away] * (n - num_kept) + [Choice("keep")] * num_kept
         for position, block in enumerate(blocks):
-            for module in block.modules():
-                intercept(module)
-            block.forward = partial(self._run, position, block, block.forward)
+            self._wrapped += [weakref.ref(module) for module in block.modules() if intercept(module)]
+            self._stand_before(position, block)
+
+    def _stand_before(self, position: int, block: nn.Module) -> None:
+        """Have `block` run by `_run`. The block holds this, and neither this nor what stands there the block: its
+        memory would go only when cycles are looked for."""
+        own: Any = weakref.ref(block)
+        before = block.__dict__.get("forward")
+        inner = before or type(block).forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            block = own()
+            return self._run(position, block, inner if before else partial(inner, block), *args, **kwargs)
+
+        block.forward = forward
+        self._unwrap.append((own, before))
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -139,6 +162,11 @@ class Activations:
             raise ValueError(f"{len(choices)} choices for {len(self._choices)} blocks of {self.options}")
         self._choices, self._auto = list(choices), False
 
+    def device_bytes(self) -> int:
+        """On the device now: the buffers, and what is on its way out."""
+        leaving = sum(flat.nbytes for _, _, flats in self._leaving for flat in flats)
+        return self.pools.buffer_bytes + leaving
+
     def costs(self) -> list[BlockCost]:
         """Of the blocks that swap, as measured; empty before. Waits for the device."""
         return [
@@ -147,7 +175,17 @@ class Activations:
         ]
 
     def close(self) -> None:
-        """After the last backward: let go of the memory."""
+        """After the last backward: let go of the memory; blocks are as they were before `wrap`."""
+        for own, before in self._unwrap:
+            if (block := own()) is not None:
+                del block.forward
+                if before is not None:
+                    block.forward = before
+        for wrapped in self._wrapped:
+            if (module := wrapped()) is not None:
+                del module.forward
+        self._unwrap.clear()
+        self._wrapped.clear()
         self._settle(0)
         self._give_back()
         if self.device.type == "cuda":
@@ -170,8 +208,8 @@ class Activations:
         if choice.mode == "keep":
             out = forward(*args, **kwargs)
         else:
-            tape = Tape(block, forward, args, kwargs, alpha=choice.alpha, **self._hooks)
             measured = self._auto and self._num_forwards > WARM_UP
+            tape = Tape(block, forward, args, kwargs, alpha=choice.alpha, measure=measured, **self._hooks)
             start = now(self.device) if measured else None
             out = tape.record()
             if measured:
@@ -187,6 +225,8 @@ class Activations:
         """Copy a tape's sources to host memory; they are let go of once they are there."""
         sources = [source for source in tape.sources if source.flat is not None]
         num = sum(choice.mode == "swap" for choice in self._choices)
+        if self._most_tokens:
+            self.pools.growth = max(1.0, self._most_tokens / tape.num_tokens)
         slot = self.pools.take_slot(room(sources, whole=False), num)
         flats: list[Tensor] = []
         wait(self.device, self._out, mark(self.device, None), slot.free)
@@ -250,19 +290,21 @@ class Activations:
     # ------------------------------------------------------------------------------------------------ auto
 
     def _decide(self) -> None:
-        """After the forward that is measured, choose α for each block that swaps."""
+        """After the forward that is measured, choose for each block that swaps."""
         self._num_forwards += 1
         if not self._auto or self._num_forwards < WARM_UP + 2:
             return
         self._auto = False
-        rate, most = link_bytes_per_s(self.device), self.options.host_bytes
+        rate, most, spare = link_bytes_per_s(self.device), self.options.host_bytes, spare_bytes(self.device)
         if most is None:
-            most = int(HOST_SHARE * (host_available_bytes() + self.pools.size_bytes()["host"]))
-        chosen = choose(self.costs(), link_bytes_per_s=rate, host_bytes=most, keep_last=0)
+            most = int(HOST_SHARE / self._sharing * (host_available_bytes() + self.pools.size_bytes()["host"]))
+        chosen = choose(self.costs(), link_bytes_per_s=rate, host_bytes=most, gpu_bytes=spare, keep_last=0)
         for position, choice in zip(sorted(self._sizes), chosen, strict=True):
             self._choices[position] = choice
+        left = "" if spare is None else f", {spare / 1e9:.1f} GB left over on the device"
         self._say(
             f"activations: {describe(self._choices)}; link {rate / 1e9:.1f} GB/s, {most / 1e9:.1f} GB of host memory"
+            + left
         )
 
 

@@ -1,12 +1,15 @@
 """Where activations lie while they are away, and the two buffers on the device that they come back to.
 
-[Note: host memory] Every block that swaps takes one slot a forward; slots are as large as the largest and are cut from
-one arena, made when the first block has run, since only then sizes are known. A longer sequence makes new slots, and
-the old arena is let go of. Shorter ones use the slots there are: nothing fragments.
+[Note: made for the longest] Every block that swaps takes one slot of host memory a forward; slots are as large as the
+largest and are cut from one arena, made when the first block has run, since only then sizes are known. What a block
+leaves grows as the number of its tokens ([Note: varying lengths] in offload/plan/requests.py), so slots and buffers are
+made for the most tokens that are to come, whatever came first: then no length makes new ones, and none is moved. Where
+that is not known a longer sequence makes new slots, and the old arena is let go of.
 
 Rule: whoever gives memory back says after which event nobody uses it any more, and whoever takes it waits for that.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +24,8 @@ from offload.arena import Arena, ArenaError
 from offload.space import round_up
 
 ALIGN = 512
+GPU_SHARE = 0.97
+"""Of the GPU's memory, or what is allowed of it, what is filled: the rest is for kernels' workspaces and holes."""
 POISON = 0xFF
 """Every byte of it is a NaN in any floating-point format."""
 Event = torch.cuda.Event | None
@@ -61,7 +66,11 @@ class Pools:
     def __init__(self, device: torch.device, host_bytes: int | None, *, poison: bool) -> None:
         """host_bytes: the most for slots. poison: fill with NaN what is given back."""
         self.device, self.host_bytes, self.poison = device, host_bytes, poison
+        self.growth = 1.0
+        """How many times the tokens at hand are still to come at once, see [Note: made for the longest]."""
         self.num_buffers = 0
+        self.buffer_bytes = 0
+        """Of all buffers, free or not."""
         self._buffers: list[Memory] = []
         self._slots: _Slots | None = None
 
@@ -74,14 +83,20 @@ class Pools:
 
     def take_buffer(self, size_bytes: int) -> Memory:
         """The buffer that has been free longest; a larger one in its place if it is too small."""
+        wanted = self._longest(size_bytes)
         if self._buffers:
             memory = self._buffers.pop(0)
             if memory.data.numel() >= size_bytes:
                 return memory
             wait(self.device, None, memory.free)  # the allocator hands it out again in the order of this stream
+            self.buffer_bytes -= memory.data.numel()
         else:
             self.num_buffers += 1
-        return Memory(torch.empty(size_bytes, dtype=torch.uint8, device=self.device), mark(self.device, None))
+        self.buffer_bytes += wanted
+        return Memory(torch.empty(wanted, dtype=torch.uint8, device=self.device), mark(self.device, None))
+
+    def _longest(self, size_bytes: int) -> int:
+        return round_up(math.ceil(size_bytes * self.growth), ALIGN) if self.growth > 1 else size_bytes
 
     def give_buffer(self, memory: Memory) -> None:
         """What the current stream has to do so far may still use it."""
@@ -93,7 +108,7 @@ class Pools:
     def take_slot(self, size_bytes: int, num: int) -> Memory:
         """One of `num` or more. ValueError where they are more than `host_bytes`, MemoryError when all are in use."""
         if self._slots is None or self._slots.slot_bytes < size_bytes or self._slots.most < num:
-            self._make_slots(num, max(size_bytes, self._slots.slot_bytes if self._slots else 0))
+            self._make_slots(num, max(self._longest(size_bytes), self._slots.slot_bytes if self._slots else 0))
         slots = self._slots
         assert slots is not None
         if slots.free:
@@ -139,6 +154,7 @@ class Pools:
             ) from error
 
     def close(self) -> None:
+        self.buffer_bytes -= sum(memory.data.numel() for memory in self._buffers)
         self._buffers.clear()
         slots, self._slots = self._slots, None
         if slots is not None:
@@ -172,6 +188,20 @@ def link_bytes_per_s(device: torch.device, size_bytes: int = 128 << 20) -> float
             seconds.append(elapsed_s(start, now(device)))
         del target
     return size_bytes / min(seconds)
+
+
+def spare_bytes(device: torch.device) -> int | None:
+    """What this process may still take of a GPU beside the most that it has held so far; None on CPU.
+
+    The most is what PyTorch reserved: a hole in it may not be where it is wanted."""
+    if device.type == "cpu":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allowed = torch.cuda.memory_reserved(device), total
+    if hasattr(torch.cuda, "get_per_process_memory_fraction"):
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    most = torch.cuda.max_memory_reserved(device)
+    return max(0, int(GPU_SHARE * min(allowed, free + reserved)) - most)
 
 
 def now(device: torch.device) -> Any:

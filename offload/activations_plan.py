@@ -7,10 +7,18 @@ n blocks, α is the largest for which
 
 Source: arXiv 2407.12117, section 4.2. What GPU memory is left over keeps blocks first (arXiv 2403.06504): the last
 ones, whose backward comes first, so that what they keep is soonest free again.
+
+[Note: what swapping takes on the device] Products on their way out, of two blocks at a time, and the regions of two
+buffers that they come back to, one of which stands for what recomputing would take anyway: beside α = 0, at most
+2 S_rest more. Where that is not left over, nothing but inputs and attention is swapped.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+STEP = 64
+"""α is a multiple of 1 / STEP, or a breath of noise in a time would have host memory made anew."""
 
 
 @dataclass(frozen=True)
@@ -60,24 +68,28 @@ def choose(
     *,
     link_bytes_per_s: float,
     host_bytes: int | None = None,
-    gpu_bytes: int = 0,
+    gpu_bytes: int | None = None,
     keep_last: int = 2,
 ) -> list[Choice]:
     """A choice for each block, in the order of the forward.
 
-    host_bytes: for all of them together; None: no limit. gpu_bytes: what is left over on the device: as many of the
-    last blocks as fit there keep everything, and at least `keep_last`. A block whose share of host memory is less than
-    its input and attention is recomputed. ValueError for rates or sizes below zero.
+    host_bytes: for all of them together; None: no limit. gpu_bytes: what is left over on the device beside α = 0
+    ([Note: what swapping takes on the device]), where as many of the last blocks as fit keep everything; None: not
+    known, none but `keep_last` do, and α is not bound by it. A block whose share of host memory is less than its input
+    and attention is recomputed. ValueError for rates or sizes below zero.
     """
-    if link_bytes_per_s <= 0 or gpu_bytes < 0 or keep_last < 0 or (host_bytes is not None and host_bytes < 0):
+    if link_bytes_per_s <= 0 or min(gpu_bytes or 0, host_bytes or 0, keep_last) < 0:
         raise ValueError(
             f"link_bytes_per_s={link_bytes_per_s}, host_bytes={host_bytes}, gpu_bytes={gpu_bytes}, "
             f"keep_last={keep_last}: the rate must be above 0, the others 0 or more"
         )
+    transit = 2 * max((cost.rest_bytes for cost in costs), default=0)
+    room = gpu_bytes is None or gpu_bytes >= transit
+    spare = 0 if gpu_bytes is None else gpu_bytes - transit if room else gpu_bytes
     kept = 0
     for cost in reversed(costs):
-        gpu_bytes -= cost.all_bytes
-        if kept >= keep_last and gpu_bytes < 0:
+        spare -= cost.all_bytes
+        if kept >= keep_last and spare < 0:
             break
         kept += 1
     away = costs[: len(costs) - kept]
@@ -86,6 +98,8 @@ def choose(
     for number, cost in enumerate(away):
         share = left / (len(away) - number)
         alpha = choose_alpha(cost, link_bytes_per_s=link_bytes_per_s, host_bytes=share)
+        if alpha is not None:
+            alpha = math.floor(STEP * alpha) / STEP if room else 0.0
         choices.append(Choice("recompute") if alpha is None else Choice("swap", alpha))
         left -= 0 if alpha is None else cost.least_bytes + alpha * cost.rest_bytes
     return choices + [Choice("keep")] * kept

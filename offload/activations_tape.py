@@ -117,10 +117,12 @@ class Tape:
         kwargs: dict[str, Any],
         *,
         alpha: float,
+        measure: bool = False,
         pack: Callable[[Tensor], Any] | None = None,
         unpack: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        """alpha: the fraction of the rows of each product that is stored, 0 to 1.
+        """alpha: the fraction of the rows of each product that is stored, 0 to 1. measure: for `sizes`, also count what
+        a block that keeps everything would hold.
         pack, unpack: another's hooks for saved tensors, asked first; what `pack` does not return unchanged is its."""
         self.sources: list[Source] = []
         self.saved: dict[int, weakref.ref[Saved]] = {}
@@ -137,6 +139,9 @@ class Tape:
         self._inputs: dict[int, tuple[View, bool]] = {}
         """Of the flattened arguments, those that are stored, and whether gradients flow to them."""
         self._by_storage: dict[int, tuple[int, Tensor]] = {}
+        self._kept: dict[int, weakref.ref[torch.UntypedStorage]] | None = {} if measure else None
+        """What was saved, by id, which is unique while it lives."""
+        self._kept_bytes = 0
         fixed = [t for t in (*module.parameters(), *module.buffers()) if isinstance(t, Tensor)]
         tensors = {place: leaf for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)}
         if not tensors:
@@ -149,11 +154,15 @@ class Tape:
             else:
                 fixed.append(leaf)
         self._fixed = {t.untyped_storage().data_ptr() for t in fixed}
-        self.device = tensors[min(moving)].device
+        first = tensors[min(moving)]
+        self.device, self.num_tokens = first.device, max(1, first.numel() // first.size(-1))
 
     def sizes(self) -> dict[str, int]:
-        """Bytes on the device by kind: ``input``, ``attention``, and ``rest``, the products as if α were 1."""
+        """Bytes on the device by kind: ``input``, ``attention``, and ``rest``, the products as if α were 1; ``kept``
+        where that was measured."""
         found = {"input": 0, "attention": 0, "rest": 0}
+        if self._kept is not None:
+            found["kept"] = self._kept_bytes
         for source in self.sources:
             found[source.kind] += source.nbytes
         linears = [region for region in self.regions if region.kind == "linear" and region.stop <= self._last]
@@ -204,10 +213,19 @@ class Tape:
                 region.stored[number] = self._store(tensor, "attention")
             else:  # a Linear that saves a copy of its input: the replay has to make the call
                 region.kind = "plain"
+        if self._kept is not None:
+            self._count(tensor.untyped_storage())
         saved = Saved(self)
         self.saved[number] = weakref.ref(saved)
         self._like[number] = tensor.shape, tensor.dtype
         return saved
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        assert self._kept is not None
+        known = self._kept.get(id(storage))
+        if known is None or known() is not storage:
+            self._kept[id(storage)] = weakref.ref(storage)
+            self._kept_bytes += storage.nbytes()
 
     def _unpack(self, saved: Any) -> Tensor:
         if isinstance(saved, Tensor):

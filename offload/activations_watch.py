@@ -1,6 +1,7 @@
 """Standing between a block and its matrix products and attention, and giving it the same random numbers twice."""
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,21 +15,23 @@ Watcher = Callable[[str, Sequence[Tensor], Callable[[], Tensor]], Tensor]
 _thread = threading.local()
 
 
-def intercept(module: nn.Module) -> None:
-    """Have a Linear's product told to the watcher; other modules are left alone."""
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-        return
-    linear, original = module, module.forward
+def intercept(module: nn.Module) -> bool:
+    """Have a Linear's product told to the watcher; other modules are left alone. Undone by ``del module.forward``."""
+    if type(module).forward is not nn.Linear.forward or "forward" in module.__dict__:
+        return False
+    own: Any = weakref.ref(module)  # held by what it holds, its memory would go only when cycles are looked for
 
     def forward(input: Tensor) -> Tensor:
+        linear = own()
         watcher = getattr(_thread, "watcher", None)
         if watcher is None or input.numel() == 0:
-            return original(input)
+            return nn.Linear.forward(linear, input)
         inputs = [input, linear.weight, *([linear.bias] if linear.bias is not None else [])]
-        out: Tensor = watcher("linear", inputs, lambda: original(input))
+        out: Tensor = watcher("linear", inputs, lambda: nn.Linear.forward(linear, input))
         return out
 
-    linear.forward = torch.compiler.disable(forward)  # type: ignore[method-assign]
+    module.forward = torch.compiler.disable(forward)  # type: ignore[method-assign]
+    return True
 
 
 def _tell_of_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -56,6 +59,16 @@ def watched(watcher: Watcher) -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = attention
+        _thread.watcher = before
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Within it this thread's Linears tell nobody."""
+    before, _thread.watcher = getattr(_thread, "watcher", None), None
+    try:
+        yield
+    finally:
         _thread.watcher = before
 
 

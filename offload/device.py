@@ -74,9 +74,9 @@ class DeviceReader:
 
         Always: ``memory_bytes`` (what this process holds: reserved by torch on a GPU, resident on a CPU),
         ``host_memory_bytes`` (resident) and ``host_available_bytes`` (left on the machine, or in this container).
-        On a GPU also torch's ``peak_allocated_bytes`` and ``peak_reserved_bytes`` since the start, and from NVML, for
-        the whole GPU, ``gpu_memory_bytes gpu_memory_total_bytes gpu_utilization power_w pcie_rx_bytes_per_s
-        pcie_tx_bytes_per_s pcie_gen pcie_width``.
+        On a GPU also torch's ``peak_allocated_bytes`` and ``peak_reserved_bytes`` since the start (or since the step of
+        ``memory.png``), and from NVML, for the whole GPU, ``gpu_memory_bytes gpu_memory_total_bytes gpu_utilization
+        power_w pcie_rx_bytes_per_s pcie_tx_bytes_per_s pcie_gen pcie_width``.
         """
         resident = self._process.memory_info().rss
         host = {"host_memory_bytes": resident, "host_available_bytes": host_available_bytes()}

@@ -21,6 +21,9 @@ class ActivationOptions:
     """With ``swap`` and ``auto``: the last blocks keep what they save, which would have to come back as it leaves."""
     host_bytes: int | None = None
     """The most host memory for activations. None: what is needed, and with a chosen α 80% of what is available."""
+    tile_tokens: int | None = None
+    """MLPs run over so many tokens at a time, and again in the backward: for sequences whose inner tensors do not fit.
+    None: over all at once."""
 
     def __post_init__(self) -> None:
         if self.mode not in ACTIVATIONS:
@@ -35,6 +38,8 @@ class ActivationOptions:
             raise ValueError(f"offload.activations.keep_last={self.keep_last}: must be 0 or more")
         if self.host_bytes is not None and self.host_bytes < 1:
             raise ValueError(f"offload.activations.host_bytes={self.host_bytes}: must be 1 or more")
+        if self.tile_tokens is not None and self.tile_tokens < 1:
+            raise ValueError(f"offload.activations.tile_tokens={self.tile_tokens}: must be 1 or more")
 
     @property
     def leave(self) -> bool:

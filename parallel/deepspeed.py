@@ -146,6 +146,9 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """See `Engine`. Nothing is held outside the device's memory."""
 
+    def passing_bytes(self) -> dict[str, int]:
+        return {}
+
     def state_bytes(self) -> dict[str, int]:
         """See `Engine`. Gradients as held after a backward; the buckets they pass through are not counted."""
         params: list[Any] = list(self.model.parameters())

@@ -9,7 +9,8 @@ from offload.state import Piece, Read
 
 
 class Engine(Protocol):
-    """One rank's share of a model in training. Every method but `pieces` and `state_bytes` is collective."""
+    """One rank's share of a model in training. Every method but `pieces`, `state_bytes` and `passing_bytes` is
+    collective."""
 
     model: nn.Module
     updates: int
@@ -43,6 +44,10 @@ class Engine(Protocol):
     def state_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds for good: ``parameters master optimizer``, ``residuals`` (of error feedback), and
         ``buffers`` (what is gathered and on its way)."""
+
+    def passing_bytes(self) -> dict[str, int]:
+        """Bytes on the device now that are not there for good, by owner: ``gradients``, ``swapped activations``. Empty
+        where the engine does not know."""
 
     def close(self) -> None:
         """Let go of host memory, drives and threads; the engine is of no use afterwards."""

@@ -149,6 +149,9 @@ class FSDP2Engine:
     def close(self) -> None:
         """See `Engine`. Nothing is held outside the device's memory."""
 
+    def passing_bytes(self) -> dict[str, int]:
+        return {}
+
     def state_bytes(self) -> dict[str, int]:
         """See `Engine`. Masters are the sharded parameters too; gathered copies count as ``buffers``, at their peak."""
         moments = [self._state(param) for param in self._trained]

@@ -40,7 +40,7 @@ from parallel import optimizer as optimizers
 from parallel.collectives import BufferPool, Lane, Queue, Steps
 from parallel.cut import cut_units, move_without_memory, wrap_blocks
 from parallel.mesh import Mesh
-from parallel.offloaded import Offloader
+from parallel.offloaded import Offloader, ranks_here
 from parallel.options import OptimizerOptions, ParallelOptions
 from parallel.placement import Placement
 from parallel.transport import Transport
@@ -80,6 +80,7 @@ class ShardedModel:
         offload: OffloadOptions = KEEP,
         blocks: Sequence[nn.Module] = (),
         recompute: Sequence[nn.Module] = (),
+        most_tokens: int | None = None,
         say: Callable[[str], None] = log.info,
     ) -> None:
         self.model, self.mesh, self.placement = model, mesh, placement
@@ -122,7 +123,11 @@ class ShardedModel:
         self.optimizer = optimizers.build(optimizer, self._resident)
         persistent = model.state_dict(keep_vars=True)
         self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-        self.activations = Activations(offload.activations, device, pack=self._pack, unpack=self._unpack, say=say)
+        sharing = ranks_here() if offload.activations.leave else 1
+        self.activations = Activations(
+            offload.activations, device,
+            pack=self._pack, unpack=self._unpack, sharing=sharing, most_tokens=most_tokens, say=say,
+        )  # fmt: skip
         self.activations.wrap(blocks)
         again = {*recompute, *(blocks if offload.activations.leave else ())}
         self._recomputed = {unit for unit in self.units if unit.module in again}
@@ -279,6 +284,14 @@ class ShardedModel:
             **self._offloader.bytes(),
         }
 
+    def passing_bytes(self) -> dict[str, int]:
+        made = [p.grad for unit in self._all for flat in unit.trainable for p in flat.parameters]
+        held = [*made, *(flat.grad for flat in self._trainable)]
+        return {
+            "gradients": sum(grad.nbytes for grad in held if grad is not None),
+            "swapped activations": self.activations.device_bytes(),
+        }
+
     # ------------------------------------------------------------------------------------------------ units
 
     def _watch(self, unit: Unit, position: int) -> None:
@@ -421,6 +434,7 @@ def shard(
     blocks: Sequence[nn.Module] = (),
     recompute: Sequence[nn.Module] = (),
     compile: Sequence[nn.Module] = (),
+    most_tokens: int | None = None,
     say: Callable[[str], None] = log.info,
 ) -> ShardedModel:
     """Shard a model for training; collective over the mesh.
@@ -432,6 +446,7 @@ def shard(
     offload: what lives in host memory or on NVMe. Call `close` at the end to let go of it.
     blocks: whose activations are treated as ``offload.activations`` says, in the order they run.
     recompute, compile: modules whose forward is recomputed in the backward, or compiled by ``torch.compile``.
+    most_tokens: of a micro-batch, where that is known: what activations are swapped to is made for it at once.
     say: gets what is chosen while training, in words.
 
     ValueError where a unit is not part of the model, or lies inside another, or for `offload` options that cannot be
@@ -441,7 +456,7 @@ def shard(
     engine = ShardedModel(
         model, mesh, placement,
         units=units, optimizer=optimizer, options=options, dtype=dtype, device=device, offload=offload,
-        blocks=blocks, recompute=recompute, say=say,
+        blocks=blocks, recompute=recompute, most_tokens=most_tokens, say=say,
     )  # fmt: skip
     engine.load(initial, moments=False)
     return engine

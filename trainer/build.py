@@ -13,6 +13,7 @@ from checkpoint.ranks import Ranks
 from checkpoint.roster import Roster
 from checkpoint.snapshot_process import local_roster
 from checkpoint.snapshots import NoSnapshots, Snapshots
+from offload.activations_tiles import tile
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from parallel.sequence import SequenceParallel
@@ -62,6 +63,8 @@ def build_engine(
 
     say: gets what the engine chooses while training.
     """
+    if job.offload.activations.tile_tokens is not None:
+        tile(model.tiles(), job.offload.activations.tile_tokens)
     compiles = where.device.type == "cuda" if job.model.compile is None else job.model.compile
     common: dict[str, Any] = {
         "units": model.units(),
@@ -85,7 +88,12 @@ def build_engine(
 
     mesh = mesh_of(job, where)
     placement = Placement.of(job.parallel, mesh.num_levels)
-    return shard(model, mesh, placement, offload=job.offload, blocks=model.blocks(), say=say, **common)
+    micro, _ = job.micro_batches(where.world)
+    most_tokens = micro * -(-job.train.seq_len // job.parallel.sequence_ranks)
+    return shard(
+        model, mesh, placement,
+        offload=job.offload, blocks=model.blocks(), most_tokens=most_tokens, say=say, **common,
+    )  # fmt: skip
 
 
 def mesh_of(job: Job, where: Rank) -> Mesh:

@@ -14,7 +14,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,14 +34,18 @@ from trainer.data import open_corpus
 from trainer.evaluate import sample, validate
 from trainer.forecast import settle
 from trainer.job import Job
+from trainer.memory import Picture
 from trainer.models import LanguageModel, build_model
 from trainer.models.attention import attention_backends
+from trainer.out_of_memory import explained
 from trainer.plan import describe
 from trainer.progress import Progress
 from trainer.run import RunFolder
 from trainer.schedule import learning_rate
 
 Event = dict[str, Any]
+PICTURED = 5
+"""Which step of this process the picture of the memory is of."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,12 @@ class Trainer:
 
     def train(self) -> Event:
         """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished`` or ``stopped``."""
-        with self._opened(), attention_backends(self.where.device):
+        with self._opened(), attention_backends(self.where.device), self._out_of_memory_explained():
             if self.step == 0:
                 self._validate()
             while self.step < self.job.train.steps and not self._stopping:
-                self._report(self.train_step(self.step))
+                with self._pictured():
+                    self._report(self.train_step(self.step))
                 self.step += 1
                 if self._due(self.job.train.eval_every_steps):
                     self._validate()
@@ -128,6 +133,20 @@ class Trainer:
             rows = rows.pin_memory().to(self.where.device, non_blocking=True)
         return rows[:, :-1][:, part], rows[:, 1:][:, part]
 
+    def _out_of_memory_explained(self) -> AbstractContextManager[None]:
+        return explained(self.job, self.where, self.engine, self.corpus.vocab_size, lambda: self.step)
+
+    @contextmanager
+    def _pictured(self) -> Iterator[None]:
+        """Watches who holds the device's memory in one step, on rank 0: the first few may compile, or choose."""
+        self._num_steps += 1
+        if self._num_steps != PICTURED or self.where.rank or not self.job.logger.plot:
+            yield
+            return
+        with self._picture.watch(self.step):
+            yield
+        self.run.save_memory(self._picture.record())
+
     def _due(self, every_steps: int) -> bool:
         return every_steps > 0 and self.step % every_steps == 0 and self.step < self.job.train.steps
 
@@ -159,11 +178,15 @@ class Trainer:
             self.job = replace(self.job, parallel=found)
         model = self._make_engine(cleanup)
         self._event({"type": "plan", "text": describe(self.job, self.where, self.corpus, model, self.engine)})
+        on_gpu = self.where.device.type == "cuda"
+        compiles = on_gpu if self.job.model.compile is None else self.job.model.compile
+        self._picture = Picture(self.engine, model.units(), self.where.device, counted=not compiles)
+        self._num_steps = 0
         self.step = 0
         self._saved_step = -1
         self._stopping = False
         self._reports: deque[Running] = deque()
-        self._lag = 1 if self.where.device.type == "cuda" else 0
+        self._lag = int(on_gpu)
 
     def _make_engine(self, cleanup: ExitStack) -> LanguageModel:
         """The engine, as the job says, around a fresh model; the model."""

@@ -154,7 +154,7 @@ class LoggerOptions:
     """A plain progress line after every so many steps; a terminal's live line moves with each."""
     tensorboard: bool = True
     plot: bool = True
-    """Draw ``loss.png`` at each validation and at the end."""
+    """Draw ``loss.png`` at each validation and at the end, and once ``memory.png``: who held the device's memory."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:

@@ -4,6 +4,7 @@
     metrics.jsonl    one object a step, each step once, whatever was killed in between
     evals.jsonl      one object a validation; its ``step`` is the number of steps done
     loss.png  tensorboard/  logs/
+    memory.json  memory.png   who held the device's memory in one step
     checkpoints/     unless checkpoint.url leads elsewhere
     run.id           tells its snapshots in memory from those of other runs
     run.lock         locked while a process trains here
@@ -14,6 +15,7 @@ goes with its process, however that ends. Nothing here imports torch.
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import platform
@@ -210,6 +212,13 @@ class RunFolder:
         if self.job.logger.plot:
             self._background.do("loss.png", _draw_loss, self.path, self.job.run_name)
 
+    def save_memory(self, record: Record) -> None:
+        """``memory.json``, and its picture; `record` as `trainer.memory.Picture.record` gives it."""
+        if self._metrics is None:
+            self.truncate(0)
+        replace_file(self.path / "memory.json", json.dumps(record))
+        self._background.do("memory.png", _draw_memory, self.path, self.job.run_name)
+
     def provenance(self) -> dict[str, Any]:
         """What a checkpoint keeps of where it comes from: the resolved config, the overrides, the versions."""
         return {"config": as_plain(self.job), "overrides": list(self.overrides), "versions": _versions()}
@@ -233,6 +242,12 @@ def _draw_loss(folder: Path, title: str) -> None:
     from trainer.plot import draw_loss
 
     draw_loss(folder / "metrics.jsonl", folder / "evals.jsonl", folder / "loss.png", title)
+
+
+def _draw_memory(folder: Path, title: str) -> None:
+    from trainer.memory import draw
+
+    draw(folder / "memory.json", folder / "memory.png", title)
 
 
 def _versions() -> dict[str, str]:

@@ -43,6 +43,10 @@ class Recorder(TorchDispatchMode):
         self.num_steps = 0
         self.outside_bytes = 0
         """Of storages that operators read and that were made before: parameters and inputs, not to be planned."""
+        self.held_bytes = 0
+        """Of what was made and is not freed."""
+        self.peak_bytes = 0
+        """The most of it so far; may be set back."""
         self.phases: dict[str, range] = {}
         """The time steps of each phase."""
         self._module = module
@@ -109,6 +113,8 @@ class Recorder(TorchDispatchMode):
                 owner = "/".join(self._within) or "step"
                 name = f"{step}:{func}" + (f"[{number}]" if number else "")
                 self._made.append((name, owner, storage.nbytes(), step))
+                self.held_bytes += storage.nbytes()
+                self.peak_bytes = max(self.peak_bytes, self.held_bytes)
         return result
 
     def _watch(self, storage: torch.UntypedStorage, place: int | None) -> None:
@@ -118,6 +124,7 @@ class Recorder(TorchDispatchMode):
     def _freed(self, identity: int, place: int | None) -> None:
         del self._alive[identity]
         if place is not None:
+            self.held_bytes -= self._made[place][2]
             # A tensor freed by the operator that made it was still there during that operator.
             self._last[place] = max(self.num_steps - 1, self._made[place][3])
 

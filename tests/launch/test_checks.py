@@ -8,8 +8,9 @@ import pytest
 from launch.checks import Crew, Machine, check, find_crew
 from launch.config import Config
 from launch.options import LaunchOptions
+from offload.options import ActivationOptions, OffloadOptions
 from parallel.options import ParallelOptions
-from trainer.options import LlamaOptions, RunOptions
+from trainer.options import LlamaOptions, RunOptions, TrainOptions
 
 CPU = Machine("a", 8, 0)
 GPU = Machine("b", 8, 4)
@@ -111,4 +112,25 @@ def test_a_run_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     config = replace(Config(), run=RunOptions(root=str(tmp_path / "file")))
     with pytest.raises(ValueError, match=r"run\.root="):
+        check(config, Crew(2, 1, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "message"),
+    [
+        (LlamaOptions(num_heads=4, num_kv_heads=2), {}, "has 3 ranks, which model.num_heads=4 must be divisible by"),
+        (LlamaOptions(num_heads=6, num_kv_heads=2), {"seq_len": 2}, "each needs a token of train.seq_len=2"),
+    ],
+)
+def test_sequences_that_cannot_be_shared(model: LlamaOptions, train: dict, message: str, tmp_path: Path) -> None:
+    parallel = ParallelOptions(levels={"node": 2, "gpu": 3}, sequence="gpu")
+    config = Config(model=model, train=TrainOptions(**train), run=RunOptions(root=str(tmp_path)), parallel=parallel)
+    with pytest.raises(ValueError, match=message):
+        check(config, Crew(6, 2, "cpu"))
+
+
+def test_tiles_need_our_engine(tmp_path: Path) -> None:
+    offload = OffloadOptions(activations=ActivationOptions(tile_tokens=64))
+    config = Config(engine="fsdp2", offload=offload, run=RunOptions(root=str(tmp_path)))
+    with pytest.raises(ValueError, match="offload.activations.tile_tokens=64 needs engine=native"):
         check(config, Crew(2, 1, "cpu"))

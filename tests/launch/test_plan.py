@@ -2,14 +2,18 @@
 
 import sys
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 
 from launch.config import Config, register, to_config
 from launch.plan import named_machine, plan, settle, show
+from launch.plan_activations import activation_rows, chosen_alpha
 from parallel.planning.cost import KINDS
 from parallel.planning.machine import PRESETS
+from trainer.footprint import footprint
 
 
 def composed(*overrides: str) -> Config:
@@ -144,3 +148,23 @@ def test_auto_and_endurance_are_planned() -> None:
 def test_what_is_away_and_does_not_fit_is_said() -> None:
     planned = plan(composed(*AWAY, "model=70b", "offload=host"), PRESETS["single"])
     assert planned.away is not None and not planned.away.fits and "does NOT fit" in show(planned)
+
+
+def test_activation_tiers_and_the_alpha_that_would_be_chosen() -> None:
+    config = composed("experiment=longcontext", "train.seq_len=32768")
+    text = "\n".join(activation_rows(config, plan(config, PRESETS["dgx-h100"])))
+    marked = [line for line in text.splitlines() if line.startswith("*")]
+    assert len(marked) == 1 and "offload.activations=auto (α = " in marked[0]
+    assert "GB leave at 50 GB/s" in text and "offload.activations=checkpoint" in text
+
+
+def test_a_chosen_alpha_follows_the_machine() -> None:
+    config = composed("experiment=longcontext", "train.seq_len=32768", "offload.activations.tile_tokens=null")
+    rate, alphas = PRESETS["dgx-h100"], []
+    for compute in (rate.compute, 2 * rate.compute, 100 * rate.compute):
+        planned = plan(config, replace(rate, compute=compute))
+        sizes = footprint(
+            config.job(), vocab_size=256, micro_batch_size=1, num_tokens=32768, dtype=torch.bfloat16
+        )  # fmt: skip
+        alphas.append(chosen_alpha(config, planned, sizes)[0])
+    assert 1 > alphas[0] > alphas[1] > alphas[2] == 0

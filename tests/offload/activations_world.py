@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from offload.activations import Activations
+from offload.activations_tiles import tile
 from offload.options import ActivationOptions
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard
 from trainer.models.llama import Llama
@@ -21,11 +22,13 @@ from trainer.options import LlamaOptions
 CPU = torch.device("cpu")
 
 
-def train(preset: str, mode: str, alpha: float | None) -> tuple[torch.Tensor, ...]:
+def train(preset: str, mode: str, alpha: float | None, tile_tokens: int | None = None) -> tuple[torch.Tensor, ...]:
     options = ParallelOptions(placement=preset)
     mesh = Mesh.of({}, rank=dist.get_rank(), world=dist.get_world_size())
     llama = LlamaOptions(dim=64, ffn_dim=160, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=16)
     model = Llama(llama, vocab_size=64, seq_len=32, dtype=torch.float32, device=CPU)
+    if tile_tokens:
+        tile(model.tiles(), tile_tokens)
     engine = shard(
         model, mesh, Placement.of(options, mesh.num_levels), units=model.units(), initial=model.initial(0, CPU),
         optimizer=OptimizerOptions(), options=options, dtype=torch.float32, device=CPU,
@@ -59,6 +62,10 @@ def run(rank: int, world: int, preset: str, store: str) -> None:
         assert torch.isfinite(torch.tensor(worst))
         if rank == 0:
             print(mode, alpha, worst, flush=True)
+    kept = train(preset, "keep", None, 24)
+    found = train(preset, "swap", 1.0, 24)
+    if rank == 0:
+        print("tiles", max(float((a - b).abs().max()) for a, b in zip(found, kept, strict=True)), flush=True)
     dist.destroy_process_group()
 
 

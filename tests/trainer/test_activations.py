@@ -61,6 +61,11 @@ def test_losses_are_bitwise_those_of_a_run_that_keeps_all(
     assert told in text
 
 
+def test_mlps_run_by_tiles(tmp_path: Path, data: Path, kept: list[float]) -> None:
+    losses, _ = run(tmp_path, "tiled", data, mode="swap", alpha=0.0, tile_tokens=24)
+    assert losses == pytest.approx(kept, rel=1e-5)
+
+
 def test_a_run_chooses_alpha_and_says_so(tmp_path: Path, data: Path, kept: list[float]) -> None:
     losses, text = run(tmp_path, "auto", data, mode="auto", keep_last=1)
     assert losses == pytest.approx(kept, rel=1e-4)  # a product cut in two may round otherwise

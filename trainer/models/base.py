@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from offload.activations_tiles import can_tile
 from offload.state import Read
 
 
@@ -35,6 +36,11 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The repeated units: what is compiled and, if asked, recomputed."""
+
+    def tiles(self) -> list[nn.Module]:
+        """Submodules that may run over a few tokens at a time: the MLPs of blocks, where they are plain."""
+        mlps = [getattr(block, "mlp", None) for block in self.blocks()]
+        return [mlp for mlp in mlps if isinstance(mlp, nn.Module) and can_tile(mlp)]
 
     @abstractmethod
     def flops_per_token(self, seq_len: int) -> int:

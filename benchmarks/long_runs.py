@@ -1,0 +1,219 @@
+"""Runs of long_context.py that stay in one process, so that blocks are compiled once: prints RESULT and a JSON object
+after each figure, the last of which stands.
+
+    python benchmarks/long_runs.py '{"run": "ladder", "model": "1b", "from": 16384, "to": 1048576, "budget_s": 120, …}'
+
+ladder  one step or two at each length, doubling until it does not fit or the time is up
+sweep   the blocks alone: α as `auto` chooses it, then each α of a sweep, in one engine
+vary    steps of lengths drawn at random, and what of the memory that PyTorch reserved was in use at the peak
+"""
+
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import torch  # noqa: E402
+from in_memory import preset  # noqa: E402
+from one_run import options as options_of  # noqa: E402
+
+from offload.activations import ActivationOptions, Activations, describe  # noqa: E402
+from offload.activations_memory import spare_bytes  # noqa: E402
+from offload.activations_plan import Choice  # noqa: E402
+from offload.device import peak_flops  # noqa: E402
+from offload.options import OffloadOptions  # noqa: E402
+from trainer.models.attention import attention_backends  # noqa: E402
+
+Spec = dict[str, Any]
+
+
+def open_engine(spec: Spec, seq_len: int) -> tuple[Any, Any, torch.device]:
+    """Engine, model and device; ``layers`` and ``fields`` of the spec change the preset."""
+    from dataclasses import replace
+
+    from parallel import OptimizerOptions
+    from trainer.build import Rank, build_engine, choose_dtype
+    from trainer.job import Job
+    from trainer.models import build_model
+    from trainer.options import TrainOptions
+
+    where, chosen = Rank.current(), options_of(spec["name"], "")
+    assert chosen, spec["name"]
+    if spec.get("cap") and where.device.type == "cuda":
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, spec["cap"] * 2**30 / total))
+    model = replace(preset(spec["model"]), **spec.get("fields", {}))
+    job = Job(
+        model=model,
+        train=TrainOptions(seq_len=seq_len, global_batch_size=1),
+        optimizer=OptimizerOptions(lr=1e-5),
+        offload=OffloadOptions(**chosen | {"activations": ActivationOptions(**chosen["activations"])}),
+    )
+    torch.manual_seed(0)
+    torch._dynamo.config.assume_static_by_default = False  # one compilation for all lengths
+    dtype, _ = choose_dtype("auto", where.device)
+    llama = build_model(model, vocab_size=256, seq_len=seq_len, dtype=dtype, device=where.device)
+    start = time.perf_counter()
+    engine = build_engine(job, llama, where, dtype, say=print)
+    print(f"built in {time.perf_counter() - start:.1f} s", engine.state_bytes(), flush=True)
+    return engine, llama, where.device
+
+
+def step_s(engine: Any, num_tokens: int, device: torch.device) -> float:
+    """Seconds of one step of one sequence, from the end of the last to its own."""
+    rows = torch.randint(0, 256, (1, num_tokens + 1), device=device)
+    start = time.perf_counter()
+    engine.expect(1e-5)
+    engine.forward_backward(rows[:, :-1], rows[:, 1:], scale=1.0, first=True, last=True)
+    engine.step(1e-5, 1.0)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def result(found: Spec) -> None:
+    print("RESULT", json.dumps(found), flush=True)
+
+
+def gib(size_bytes: float) -> float:
+    return round(size_bytes / 2**30, 2)
+
+
+# ---------------------------------------------------------------------------------------------------- ladder
+
+
+def ladder(spec: Spec) -> None:
+    deadline = time.perf_counter() + spec["budget_s"]
+    engine, llama, device = open_engine(spec, spec["to"])
+    peak = peak_flops(device, torch.bfloat16)
+    rungs: list[Spec] = []
+    found: Spec = {"model": spec["model"], "name": spec["name"], "rungs": rungs, "ended": "longest reached"}
+    num_tokens, last_s = spec["from"], 0.0
+    with attention_backends(device):
+        step_s(engine, num_tokens, device)  # compiles
+        while num_tokens <= spec["to"]:
+            left_s = deadline - time.perf_counter()
+            if 3.8 * last_s > left_s:  # what attention makes of twice the tokens
+                found["ended"] = f"{num_tokens} tokens would not end within {left_s:.0f} s"
+                break
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                last_s = step_s(engine, num_tokens, device)
+                if 2 * last_s < deadline - time.perf_counter() and last_s < 10:
+                    last_s = min(last_s, step_s(engine, num_tokens, device))
+            except (torch.OutOfMemoryError, OSError, MemoryError) as error:
+                found["ended"] = f"{num_tokens} tokens: {type(error).__name__}: {str(error)[:200]}"
+                break
+            flops = llama.flops_per_token(num_tokens) * num_tokens
+            rung = {"tokens": num_tokens, "step_s": round(last_s, 3), "mfu": peak and round(flops / last_s / peak, 4)}
+            rung |= {"host_GiB": gib(engine.activations.pools.size_bytes()["host"])}
+            if device.type == "cuda":
+                rung |= {"gpu_GiB": gib(torch.cuda.max_memory_reserved())}
+                rung |= {"gpu_allocated_GiB": gib(torch.cuda.max_memory_allocated())}
+            rungs.append(rung)
+            print(rung, flush=True)
+            result(found)
+            num_tokens *= 2
+    result(found)
+
+
+# ---------------------------------------------------------------------------------------------------- sweep
+
+
+def sweep(spec: Spec) -> None:
+    """The best α by a sweep beside what `auto` chose; all after it, in the same blocks."""
+    from activations import Stack, kernel_limit_s
+
+    options, num_layers, tokens = preset(spec["model"]), spec["layers"], spec["tokens"]
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    deadline = time.perf_counter() + spec["budget_s"]
+    x = torch.randn(1, tokens, options.dim, device=device, dtype=torch.bfloat16)
+    grad = torch.randn_like(x) * 1e-4
+    stack = Stack(options, num_layers, tokens, device)
+    if device.type == "cuda":
+        for block in stack.list:
+            block.forward = torch.compile(block.forward)
+    said: list[str] = []
+    swap = Activations(ActivationOptions(mode="auto"), device, say=said.append)
+    swap.wrap(list(stack.list))
+
+    def once() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        stack(x.detach().requires_grad_()).backward(grad)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    with attention_backends(device):
+        limit_s = kernel_limit_s(options, num_layers, x, 2)
+        for _ in range(5):
+            once()
+        auto = swap.choices
+        print(said, flush=True)
+        found: Spec = {"model": spec["model"], "layers": num_layers, "tokens": tokens, "limit_s": round(limit_s, 4)}
+        found |= {"chosen": describe(auto), "said": said, "block": vars(swap.costs()[0]), "seconds": {}}
+        kept = [c for c in auto if c.mode == "keep"]
+        away = num_layers - len(kept)
+        sweeps = {f"{alpha:g}": [Choice("swap", alpha)] * away + kept for alpha in sorted(spec["alphas"], reverse=True)}
+        sweeps |= {"recompute": [Choice("recompute")] * away + kept, "auto": list(auto)}
+        taken: dict[str, list[float]] = {name: [] for name in sweeps}
+        for turn in range(spec["steps"]):  # in turns: a machine that slows down slows all
+            for name, choices in sweeps.items():
+                if turn and time.perf_counter() > deadline:
+                    break
+                swap.set(choices)
+                once()
+                taken[name].append(once())
+                found["seconds"] = {n: round(statistics.median(s), 4) for n, s in taken.items() if s}
+        best = min(s for name, s in found["seconds"].items() if name not in ("auto", "recompute"))
+        found["auto_over_best"] = round(found["seconds"]["auto"] / best, 4)
+        found["of_kernel_limit"] = round(limit_s / found["seconds"]["auto"], 4)
+        found["spare_GiB"] = gib(spare_bytes(device) or 0)
+        result(found)
+    swap.close()
+
+
+# ---------------------------------------------------------------------------------------------------- varying lengths
+
+
+def vary(spec: Spec) -> None:
+    deadline = time.perf_counter() + spec["budget_s"]
+    engine, _, device = open_engine(spec, spec["to"])
+    lengths = random.Random(0)
+    done: list[int] = []
+    cuda = device.type == "cuda"
+    with attention_backends(device):
+        if spec.get("longest_first"):
+            step_s(engine, spec["to"], device)
+        for _ in range(spec["steps"]):
+            done.append(lengths.randint(spec["from"], spec["to"]))
+            step_s(engine, done[-1], device)
+            if time.perf_counter() > deadline:
+                break
+    found: Spec = {"model": spec["model"], "name": spec["name"], "steps": len(done), "longest": max(done)}
+    if cuda:
+        stats = torch.cuda.memory_stats()
+        found |= {
+            "allocated_GiB": gib(stats["allocated_bytes.all.peak"]),
+            "reserved_GiB": gib(stats["reserved_bytes.all.peak"]),
+            "reserved_over_allocated": round(
+                stats["reserved_bytes.all.peak"] / max(1, stats["allocated_bytes.all.peak"]), 4
+            ),
+            "retries": stats["num_alloc_retries"],
+            "segments": stats["segment.all.current"],
+        }
+    result(found)
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    {"ladder": ladder, "sweep": sweep, "vary": vary}[given["run"]](given)

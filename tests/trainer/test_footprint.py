@@ -1,0 +1,81 @@
+"""What activations take by a block under fake tensors is what a step takes that is recorded whole."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from offload.activations import Activations
+from offload.options import ActivationOptions, OffloadOptions
+from offload.plan import Recorder, load_bytes
+from trainer.footprint import Footprint, alternatives, footprint
+from trainer.job import Job
+from trainer.models.llama import Llama
+from trainer.options import HFOptions, LlamaOptions
+
+CPU = torch.device("cpu")
+LAYERS, TOKENS = 6, 128
+MODEL = LlamaOptions(
+    dim=64, ffn_dim=192, num_layers=LAYERS, num_heads=4, num_kv_heads=2, head_dim=16, loss_chunk_tokens=64
+)
+
+
+def found(options: ActivationOptions | None = None, model: Any = MODEL) -> Footprint:
+    job = Job(model=model, offload=OffloadOptions(activations=options or ActivationOptions()))
+    return footprint(job, vocab_size=64, micro_batch_size=2, num_tokens=TOKENS, dtype=torch.float32)
+
+
+def measured(options: ActivationOptions) -> int:
+    """The most that a step's operators hold, without gradients of weights."""
+    model = Llama(MODEL, vocab_size=64, seq_len=TOKENS, dtype=torch.float32, device=CPU)
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.randn(p.shape) * 0.02))
+    for block in model.blocks() if options.mode == "checkpoint" else []:
+        block.forward = _again(block.forward)
+    swap = Activations(options if options.leave else ActivationOptions(), CPU)
+    swap.wrap(model.blocks())
+    tokens = torch.randint(64, (2, TOKENS))
+    with Recorder() as recorder:
+        torch.autograd.grad(model(tokens, tokens), [*model.parameters()])
+        return load_bytes(recorder.requests())
+
+
+def _again(forward: Any) -> Any:
+    return lambda *args: checkpoint(forward, *args, use_reentrant=False)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_what_a_mode_takes_is_what_a_step_takes_in_it(number: int) -> None:
+    _, options, alpha = alternatives(ActivationOptions(keep_last=1), 0.0)[number]
+    weights = 4 * (LAYERS * (64 * 128 + 64 * 64 + 3 * 64 * 192 + 128) + 2 * 64 * 64 + 64)
+    by_plan, real = found().device_bytes(options, alpha), measured(options)
+    assert 0.8 * by_plan < real < 1.2 * by_plan + weights, (by_plan, real, weights)
+
+
+def test_tiles_take_less() -> None:
+    assert found(ActivationOptions(tile_tokens=16)).work_bytes < 0.7 * found().work_bytes
+
+
+def test_a_model_of_hugging_face(tmp_path: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3Config(
+        vocab_size=64, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    hf, ours = found(model=HFOptions(path=str(tmp_path), from_scratch=True)), found()
+    assert hf.num_blocks == 3
+    assert (hf.input_bytes, hf.attention_bytes) == (ours.input_bytes, ours.attention_bytes)
+    assert hf.rest_bytes == ours.rest_bytes  # q, k and v apart are as many bytes
+
+
+def test_only_swapping_takes_host_memory() -> None:
+    sizes = found()
+    swap = ActivationOptions(mode="swap", alpha=0.5, keep_last=2)
+    assert sizes.host_bytes(replace(swap, mode="recompute", alpha=None), 0.0) == 0
+    one = sizes.input_bytes + sizes.attention_bytes + sizes.rest_bytes // 2
+    assert sizes.host_bytes(swap, 0.5) == (LAYERS - 2) * one

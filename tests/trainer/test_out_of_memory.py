@@ -1,0 +1,112 @@
+"""A step that is out of memory says who holds it and what would take less."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offload.activations_memory import Pools
+from offload.options import ActivationOptions, OffloadOptions
+from trainer.job import Job
+from trainer.loop import Trainer
+from trainer.models import llama
+from trainer.options import DataOptions, LlamaOptions, LoggerOptions, RunOptions, TrainOptions
+
+SMALL = LlamaOptions(dim=64, ffn_dim=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16)
+SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "text.txt"
+    file.write_text("".join(f"{number} squared is {number * number}.\n" for number in range(20000)))
+    return file
+
+
+def train(root: Path, data: Path, model: LlamaOptions = SMALL, **options: Any) -> None:
+    sizes = {"seq_len": 64, "global_batch_size": 4, **options.pop("train", {})}
+    job = Job(
+        model=model,
+        data=DataOptions(source="text", paths=[str(data)], valid_fraction=0, cache_dir=str(root / "cache")),
+        train=TrainOptions(steps=2, eval_sequences=0, sample_tokens=0, **sizes),
+        offload=OffloadOptions(**{"activations": ActivationOptions(**options.pop("activations", {})), **options}),
+        logger=LoggerOptions(tensorboard=False, plot=False),
+        run=RunOptions(root=str(root), name="-".join(options) or "run"),
+    )
+    Trainer(job, emit=lambda _: None).train()
+
+
+def full_once(real: Any) -> Any:
+    """`real`, but the first call finds no memory."""
+    calls: list[int] = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError(SAID)
+        return real(*args, **kwargs)
+
+    return call
+
+
+def test_owners_and_overrides_are_named(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "swiglu", full_once(llama.swiglu))  # where a block allocates
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        train(tmp_path, data)
+    text = str(caught.value)
+    assert text.startswith("out of memory on rank 0 in step 0: CUDA out of memory. Tried to allocate 2.00 GiB\n")
+    owners = re.search("largest owners: (.*)", text)
+    assert owners and owners[1].startswith("activations and workspace") and "optimizer states" in owners[1]
+    lines = text.splitlines()[3:]
+    assert lines, text
+    for override in (
+        "offload.activations=recompute ",
+        "offload.activations=checkpoint ",
+        "train.micro_batch_size=2 ",
+        "offload.activations.tile_tokens=64 ",
+        "offload=host ",
+        "offload=host offload.weights=host ",
+    ):
+        assert any(line.strip().startswith(override) for line in lines), (override, text)
+    estimate = re.search(r"by estimate this takes ([\d.]+) MiB", text)
+    assert estimate
+    taken = [float(re.search(r"([\d.]+) MiB", line)[1]) for line in lines]  # type: ignore[index]
+    assert taken == sorted(taken, reverse=True) and taken[0] < float(estimate[1])
+
+
+def test_in_the_backward_of_a_run_that_swaps(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pools, "take_buffer", full_once(Pools.take_buffer))
+    with pytest.raises(torch.OutOfMemoryError, match="offload.activations=swap offload.activations.alpha=0 "):
+        train(tmp_path, data, activations={"mode": "swap", "alpha": 1.0}, states="host")
+
+
+def test_a_model_that_cannot_be_estimated_still_has_its_owners_told(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.out_of_memory.footprint", lambda *_, **__: 1 // 0)
+    monkeypatch.setattr(llama, "swiglu", full_once(llama.swiglu))
+    with pytest.raises(torch.OutOfMemoryError, match="largest owners: optimizer states"):
+        train(tmp_path, data)
+
+
+@pytest.mark.gpu
+def test_what_is_said_to_fit_does(tmp_path: Path, data: Path) -> None:
+    total = torch.cuda.get_device_properties(0).total_memory
+    model = LlamaOptions(dim=1024, ffn_dim=4096, num_layers=16, num_heads=16, num_kv_heads=16, head_dim=64)
+    sizes = {"seq_len": 4096, "global_batch_size": 4, "dtype": "bf16"}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_per_process_memory_fraction(10 * 2**30 / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            train(tmp_path / "keep", data, model, train=sizes)
+        line = re.search("offload.activations=recompute .*", str(caught.value))
+        assert line and line[0].endswith(", fits"), str(caught.value)
+        caught.value.__traceback__ = None
+        del caught
+        torch.cuda.empty_cache()
+        train(tmp_path / "recompute", data, model, train=sizes, activations={"mode": "recompute"})
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,0 +1,205 @@
+"""What a step's activations take on the device and in host memory, for each thing that blocks may do with them.
+
+One block and the head are run under fake tensors, which computes nothing and takes no memory, at the job's own sizes;
+the rest is arithmetic. `atoll plan` shows it, and a run that is out of memory names by it what would fit.
+
+Not counted: kernels' workspaces, what the compiler fuses away (a compiled block takes less while it runs), and holes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from offload.activations_plan import BlockCost
+from offload.activations_tiles import tile
+from offload.activations_watch import intercept, watched
+from offload.options import ActivationOptions
+from offload.plan import Recorder, load_bytes
+from parallel.cut import move_without_memory
+from trainer.job import Job
+from trainer.models import build_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes, of one micro-batch on one rank."""
+
+    num_blocks: int
+    input_bytes: int
+    attention_bytes: int
+    """Of what attention returns and saves besides its inputs."""
+    rest_bytes: int
+    """Of the products of a block, but the last."""
+    kept_bytes: int
+    """Of what a block saves that keeps everything, its input included."""
+    work_bytes: int
+    """The most that a block's forward and backward hold beside what it saves."""
+    head_bytes: int
+    """The most that the head and its loss hold."""
+
+    def cost(self, forward_s: float) -> BlockCost:
+        return BlockCost(
+            forward_s=forward_s,
+            input_bytes=self.input_bytes,
+            attention_bytes=self.attention_bytes,
+            rest_bytes=self.rest_bytes,
+            kept_bytes=self.kept_bytes,
+        )
+
+    def host_bytes(self, options: ActivationOptions, alpha: float) -> int:
+        if options.mode not in ("swap", "auto"):
+            return 0
+        num_away = max(0, self.num_blocks - options.keep_last)
+        return num_away * (self.input_bytes + self.attention_bytes + int(alpha * self.rest_bytes))
+
+    def device_bytes(self, options: ActivationOptions, alpha: float) -> int:
+        """At the peak: what blocks hold between forward and backward, and the block or head that runs.
+
+        With ``swap``: two buffers, or two blocks' worth on the way out, see `offload.activations`.
+        """
+        n, least = self.num_blocks, self.input_bytes + self.attention_bytes
+        running = max(self.work_bytes + self.kept_bytes, self.head_bytes)
+        if options.mode == "keep":
+            return n * self.kept_bytes + max(self.work_bytes, self.head_bytes)
+        if options.mode == "checkpoint":
+            return n * self.input_bytes + running
+        if options.mode == "recompute":
+            return n * least + running
+        kept = min(n, options.keep_last)
+        whole = least + (self.rest_bytes if alpha else 0)
+        return kept * self.kept_bytes + 2 * whole + running
+
+
+class _Reached(Exception):
+    """Ends a forward at the first block, whose arguments are known."""
+
+
+def footprint(job: Job, *, vocab_size: int, micro_batch_size: int, num_tokens: int, dtype: torch.dtype) -> Footprint:
+    """By running a block and the head under fake tensors; takes a second or two.
+
+    num_tokens: of a sequence on this rank, its part where `parallel.sequence` shares it. vocab_size: the tokenizer's.
+    """
+    cpu = torch.device("cpu")
+    model = build_model(job.model, vocab_size=vocab_size, seq_len=num_tokens, dtype=dtype, device=cpu)
+    move_without_memory(model, dtype, cpu)
+    if job.offload.activations.tile_tokens:
+        tile(model.tiles(), job.offload.activations.tile_tokens)
+    blocks = model.blocks()
+    fake = FakeTensorMode()
+    _pretend(model, fake)
+    with fake:
+        tokens = torch.zeros(micro_batch_size, num_tokens, dtype=torch.int64)
+        args, kwargs = _arguments(model, blocks[0], tokens)
+        sizes = _block(blocks[0], args, kwargs)
+        return Footprint(num_blocks=len(blocks), head_bytes=_head(model.units()[-1], args[0], tokens), **sizes)
+
+
+def _pretend(model: nn.Module, fake: FakeTensorMode) -> None:
+    """Give `model` fake parameters and buffers; it is built before, as a model may look at its own values then."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(fake.from_tensor(p.detach()), p.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, fake.from_tensor(buffer))
+
+
+def _arguments(model: nn.Module, block: nn.Module, tokens: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the model gives its first block."""
+    found: list[Any] = []
+
+    def reached(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.extend((args, kwargs))
+        raise _Reached
+
+    handle = block.register_forward_pre_hook(reached, with_kwargs=True)
+    try:
+        model(tokens, tokens)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    args, kwargs = found
+    return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+
+
+def _block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+    products: list[int] = []
+    attention: list[int] = []
+    kept: dict[int, tuple[torch.UntypedStorage, int]] = {}
+    fixed = {id(t.untyped_storage()) for t in (*block.parameters(), *block.buffers(), *_others(args, kwargs))}
+
+    def watcher(kind: str, inputs: Any, call: Any) -> Tensor:
+        out: Tensor = call()
+        if kind == "linear":
+            products.append(out.nbytes)
+        else:  # beside it, a sum of the softmax a query, fp32
+            attention.append(out.nbytes + 4 * out.numel() // out.size(-1))
+        return out
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in fixed:
+            kept[id(storage)] = storage, storage.nbytes()
+        return tensor
+
+    for module in block.modules():
+        intercept(module)
+    with Recorder() as recorder:
+        with saved_tensors_hooks(pack, lambda t: t), watched(watcher):
+            out = block(*args, **kwargs)
+        out = out if isinstance(out, Tensor) else out[0]
+        kept_bytes = sum(size for _, size in kept.values())
+        kept.clear()
+        weights = [p for p in block.parameters() if p.requires_grad]
+        torch.autograd.grad(out, [args[0], *weights], torch.empty_like(out))
+        most = load_bytes(recorder.requests())
+    input_bytes = args[0].nbytes
+    return {
+        "input_bytes": input_bytes,
+        "attention_bytes": sum(attention),
+        "rest_bytes": sum(products[:-1]),
+        "kept_bytes": kept_bytes,
+        "work_bytes": max(0, most + input_bytes - kept_bytes),
+    }
+
+
+def _others(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Tensors that a block gets besides what it works on: tables of positions, masks."""
+    for value in (*args[1:], *kwargs.values()):
+        yield from _tensors(value)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _head(head: nn.Module, x: Tensor, targets: Tensor) -> int:
+    with Recorder() as recorder:
+        loss = head(x, targets)
+        torch.autograd.grad(loss, [x, *(p for p in head.parameters() if p.requires_grad)])
+        return load_bytes(recorder.requests())
+
+
+def alternatives(options: ActivationOptions, alpha: float) -> list[tuple[str, ActivationOptions, float]]:
+    """What else blocks could do: the override, the options and α. Those that take less of the device come later."""
+    plain = replace(options, mode="keep", alpha=None)
+    return [
+        ("offload.activations=keep", plain, 0.0),
+        ("offload.activations=swap offload.activations.alpha=1", replace(plain, mode="swap", alpha=1.0), 1.0),
+        ("offload.activations=recompute", replace(plain, mode="recompute"), 0.0),
+        ("offload.activations=checkpoint", replace(plain, mode="checkpoint"), 0.0),
+        (
+            "offload.activations=swap offload.activations.alpha=0 offload.activations.keep_last=0",
+            replace(plain, mode="swap", alpha=0.0, keep_last=0),
+            0.0,
+        ),
+    ]

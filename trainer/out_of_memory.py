@@ -1,0 +1,116 @@
+"""Out of memory on the device: who holds most of it, and which overrides would take less.
+
+Owners are counted by whoever they belong to; what no one owns is activations and what kernels work in. What another
+override would take is by `trainer.footprint`, which knows no compiler: a compiled block takes less.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from offload.options import ActivationOptions
+from parallel.engine import Engine
+from trainer.build import Rank, choose_dtype
+from trainer.footprint import Footprint, alternatives, footprint
+from trainer.job import Job
+from trainer.memory import owners
+
+log = logging.getLogger(__name__)
+ACTIVATIONS = "activations and workspace"
+FULL = 0.95
+"""Of what is allowed, what an estimate may fill to be called fitting."""
+TILE_TOKENS = 8192
+
+
+def limit_bytes(device: torch.device) -> int | None:
+    """What this process may take of a GPU; None on CPU."""
+    if device.type == "cpu":
+        return None
+    total = torch.cuda.get_device_properties(device).total_memory
+    return int(total * torch.cuda.get_per_process_memory_fraction(device))
+
+
+@contextmanager
+def explained(job: Job, where: Rank, engine: Engine, vocab_size: int, step: Callable[[], int]) -> Iterator[None]:
+    """Within it ``torch.OutOfMemoryError`` says who holds the memory and what would take less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        text = report(job, where, engine, vocab_size, step(), str(error))
+        raise torch.OutOfMemoryError(text) from error
+
+
+def report(job: Job, where: Rank, engine: Engine, vocab_size: int, step: int, error: str) -> str:
+    device = where.device
+    held, limit = owners(engine, device), limit_bytes(device)
+    micro, _ = job.micro_batches(where.world)
+    part = -(-job.train.seq_len // job.parallel.sequence_ranks)
+    dtype, _ = choose_dtype(job.train.dtype, device)
+
+    def sizes(options: ActivationOptions, micro_batch_size: int) -> Footprint:
+        changed = replace(job, offload=replace(job.offload, activations=options))
+        return footprint(
+            changed, vocab_size=vocab_size, micro_batch_size=micro_batch_size, num_tokens=part, dtype=dtype
+        )
+
+    lines = [f"out of memory on rank {where.rank} in step {step}: {error.split('. GPU')[0].splitlines()[0]}"]
+    try:
+        smaller = _smaller(job, micro, held, sizes)
+        estimate = sizes(job.offload.activations, micro).device_bytes(job.offload.activations, _alpha(job))
+    except Exception as unknown:  # a model that fake tensors do not run: the owners are worth telling all the same
+        log.warning("no estimate of what would fit: %s: %s", type(unknown).__name__, unknown)
+        smaller, estimate = {}, 0
+    owned = sum(held.values())
+    most = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else owned + estimate
+    held[ACTIVATIONS] = max(0, most - owned)
+    largest = sorted(((size, name) for name, size in held.items() if size), reverse=True)
+    lines.append("largest owners: " + ", ".join(f"{name} {_gib(size)}" for size, name in largest))
+    if limit is not None:
+        lines[-1] += f"; {_gib(most)} of the {_gib(limit)} allowed were in use at once"
+    if smaller:
+        now = owned + estimate
+        lines.append(f"by estimate this takes {_gib(now)}; less would take:")
+        width = max(map(len, smaller))
+        for text, saved in sorted(smaller.items(), key=lambda pair: pair[1]):
+            fits = "" if limit is None else ", fits" if now - saved <= FULL * limit else ", not enough by itself"
+            lines.append(f"  {text:{width}}  {_gib(now - saved)}{fits}")
+    return "\n".join(lines)
+
+
+def _smaller(
+    job: Job, micro: int, held: dict[str, int], sizes: Callable[[ActivationOptions, int], Footprint]
+) -> dict[str, int]:
+    """Overrides that would take less, and how many bytes."""
+    options, offload = job.offload.activations, job.offload
+    own = sizes(options, micro)
+    now, saved = own.device_bytes(options, _alpha(job)), {}
+    for text, other, alpha in alternatives(options, _alpha(job)):
+        saved[text] = now - own.device_bytes(other, alpha)
+    if micro > 1:
+        half = sizes(options, micro // 2)
+        saved[f"train.micro_batch_size={micro // 2}"] = now - half.device_bytes(options, _alpha(job))
+    if options.tile_tokens is None and job.engine == "native":
+        tokens = min(TILE_TOKENS, max(1, job.train.seq_len * micro // 4))
+        tiled = replace(options, tile_tokens=tokens)
+        saved[f"offload.activations.tile_tokens={tokens}"] = now - sizes(tiled, micro).device_bytes(tiled, _alpha(job))
+    if job.engine == "native" and offload.states == "none":
+        saved["offload=host"] = held["optimizer states"]
+    if job.engine == "native" and offload.weights == "device":
+        both = "offload=host offload.weights=host" if offload.states == "none" else "offload.weights=host"
+        saved[both] = saved.get("offload=host", 0) + held["parameters"]
+    return {text: size for text, size in saved.items() if size > 0}
+
+
+def _alpha(job: Job) -> float:
+    """What is known of α: a chosen one is not, and counts as 1, which takes most."""
+    options = job.offload.activations
+    if options.mode not in ("swap", "auto"):
+        return 0.0
+    return 1.0 if options.alpha is None else options.alpha
+
+
+def _gib(size_bytes: float) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**27 else f"{size_bytes / 2**20:.2f} MiB"
