@@ -19,6 +19,9 @@ class LaunchOptions:
     """Longest wait for the cluster to answer and for the workers to be placed and joined."""
     collective_timeout_s: float = 600.0
     """A collective that takes longer than this fails its worker."""
+    hang_timeout_s: float = 300.0
+    """A rank that stands still for longer is reported as a hang, with its stack and who waits for it; 0: never. Give it
+    more than the longest micro-batch takes. What may compile, and checkpoints, have ``collective_timeout_s``."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -33,3 +36,5 @@ class LaunchOptions:
             raise ValueError(f"launch.threads={self.threads}: at least one thread")
         if self.start_timeout_s <= 0 or self.collective_timeout_s <= 0:
             raise ValueError("launch.start_timeout_s and launch.collective_timeout_s must be positive")
+        if self.hang_timeout_s < 0:
+            raise ValueError(f"launch.hang_timeout_s={self.hang_timeout_s:g}: must be positive, or 0 for no watchdog")

@@ -17,8 +17,10 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayEr
 from launch import __version__, names
 from launch.checks import Crew
 from launch.options import LaunchOptions
+from launch.watchdog import Watchdog, Watched, kill_culprits
 from launch.worker import Assignment, Event, Failed, Failure, bootstrap
 from trainer.job import Job
+from trainer.run import run_path
 
 GRACE_S = 5.0
 POLL_S = 0.5
@@ -60,6 +62,12 @@ class Team:
         self._gather(loaded, "import torch")
         self._join(job, overrides)
         self._running = {actor.train.remote(): rank for rank, actor in enumerate(self._actors)}
+        logs = run_path(job).resolve() / "logs"
+        watched = [
+            Watched(rank=rank, actor=actor, node=self._nodes[rank], pid=self._pids[rank], log=logs / f"rank-{rank}.log")
+            for rank, actor in enumerate(self._actors)
+        ]
+        self._watchdog = Watchdog(watched, self._options.hang_timeout_s, self._options.collective_timeout_s)
 
     def _join(self, job: Job, overrides: tuple[str, ...]) -> None:
         addresses = [LOOPBACK] * self._crew.workers if self._crew.nodes == 1 else self._nodes
@@ -118,6 +126,9 @@ class Team:
         while self._running and time.monotonic() < give_up:
             ready, _ = ray.wait([poll, *self._running], timeout=POLL_S)
             self._pass_on_stop()
+            if hang := self._watchdog.look():
+                kill_culprits(hang)
+                return hang.failed
             if poll in ready:
                 poll = self._show(poll, show)
             for call in [call for call in ready if call in self._running]:

@@ -3,11 +3,14 @@
 `bootstrap` makes the Ray actor. Ray pickles a class of a local scope by value, so a worker can say that Atoll is
 missing or shadowed there before anything of ours is imported; then everything is `Worker`, imported the ordinary way.
 
-Threads: Ray runs `train` on one thread, and `events` and `request_stop` on threads of their own beside it.
+Threads: Ray runs `train` on one thread, and `events`, `request_stop`, `pulse` and `look` on threads of their own beside
+it. A process that lets none of them run still writes its stacks into its log at SIGUSR1.
 """
 
+import faulthandler
 import os
 import queue
+import signal
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +21,7 @@ import psutil
 
 from launch.devices import count_cores
 from launch.failures import Cause
+from trainer.pulse import Beat, Look, Pulse
 from trainer.run import run_path
 
 if TYPE_CHECKING:
@@ -118,6 +122,14 @@ def bootstrap() -> type:
         def request_stop(self, reason: str) -> None:
             self.worker.request_stop(reason)
 
+        def pulse(self) -> Any:
+            import ray
+
+            return (ray.get_runtime_context().get_node_id(), *self.worker.pulse())
+
+        def look(self) -> Any:
+            return self.worker.look()
+
     return Bootstrap
 
 
@@ -164,6 +176,7 @@ class Worker:
                 self._trainer.request_stop(self._stop_reason)
             result: dict[str, Any] = self._trainer.train()
             leave()
+            self._trainer.pulse.beat("done", -1)
             return result
         except BaseException as error:  # SystemExit too: the driver must learn of every end
             return describe(error)
@@ -184,6 +197,14 @@ class Worker:
         if self._trainer is not None:
             self._trainer.request_stop(reason)
 
+    def pulse(self) -> tuple[Beat, float]:
+        """What the training thread does, and for how many seconds it has."""
+        return self._trainer.pulse.read() if self._trainer is not None else (Beat(), 0.0)
+
+    def look(self) -> Look:
+        """All there is to see of a rank that may hang."""
+        return (self._trainer.pulse if self._trainer is not None else Pulse()).look()
+
 
 def take_cores(device: str, threads: int | None, workers_on_node: int) -> int:
     """Say how many threads and which devices to compute with, before the libraries that read it are imported."""
@@ -196,11 +217,12 @@ def take_cores(device: str, threads: int | None, workers_on_node: int) -> int:
 
 
 def log_to(path: Path) -> None:
-    """Append what this process prints to a file of the run, C++ and crashes included."""
+    """Append what this process prints to a file of the run, C++ and crashes included, and its stacks at SIGUSR1."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1, file=2)
 
 
 def check_device(device: str) -> None:

@@ -33,6 +33,7 @@ from trainer.models import build_model
 from trainer.models.attention import attention_backends
 from trainer.plan import describe
 from trainer.progress import Progress
+from trainer.pulse import Pulse
 from trainer.run import RunFolder
 from trainer.schedule import learning_rate
 
@@ -71,6 +72,8 @@ class Trainer:
         self.where = Rank.current()
         self._emit = emit or Progress(job.train.steps, every_steps=job.logger.every_steps).show
         self._stop_reason = ""
+        self.step = -1
+        self.pulse = Pulse()
 
     def request_stop(self, reason: str) -> None:
         """Ask all ranks to end after the step at hand, with a checkpoint. From any thread, or a signal handler."""
@@ -79,12 +82,12 @@ class Trainer:
     def train(self) -> Event:
         """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished`` or ``stopped``."""
         with self._opened(), attention_backends(self.where.device):
-            if self.step == 0:
+            if self._any(self.where.rank == 0 and self.run.lacks_eval(self.step)):
                 self._validate()
             while self.step < self.job.train.steps and not self._stopping:
                 self._report(self.train_step(self.step))
                 self.step += 1
-                if self._due(self.job.train.eval_every_steps):
+                if self._due(self.job.train.eval_every_steps) or self.step == self.job.train.steps:
                     self._validate()
                 if self._due(self.job.checkpoint.every_steps):
                     self._save()
@@ -103,12 +106,14 @@ class Trainer:
         self.engine.expect(lr)
         loss = torch.zeros((), device=self.where.device)
         for i in range(count):
+            self.pulse.beat("data", step)
             tokens, targets = self._batch(first_sample + i * micro, micro, part)
+            self.pulse.beat("compute", step)
             with sequence.attention(seq_len):
                 loss += self.engine.forward_backward(
                     tokens, targets, part.start, scale=weight, first=i == 0, last=i == count - 1
                 )
-        lr = learning_rate(job.optimizer, step, job.train.steps)
+        self.pulse.beat("update", step)
         self.snapshots.wait_copied()
         grad_norm = self.engine.step(lr, job.train.clip_norm)
         values = torch.stack((loss * weight, torch.full_like(loss, bool(self._stop_reason)), grad_norm))
@@ -167,7 +172,7 @@ class Trainer:
         self._event({"type": "plan", "text": describe(job, where, self.corpus, model, self.engine)})
         self.step = 0
         self._saved_step = -1
-        self._stopping = False
+        self._stopping = self._owes_eval = False
         self._reports: deque[Running] = deque()
         self._lag = 1 if where.device.type == "cuda" else 0
 
@@ -217,11 +222,10 @@ class Trainer:
     def _conclude(self) -> Event:
         """Save what is not saved, say how it ended."""
         self._flush()
-        job, finished = self.job, self.step == self.job.train.steps
+        job, finished = self.job, self.step == self.job.train.steps and not self._owes_eval
         if self._saved_step != self.step:
-            if finished:
-                self._validate()
             self._save()
+        self.pulse.beat("end", self.step)
         self.checkpoints.wait()
         if finished and job.train.sample_tokens:
             text = sample(self.engine, self.corpus, count=job.train.sample_tokens, seq_len=job.train.seq_len, seed=0)
@@ -253,6 +257,7 @@ class Trainer:
     def _log(self, done: Running) -> None:
         """Wait for a step and say what came of it. FloatingPointError where the loss is not a number, on every rank."""
         if done.ready:
+            self.pulse.beat("report", done.step)
             done.ready.synchronize()
         loss, stops, grad_norm = done.values.tolist()
         now = time.perf_counter()
@@ -292,6 +297,7 @@ class Trainer:
             self.sequence,
             num_sequences=self.job.train.eval_sequences,
             batch_size=micro,
+            go_on=self._go_on_validating,
         )
         if loss is not None and self.where.rank == 0:
             found = {"step": self.step, "valid_loss": loss}
@@ -299,9 +305,24 @@ class Trainer:
             self._emit({"type": "eval", **found})
         self._clock = time.perf_counter()
 
+    def _go_on_validating(self) -> bool:
+        """Whether no rank was asked to stop: a validation is given up then, and made good when the run goes on."""
+        self.pulse.beat("evaluation", self.step)
+        self._stopping = self._stopping or self._any(bool(self._stop_reason))
+        self._owes_eval = self._stopping
+        return not self._stopping
+
+    def _any(self, here: bool) -> bool:
+        """Whether it is so on any rank. Collective, on the hosts alone."""
+        anywhere = torch.tensor(float(here))
+        if self.where.world > 1:
+            dist.all_reduce(anywhere)
+        return bool(anywhere)
+
     def _save(self) -> None:
         """Save the state, while training goes on unless much of it is away from the device: then no copy is made."""
         self._flush()
+        self.pulse.beat("checkpoint", self.step)
         background = self.job.offload.states == "none"
         self.checkpoints.save(self.step, self.engine.pieces(), rng_state(), self._meta(), background=background)
         self._saved_step = self.step
@@ -309,6 +330,7 @@ class Trainer:
 
     def _snapshot(self) -> None:
         """The same into the nodes' memory; `wait_copied` comes before the next update."""
+        self.pulse.beat("snapshot", self.step)
         background = self.job.offload.states == "none"
         self.snapshots.save(self.step, self.engine.pieces(), rng_state(), self._meta(), background=background)
 

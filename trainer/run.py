@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 
 from trainer.changes import Change, as_plain, changes, show
 from trainer.job import Job
-from trainer.loggers import Background, JsonLines, Record, TensorBoard, keep_steps, replace_file
+from trainer.loggers import Background, JsonLines, Record, TensorBoard, keep_steps, read_lines, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +172,13 @@ class RunFolder:
         if asked.isdigit() and int(asked) not in steps:
             raise ValueError(f"run.resume={asked}: {self.checkpoint_url} holds checkpoints of steps {there}")
         return int(asked) if asked.isdigit() else max(steps, default=None)
+
+    def lacks_eval(self, step: int) -> bool:
+        """Whether the validation that belongs to `step` steps done is not in ``evals.jsonl``: at the beginning, or
+        where a stop cut it short."""
+        every, last = self.job.train.eval_every_steps, self.job.train.steps
+        due = step in (0, last) or (every > 0 and step % every == 0)
+        return due and (step == 0 or all(r["step"] != step for r in read_lines(self.path / "evals.jsonl")))
 
     def truncate(self, step: int) -> None:
         """Go on from where `step` steps are done: forget what was logged of later ones, and open the loggers.
