@@ -1,11 +1,13 @@
 """The command ``atoll``: errors in what was typed come from here, on one line, before torch is imported.
 
 Exit codes: 0 done, or stopped by the user with Ctrl-C; 1 the job failed; 2 what was typed or configured is wrong;
-75 (``EX_TEMPFAIL``) told to stop by SIGTERM, resumable by the same command; 130 killed by a second Ctrl-C.
+75 (``EX_TEMPFAIL``) told to stop by SIGTERM, resumable by the same command, at whatever moment; 130 killed by a second
+Ctrl-C.
 """
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,6 +36,7 @@ atoll submit slurm|ssh|kuberay ... -- [key=value ...]
 atoll --version"""
 
 WRONG = 2
+RESUMABLE = 75
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(args: list[str]) -> int:
     """Compose the config, check it, run it (or each of a sweep), and return the exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(RESUMABLE))  # until the driver listens; nothing is begun
     return _composed(args, _run)
 
 

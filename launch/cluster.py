@@ -27,24 +27,25 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 @contextmanager
 def connected(options: LaunchOptions, crew: Crew | None) -> Iterator[None]:
     """Inside, Ray is connected: to the cluster of ``launch.address``, or without one to our own, started for `crew`."""
-    started: list[psutil.Process] = []
+    before = psutil.Process().children()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if options.address is None:
-        assert crew is not None
-        started = _start(crew)
-    else:
-        _join(options.address, options.start_timeout_s)
     try:
+        if options.address is None:
+            assert crew is not None
+            _start(crew)
+        else:
+            _join(options.address, options.start_timeout_s)
         yield
     finally:
-        _stop(started)
+        _stop([process for process in psutil.Process().children() if process not in before])
 
 
-def _start(crew: Crew) -> list[psutil.Process]:
-    """Our own cluster on this machine; returns its processes."""
+def _start(crew: Crew) -> None:
+    """Our own cluster on this machine."""
     # A SIGTERM for all our processes (Slurm, systemd, timeout) must reach the driver alone, so that the workers can
-    # finish their step: Ray's processes inherit this mask, as they do Ray's own for SIGINT.
-    before = psutil.Process().children()
+    # finish their step: Ray's processes inherit this mask, as they do Ray's own for SIGINT. One that comes meanwhile
+    # waits, and then meets our handler, not Ray's, which ends the driver.
+    handler = signal.getsignal(signal.SIGTERM)
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         ray.init(
@@ -56,8 +57,9 @@ def _start(crew: Crew) -> list[psutil.Process]:
             **QUIET,
         )
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-    return [process for process in psutil.Process().children() if process not in before]
 
 
 def _stop(started: list[psutil.Process]) -> None:

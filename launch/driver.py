@@ -2,7 +2,8 @@
 
 The driver starts, watches and stops; it holds no state of the training. Threads: all here is the main thread's. The
 first SIGINT or SIGTERM asks every rank to stop after the step at hand, which the ranks agree on among themselves; the
-second ends everything at once.
+second ends everything at once. A SIGTERM is always answered by a resumable end: at once where no training has begun,
+so that nothing can be lost, and at the latest after ``launch.notice_s``.
 """
 
 import os
@@ -37,21 +38,33 @@ class Report:
 
 
 class Killed(BaseException):
-    """A second signal, or the first one before training began."""
+    """A second signal, the first one before training began, or the end of the time that a SIGTERM leaves."""
+
+    def __init__(self, status: str, why: str) -> None:
+        """status: of the report; ``stopped`` where it is the answer to one SIGTERM."""
+        self.status, self.why = status, why
 
 
 class Stop:
     """What the user or the machine asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, notice_s: float) -> None:
+        self._notice_s = notice_s
         self.signal: signal.Signals | None = None
         self.act: Callable[[str], None] | None = None
         """How to stop gently; None while nothing runs that could."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGALRM:
+            raise Killed("stopped", f"launch.notice_s={self._notice_s:g} is over")
         if self.signal is not None or self.act is None:
-            raise Killed
+            gentle = self.signal is None and number == signal.SIGTERM
+            raise Killed(
+                "stopped" if gentle else "killed", "ended before training began" if gentle else "ended at once"
+            )
         self.signal = signal.Signals(number)
+        if self.signal == signal.SIGTERM and self._notice_s:
+            signal.setitimer(signal.ITIMER_REAL, self._notice_s)
         # not print(): the signal may have come in the middle of one
         os.write(2, f"\natoll: {self.signal.name}: stopping after this step; once more ends it at once\n".encode())
         self.act(self.signal.name)
@@ -62,12 +75,13 @@ class Stop:
         try:
             yield
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def listen(self) -> dict[signal.Signals, Any]:
         """Take the signals, again after Ray has: its own handler ends the driver. Returns the handlers before."""
-        return {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
 
 
 def run(config: Config, overrides: Sequence[str] = (), stream: TextIO | None = None) -> Report:
@@ -75,13 +89,13 @@ def run(config: Config, overrides: Sequence[str] = (), stream: TextIO | None = N
 
     Raises ValueError, before anything is started, for what cannot work. For the main thread: it listens to signals.
     """
-    stop = Stop()
+    stop = Stop(config.launch.notice_s)
     with stop.listening():
         try:
             return _run(config, tuple(overrides), stream or sys.stdout, stop)
-        except Killed:
-            print("atoll: ended at once; the same command resumes from the last checkpoint", file=sys.stderr)
-            return Report(status="killed", exit_code=EXIT_KILLED)
+        except Killed as end:
+            print(f"atoll: {end.why}; the same command goes on from the last checkpoint", file=sys.stderr)
+            return Report(status=end.status, exit_code=EXIT_RESUMABLE if end.status == "stopped" else EXIT_KILLED)
 
 
 def _run(config: Config, overrides: tuple[str, ...], stream: TextIO, stop: Stop) -> Report:

@@ -82,7 +82,8 @@ class Trainer:
     def train(self) -> Event:
         """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished`` or ``stopped``."""
         with self._opened(), attention_backends(self.where.device):
-            if self._any(self.where.rank == 0 and self.run.lacks_eval(self.step)):
+            self._stopping = self._any(bool(self._stop_reason))
+            if not self._stopping and self._any(self.where.rank == 0 and self.run.lacks_eval(self.step)):
                 self._validate()
             while self.step < self.job.train.steps and not self._stopping:
                 self._report(self.train_step(self.step))
@@ -223,7 +224,7 @@ class Trainer:
         """Save what is not saved, say how it ended."""
         self._flush()
         job, finished = self.job, self.step == self.job.train.steps and not self._owes_eval
-        if self._saved_step != self.step:
+        if self._saved_step != self.step and self.step > 0:
             self._save()
         self.pulse.beat("end", self.step)
         self.checkpoints.wait()
