@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from launch.devices import count_cores
+from launch.failures import Cause
 from trainer.run import run_path
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Failure:
     trace: str = ""
     symptom: bool = False
     """A broken or timed out connection: some other rank probably failed first."""
+    kind: Cause = "error"
+    """What sort of failure it is; the supervisor goes by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
