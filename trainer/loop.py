@@ -5,7 +5,8 @@ prepares them and tells what they did. The loop does not know how state is parti
 engine's affair.
 
 Every rank runs the same steps. Rank 0 alone owns the run's folder and emits events. Whether to stop is decided by all
-ranks together: the wish of one travels with the loss. On a GPU a step is reported while the next one runs, so that the
+ranks together: the wish of one travels with the loss, and so does the wish to pause, which ends `train` at a snapshot so that
+other ranks can go on from it. On a GPU a step is reported while the next one runs, so that the
 host never waits for the device.
 """
 
@@ -46,7 +47,8 @@ class Running:
     step: int
     lr: float
     values: Tensor
-    """(3,) fp32 on the host once `ready`: the mean loss, how many ranks were asked to stop, the gradient norm."""
+    """(4,) fp32 on the host once `ready`: the mean loss, how many ranks were asked to stop, how many to pause, the
+    gradient norm."""
     ready: torch.cuda.Event | None
     issue_s: float
     """What the host spent on it; the device may have taken longer."""
@@ -71,17 +73,24 @@ class Trainer:
         self.where = Rank.current()
         self._emit = emit or Progress(job.train.steps, every_steps=job.logger.every_steps).show
         self._stop_reason = ""
+        self._pause_wished = False
 
     def request_stop(self, reason: str) -> None:
         """Ask all ranks to end after the step at hand, with a checkpoint. From any thread, or a signal handler."""
         self._stop_reason = reason
 
+    def request_pause(self) -> None:
+        """Ask all ranks to end after the step at hand with a snapshot in memory, where there are any, else with a
+        checkpoint: others go on from it at once. From any thread."""
+        self._pause_wished = True
+
     def train(self) -> Event:
-        """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished`` or ``stopped``."""
+        """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished``, ``stopped`` or
+        ``paused``."""
         with self._opened(), attention_backends(self.where.device):
             if self.step == 0:
                 self._validate()
-            while self.step < self.job.train.steps and not self._stopping:
+            while self.step < self.job.train.steps and not (self._stopping or self._pausing):
                 self._report(self.train_step(self.step))
                 self.step += 1
                 if self._due(self.job.train.eval_every_steps):
@@ -90,7 +99,8 @@ class Trainer:
                     self._save()
                 if self.snapshots.due(self.step):
                     self._snapshot()
-            return self._conclude()
+            pausing = self._pausing and not self._stopping and self.step < self.job.train.steps
+            return self._pause() if pausing else self._conclude()
 
     def train_step(self, step: int) -> Running:
         """One optimizer step: a forward and a backward of each of this rank's micro-batches, then the update."""
@@ -111,9 +121,10 @@ class Trainer:
         lr = learning_rate(job.optimizer, step, job.train.steps)
         self.snapshots.wait_copied()
         grad_norm = self.engine.step(lr, job.train.clip_norm)
-        values = torch.stack((loss * weight, torch.full_like(loss, bool(self._stop_reason)), grad_norm))
+        wishes = [torch.full_like(loss, wished) for wished in (bool(self._stop_reason), self._pause_wished)]
+        values = torch.stack((loss * weight, *wishes, grad_norm))
         if self.where.world > 1:
-            dist.all_reduce(values[:2])
+            dist.all_reduce(values[:3])
         return Running(step, lr, *to_host(values), issue_s=time.perf_counter() - start)
 
     def _batch(self, first_sample: int, count: int, part: slice) -> tuple[Tensor, Tensor]:
@@ -166,8 +177,8 @@ class Trainer:
         cleanup.callback(self.engine.close)
         self._event({"type": "plan", "text": describe(job, where, self.corpus, model, self.engine)})
         self.step = 0
-        self._saved_step = -1
-        self._stopping = False
+        self._saved_step = self._snapshot_step = -1
+        self._stopping = self._pausing = False
         self._reports: deque[Running] = deque()
         self._lag = 1 if where.device.type == "cuda" else 0
 
@@ -211,8 +222,21 @@ class Trainer:
             torch.manual_seed(job.train.seed + where.rank + where.world * self.step)
         if where.rank == 0:
             self.run.truncate(self.step)
-        source = self.run.checkpoint_url if isinstance(reader, CheckpointReader) else "the snapshots in memory"
-        self._tell(f"resumed from step {self.step} of {source}, written by {reader.world} ranks")
+        stored = isinstance(reader, CheckpointReader)
+        source = self.run.checkpoint_url if stored else "the snapshots in memory"
+        text = f"resumed from step {self.step} of {source}, written by {reader.world} ranks"
+        self._event({"type": "resumed", "step": self.step, "from": "storage" if stored else "memory", "text": text})
+
+    def _pause(self) -> Event:
+        """Leave a snapshot of this step, or a checkpoint, for those who go on."""
+        self._flush()
+        if self.job.checkpoint.snapshots and self._snapshot_step != self.step:
+            self._snapshot()
+        self.snapshots.wait()
+        if not self.job.checkpoint.snapshots or self.snapshots.error():
+            self._save()
+        self.checkpoints.wait()
+        return {"type": "end", "status": "paused", "step": self.step, "text": f"paused after step {self.step}"}
 
     def _conclude(self) -> Event:
         """Save what is not saved, say how it ended."""
@@ -237,6 +261,7 @@ class Trainer:
             text += f"\nits last steps are lost: {error}"
         end = {"type": "end", "status": "finished" if finished else "stopped", "step": self.step, "text": text}
         self._event(end)
+        self.run.draw()
         return end
 
     # ------------------------------------------------------------------------------------------------ reports
@@ -254,10 +279,11 @@ class Trainer:
         """Wait for a step and say what came of it. FloatingPointError where the loss is not a number, on every rank."""
         if done.ready:
             done.ready.synchronize()
-        loss, stops, grad_norm = done.values.tolist()
+        loss, stops, pauses, grad_norm = done.values.tolist()
         now = time.perf_counter()
         step_s, self._clock = max(now - self._clock, done.issue_s), now
         self._stopping = self._stopping or stops > 0
+        self._pausing = self._pausing or pauses > 0
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of step {done.step} is {loss}: lower optimizer.lr={self.job.optimizer.lr} or set "
@@ -310,6 +336,7 @@ class Trainer:
     def _snapshot(self) -> None:
         """The same into the nodes' memory; `wait_copied` comes before the next update."""
         background = self.job.offload.states == "none"
+        self._snapshot_step = self.step
         self.snapshots.save(self.step, self.engine.pieces(), rng_state(), self._meta(), background=background)
 
     def _meta(self) -> dict[str, Any]:
