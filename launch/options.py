@@ -19,6 +19,12 @@ class LaunchOptions:
     """Longest wait for the cluster to answer and for the workers to be placed and joined."""
     collective_timeout_s: float = 600.0
     """A collective that takes longer than this fails its worker."""
+    max_failures: int = 16
+    """Failures that are recovered from, in all; the count starts anew after 100 steps without one. 0: none is."""
+    max_preemptions: int = 64
+    """The same for nodes that were claimed back, which are no fault of the job."""
+    spares: int | None = None
+    """Processes with torch imported that each node keeps ready to replace a worker. None: one where snapshots are on."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -31,5 +37,11 @@ class LaunchOptions:
             raise ValueError(f"launch.device={self.device!r}: choose auto, cpu or cuda")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"launch.threads={self.threads}: at least one thread")
+        if self.max_failures < 0 or self.max_preemptions < 0:
+            raise ValueError(
+                f"launch.max_failures={self.max_failures}, launch.max_preemptions={self.max_preemptions}: 0 or more"
+            )
+        if self.spares is not None and self.spares < 0:
+            raise ValueError(f"launch.spares={self.spares}: 0 or more")
         if self.start_timeout_s <= 0 or self.collective_timeout_s <= 0:
             raise ValueError("launch.start_timeout_s and launch.collective_timeout_s must be positive")
