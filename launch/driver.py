@@ -150,8 +150,7 @@ def _run_on_ray(scaling: "ScalingPolicy", overrides: tuple[str, ...], stream: Te
     config = scaling.config(scaling.wanted)
     show = Progress(config.train.steps, stream, config.logger.every_steps).show
     with Supervisor(scaling, config.launch, overrides, show) as supervisor:
-        stop.act = supervisor.request_stop
-        outcome = supervisor.run()
+        outcome = supervisor.run(lambda: setattr(stop, "act", supervisor.request_stop))
         if isinstance(outcome, Failed):
             return _failed(outcome.rank, f"node {outcome.node}", outcome.failure)
         return _ended(outcome, stop)

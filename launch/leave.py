@@ -1,10 +1,10 @@
 """How a rank gets out of a process group whose other members may be dead.
 
 [Note: getting out]
-A collective of gloo waits in C++ for bytes from its peers. The neighbours of a dead rank see their connection closed and
-raise at once; the others wait for a neighbour that waits itself, until the collective's timeout. `abort` of the group
-does not wake them (torch 2.13). What does is the end of their own connections: gloo then raises as for a dead peer. So
-`break_connections` shuts down every connection of every group of this process. NCCL has an abort that works.
+A collective of gloo waits in C++ for bytes from its peers. The neighbours of a dead rank see their connection closed
+and raise at once; the others wait for a neighbour that waits itself, until the collective's timeout. `abort` of the
+group does not wake them (torch 2.13). What does is the end of their own connections: gloo then raises as for a dead
+peer. So `break_connections` shuts down every connection of every group of this process. NCCL's own abort works.
 
 Which sockets are gloo's is read from the kernel: each of its groups has a loop of its own, an epoll instance that holds
 its listening socket and all its connections; so has the store that rank 0 serves. Ray's are older than `Sockets`.

@@ -24,7 +24,7 @@ class LaunchOptions:
     max_preemptions: int = 64
     """The same for nodes that were claimed back, which are no fault of the job."""
     spares: int | None = None
-    """Processes with torch imported that each node keeps ready to replace a worker. None: one where snapshots are on."""
+    """Processes with torch imported that each node keeps ready to replace a worker. None: 1 with snapshots, else 0."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:

@@ -55,7 +55,7 @@ class ScalingPolicy:
     """On how many nodes to go on: on as many as were asked for, or on the most that the job divides over."""
 
     def __init__(self, config: Config, wanted: Crew, settle: Callable[[Config, Crew], Config]) -> None:
-        """config: as it was asked for, before `settle`, which checks it for a crew: ValueError where it does not fit."""
+        """config: as it was asked for; `settle` fits it to a crew and checks it, ValueError where it does not fit."""
         self.wanted = wanted
         self._config, self._settle = config, settle
         self._settled: dict[int, Config | None] = {}

@@ -137,9 +137,9 @@ class Supervisor:
         self._places.close()
         (self._folder / TEAM_FILE).unlink(missing_ok=True)
 
-    def run(self) -> dict[str, Any] | Failed:
+    def run(self, training: Callable[[], None]) -> dict[str, Any] | Failed:
         """Train to the end: what rank 0 returned, or the failure that was not recovered from. ValueError for what
-        cannot work, before training began."""
+        cannot work, before training began; when it does, `training` is called."""
         act = {
             State.ACQUIRE: self._acquire,
             State.START: self._start,
@@ -150,6 +150,8 @@ class Supervisor:
         state = State.ACQUIRE
         while state is not State.FINISH:
             state = act[state]()
+            if state is State.TRAIN and self._generation == 1:
+                training()
         assert self._outcome is not None
         return self._outcome
 

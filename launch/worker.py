@@ -1,5 +1,5 @@
-"""A worker's process: it becomes a rank, trains, and lets itself be watched; after a failure of others it becomes a rank
-again, of a new process group, and keeps its interpreter, its imports and its CUDA context.
+"""A worker's process: it becomes a rank, trains, and lets itself be watched; after a failure of others it becomes a
+rank again, of a new process group, and keeps its interpreter, its imports and its CUDA context.
 
 `bootstrap` makes the Ray actor. Ray pickles a class of a local scope by value, so a worker can say that Atoll is
 missing or shadowed there before anything of ours is imported; then everything is `Worker`, imported the ordinary way.
@@ -293,7 +293,7 @@ def check_device(device: str) -> None:
 
 
 def join(assignment: Assignment, store: "Store | None", interface: str | None) -> None:
-    """Join the process group: gloo on CPU, and NCCL beside it on a GPU. interface: for gloo, where the user chose it."""
+    """Join the process group: gloo on CPU, NCCL beside it on a GPU. interface: for gloo, where the user chose it."""
     import torch
     from torch import distributed as dist
 

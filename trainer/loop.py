@@ -5,9 +5,9 @@ prepares them and tells what they did. The loop does not know how state is parti
 engine's affair.
 
 Every rank runs the same steps. Rank 0 alone owns the run's folder and emits events. Whether to stop is decided by all
-ranks together: the wish of one travels with the loss, and so does the wish to pause, which ends `train` at a snapshot so that
-other ranks can go on from it. On a GPU a step is reported while the next one runs, so that the
-host never waits for the device.
+ranks together: the wish of one travels with the loss, and so does the wish to pause, which ends `train` at a snapshot
+so that other ranks can go on from it. On a GPU a step is reported while the next one runs, so that the host never waits
+for the device.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What a process does once and the first step would wait for: imports behind imports, autograd, the kernels' libraries."""
+"""What a process does once, before the first step has to wait for it: imports behind imports, autograd, libraries."""
 
 import torch
 
