@@ -24,7 +24,7 @@ STEPS = 60
 SMALL = (
     "launch.device=cpu launch.threads=1 model.dim=32 model.num_heads=2 model.ffn_dim=64 model.num_layers=1 "
     "train.seq_len=64 train.global_batch_size=12 train.micro_batch_size=1 train.eval_sequences=12 "
-    f"train.sample_tokens=0 train.steps={STEPS} logger=none"
+    f"train.sample_tokens=0 train.steps={STEPS} optimizer.schedule=constant logger=none"
 ).split()
 SNAPSHOTS = "checkpoint.snapshot_every_steps=1"
 
