@@ -84,8 +84,9 @@ def leave() -> None:
     import torch
     from torch import distributed as dist
 
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
     gc.collect()  # models and their hooks hold each other
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -1,18 +1,23 @@
 """A worker's process as the driver sees it: which actor, on which node, and how far it has come."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.cloudpickle
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from launch import __version__, names
 from launch.checks import Crew
+from launch.nodes import kill_process, on_node
 from launch.options import LaunchOptions
 from launch.places import Node
 from launch.worker import Failure, bootstrap
+
+END_S = 10.0
+"""Longest wait until a process that does not stop is known to be killed."""
 
 
 @dataclass(eq=False)
@@ -43,6 +48,14 @@ def start(node: Node, place: dict[str, Any], crew: Crew, options: LaunchOptions,
     entered = actor.enter.remote(names.find_fault, __version__, os.getcwd())
     loaded = actor.load.remote(crew.device, options.threads, crew.per_node)  # queued behind
     return Member(actor, node, entered, loaded, own_gpu=own_gpu)
+
+
+def end(member: Member) -> None:
+    """End its process, whose node is there, also where it is stopped and heeds nobody."""
+    ray.kill(member.actor)
+    if member.pid:
+        with suppress(RayError):
+            on_node(member.node.id, kill_process, member.pid, timeout_s=END_S)
 
 
 def failure_of(call: Any, member: Member) -> Failure | None:

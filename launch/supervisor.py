@@ -126,6 +126,8 @@ class Supervisor:
         self._looked = 0.0
         self._stop_reason: str | None = None
         self._stop_told = self._stepped = self._pausing = False
+        self._spent: Failed | None = None
+        """Why the job ends at the pause that was asked for."""
         self._outcome: dict[str, Any] | Failed | None = None
 
     def __enter__(self) -> Self:
@@ -192,7 +194,14 @@ class Supervisor:
             return State.DIAGNOSE
         self._team.last_events(self._see)
         self._outcome = self._team.results[0]
-        return State.RECOVER if self._outcome["status"] == "paused" else State.FINISH
+        if self._outcome["status"] != "paused":
+            return State.FINISH
+        self._watched.times["out"] = time.time()
+        if self._spent:
+            self._finish_records(None)
+            self._outcome = self._spent
+            return State.FINISH
+        return State.RECOVER
 
     def _diagnose(self) -> State:
         team, watched = self._team, self._watched
@@ -204,15 +213,16 @@ class Supervisor:
         watched.times["out"] = time.time()
         for rank, failure in team.failures.items():
             if failure.kind in DEAD and not failure.symptom:
-                team.kill(rank)
                 self._ranks[rank] = None
+                ray.kill(team.members[rank].actor)
+                if failure.kind in ("hang", "device"):
+                    members.end(team.members[rank])
         rank = min(team.failures, key=lambda rank: _precedence(rank, team.failures[rank]))
         failure, node = team.failures[rank], team.members[rank].node
         self._record(failure, rank, node, found_s=watched.times["found"] - last_sign)
         if why := self._budget.give_up(failure, watched.step, watched.moved):
             self._finish_records(None)
-            cause = f"{failure.cause} (not recovered from: {why})"
-            self._outcome = Failed(rank=rank, node=node.address, failure=replace(failure, cause=cause))
+            self._outcome = Failed(rank=rank, node=node.address, failure=_with(failure, why))
             return State.FINISH
         kept = sum(member is not None for member in self._ranks)
         self._say(f"rank {rank} on node {node.address}: {failure.cause}; {kept} of {len(self._ranks)} processes go on")
@@ -328,8 +338,9 @@ class Supervisor:
             self._record(failure, None, node, found_s=0.0)
             self._say(failure.cause)
             if why := self._budget.give_up(failure, self._watched.step, True):
-                self._stop_reason = why
-        self._team.request_pause()
+                self._spent = Failed(rank=0, node=node.address, failure=_with(failure, why))
+        parity = self._job.checkpoint.parity
+        self._team.request_pause(persist=len(self._leaving) > (1 if parity is None else parity))
 
     def _look_for_nodes(self) -> None:
         """Grow again: the processes of new nodes start beside the training, which pauses once they are ready."""
@@ -337,7 +348,7 @@ class Supervisor:
         missing = self._scaling.wanted.nodes - self.crew.nodes
         if self._coming:
             waiting = [spare.loaded for spare in self._spares if spare.node in self._coming]
-            if len(ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]) == len(waiting):
+            if waiting and len(ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]) == len(waiting):
                 self._pausing = True
                 self._watched.times = {"found": time.time()}
                 self._team.request_pause()
@@ -374,7 +385,7 @@ class Supervisor:
     def _record(self, failure: Failure, rank: int | None, node: Node, *, found_s: float) -> None:
         self._records.append(
             FailureRecord(
-                time=time.time() if not self._watched.times else self._watched.times["found"],
+                time=self._watched.times["found"],
                 cause=failure.kind,
                 what=failure.cause,
                 rank=rank,
@@ -427,6 +438,10 @@ class Supervisor:
 
 def _precedence(rank: int, failure: Failure) -> tuple[bool, int, int]:
     return failure.symptom, ORDER.index(failure.kind), rank
+
+
+def _with(failure: Failure, why: str) -> Failure:
+    return replace(failure, cause=f"{failure.cause} (not recovered from: {why})")
 
 
 def _complain(team: Team) -> None:

@@ -2,7 +2,7 @@
 
 The ranks train on their own; the driver polls rank 0 for events and waits for an end. When one rank fails its ring
 neighbours fail too, at once, and the others wait in a collective: all are told to get out, and each then says why it
-ended. Who does not get out in `LEAVE_S` is killed.
+ended.
 """
 
 import time
@@ -135,13 +135,13 @@ class Team:
         for member in self.members:
             member.control("request_stop", reason)
 
-    def request_pause(self) -> None:
+    def request_pause(self, *, persist: bool = False) -> None:
         for member in self.members:
-            member.control("request_pause")
+            member.control("request_pause", persist)
 
     def leave(self, show: Callable[[Event], None]) -> None:
         """Get all ranks out of the process group, and show what rank 0 still has to tell. Then each rank has a result
-        or a failure; who could not be got out is killed, and is among the failures."""
+        or a failure; who could not be got out within `LEAVE_S` is to be killed."""
         for rank in self._running.values():
             self.members[rank].control("abandon")
         deadline = time.monotonic() + LEAVE_S
@@ -150,10 +150,8 @@ class Team:
             self._collect(ready)
             self._probe()
         for rank in self._running.values():
-            self.failures[rank] = Failure(
-                cause=f"it did not get out of a collective within {LEAVE_S:g} s and was killed", kind="hang"
-            )
-            self.kill(rank)
+            cause = f"it did not stop within {LEAVE_S:g} s after others had failed, and was killed"
+            self.failures[rank] = Failure(cause=cause, kind="hang")
         self._running = {}
         self.last_events(show)
 
@@ -162,14 +160,6 @@ class Team:
             self._show(self._poll, show)
             self._show(self._events(0), show)
         self._poll = None
-
-    def kill(self, rank: int) -> None:
-        """End a rank's process for good, also one that is stopped and heeds nobody: by another one of its node."""
-        victim = self.members[rank]
-        ray.kill(victim.actor)
-        for member in self.members:
-            if member is not victim and member.node == victim.node and victim.pid:
-                member.control("end", victim.pid)
 
     def _collect(self, ready: list[Any]) -> None:
         for call in [call for call in ready if call in self._running]:

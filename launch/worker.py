@@ -4,8 +4,8 @@ rank again, of a new process group, and keeps its interpreter, its imports and i
 `bootstrap` makes the Ray actor. Ray pickles a class of a local scope by value, so a worker can say that Atoll is
 missing or shadowed there before anything of ours is imported; then everything is `Worker`, imported the ordinary way.
 
-Threads: Ray runs `join` and `train` on one thread; `events`, and `request_stop`, `request_pause`, `abandon` and `end`,
-on two others beside it.
+Threads: Ray runs `join` and `train` on one thread; `events`, and `request_stop`, `request_pause` and `abandon`, on two
+others beside it.
 """
 
 import os
@@ -132,20 +132,11 @@ def bootstrap() -> type:
         def request_stop(self, reason: str) -> None:
             self.worker.request_stop(reason)
 
-        def request_pause(self) -> None:
-            self.worker.request_pause()
+        def request_pause(self, persist: bool) -> None:
+            self.worker.request_pause(persist)
 
         def abandon(self) -> None:
             self.worker.abandon()
-
-        def end(self, pid: int) -> None:
-            """Kill another worker of this node: one that Ray's own word does not reach."""
-            import os
-            import signal
-            from contextlib import suppress
-
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
     return Bootstrap
 
@@ -258,10 +249,10 @@ class Worker:
         if (trainer := self._trainer) is not None:
             trainer.request_stop(reason)
 
-    def request_pause(self) -> None:
+    def request_pause(self, persist: bool) -> None:
         """End after the step at hand, to go on with other ranks."""
         if (trainer := self._trainer) is not None:
-            trainer.request_pause()
+            trainer.request_pause(persist=persist)
 
 
 def take_cores(device: str, threads: int | None, workers_on_node: int) -> int:

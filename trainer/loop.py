@@ -38,6 +38,8 @@ from trainer.run import RunFolder
 from trainer.schedule import learning_rate
 
 Event = dict[str, Any]
+PERSIST = 1 << 16
+"""More than there are ranks."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Running:
     step: int
     lr: float
     values: Tensor
-    """(4,) fp32 on the host once `ready`: the mean loss, how many ranks were asked to stop, how many to pause, the
-    gradient norm."""
+    """(4,) fp32 on the host once `ready`: the mean loss, how many ranks were asked to stop, how many to pause (each
+    that is to persist counts `PERSIST`), the gradient norm."""
     ready: torch.cuda.Event | None
     issue_s: float
     """What the host spent on it; the device may have taken longer."""
@@ -73,16 +75,16 @@ class Trainer:
         self.where = Rank.current()
         self._emit = emit or Progress(job.train.steps, every_steps=job.logger.every_steps).show
         self._stop_reason = ""
-        self._pause_wished = False
+        self._pause_wished = 0
 
     def request_stop(self, reason: str) -> None:
         """Ask all ranks to end after the step at hand, with a checkpoint. From any thread, or a signal handler."""
         self._stop_reason = reason
 
-    def request_pause(self) -> None:
-        """Ask all ranks to end after the step at hand with a snapshot in memory, where there are any, else with a
-        checkpoint: others go on from it at once. From any thread."""
-        self._pause_wished = True
+    def request_pause(self, *, persist: bool = False) -> None:
+        """Ask all ranks to end after the step at hand with a snapshot in memory, so that others go on from it at once;
+        with a checkpoint where there are none, or to `persist`. From any thread."""
+        self._pause_wished = PERSIST if persist else 1
 
     def train(self) -> Event:
         """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished``, ``stopped`` or
@@ -121,7 +123,7 @@ class Trainer:
         lr = learning_rate(job.optimizer, step, job.train.steps)
         self.snapshots.wait_copied()
         grad_norm = self.engine.step(lr, job.train.clip_norm)
-        wishes = [torch.full_like(loss, wished) for wished in (bool(self._stop_reason), self._pause_wished)]
+        wishes = [torch.full_like(loss, wish) for wish in (bool(self._stop_reason), self._pause_wished)]
         values = torch.stack((loss * weight, *wishes, grad_norm))
         if self.where.world > 1:
             dist.all_reduce(values[:3])
@@ -178,7 +180,7 @@ class Trainer:
         self._event({"type": "plan", "text": describe(job, where, self.corpus, model, self.engine)})
         self.step = 0
         self._saved_step = self._snapshot_step = -1
-        self._stopping = self._pausing = False
+        self._stopping, self._pausing = False, 0.0
         self._reports: deque[Running] = deque()
         self._lag = 1 if where.device.type == "cuda" else 0
 
@@ -233,7 +235,7 @@ class Trainer:
         if self.job.checkpoint.snapshots and self._snapshot_step != self.step:
             self._snapshot()
         self.snapshots.wait()
-        if not self.job.checkpoint.snapshots or self.snapshots.error():
+        if self._pausing >= PERSIST or not self.job.checkpoint.snapshots or self.snapshots.error():
             self._save()
         self.checkpoints.wait()
         return {"type": "end", "status": "paused", "step": self.step, "text": f"paused after step {self.step}"}
@@ -283,7 +285,7 @@ class Trainer:
         now = time.perf_counter()
         step_s, self._clock = max(now - self._clock, done.issue_s), now
         self._stopping = self._stopping or stops > 0
-        self._pausing = self._pausing or pauses > 0
+        self._pausing = self._pausing or pauses
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of step {done.step} is {loss}: lower optimizer.lr={self.job.optimizer.lr} or set "
