@@ -6,6 +6,7 @@ start anew (`SnapshotNode`, configure).
 
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from checkpoint.erasure.protocol import recoverable
@@ -56,14 +57,24 @@ class Found:
 
 
 def inventories(roster: Roster, say: Say = lambda text: None) -> dict[str, Message]:
-    """What each node that answers holds, by label; who does not is said."""
-    found = {}
-    for node in roster.nodes:
+    """What each node that answers holds, by label; who does not is said. All are asked at once: one that is in the
+    middle of a version lets it come to its end first."""
+
+    def ask(node: NodeAddress) -> Message | CheckpointError:
         try:
             with Wire.connect(node, roster.token) as wire:
-                found[node.label] = wire.ask({"do": "inventory"})
+                return wire.ask({"do": "inventory"})
         except CheckpointError as error:
-            say(f"{error}: what it held counts as lost")
+            return error
+
+    with ThreadPoolExecutor(len(roster.nodes), thread_name_prefix="inventory") as threads:
+        answers = list(threads.map(ask, roster.nodes))
+    found = {}
+    for node, answer in zip(roster.nodes, answers, strict=True):
+        if isinstance(answer, CheckpointError):
+            say(f"{answer}: what it held counts as lost")
+        else:
+            found[node.label] = answer
     return found
 
 

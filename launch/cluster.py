@@ -1,4 +1,4 @@
-"""The Ray cluster: started or joined, measured, and a place for each worker on it. Every wait has an end.
+"""The Ray cluster: started or joined, and measured. Every wait has an end.
 
 All errors are ValueErrors that name what was asked and what is there.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 import psutil
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from launch.address import no_answer
 from launch.checks import Crew, Machine
@@ -97,36 +96,3 @@ def machines() -> list[Machine]:
         Machine(node["NodeManagerAddress"], int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
         for node in alive
     ]
-
-
-@contextmanager
-def placed(crew: Crew, timeout_s: float) -> Iterator[list[Any]]:
-    """Inside, `crew` has its places: options for each rank's actor, the ranks of a node one after another.
-
-    One bundle a node, each on a node of its own, and the node's workers in it: so Ray itself spreads them evenly.
-    """
-    resource = {"GPU": 1.0} if crew.device == "cuda" else {}
-    bundle = {name: amount * crew.per_node for name, amount in ({"CPU": 1.0} | resource).items()}
-    group = placement_group([bundle] * crew.nodes, strategy="STRICT_SPREAD")
-    try:
-        if not group.wait(timeout_s):
-            raise ValueError(_occupied(crew, timeout_s))
-        yield [_actor_options(crew, group, rank) for rank in range(crew.workers)]
-    finally:
-        remove_placement_group(group)
-
-
-def _actor_options(crew: Crew, group: PlacementGroup, rank: int) -> dict[str, Any]:
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank // crew.per_node)
-    return {"num_cpus": 1, "num_gpus": 1 if crew.device == "cuda" else 0, "scheduling_strategy": strategy}
-
-
-def _occupied(crew: Crew, timeout_s: float) -> str:
-    free = ray.available_resources()
-    return (
-        f"launch.workers={crew.workers} on launch.nodes={crew.nodes} found no room within "
-        f"launch.start_timeout_s={timeout_s:g}: other jobs hold the cluster; "
-        f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free in all"
-    )

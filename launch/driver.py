@@ -1,6 +1,7 @@
-"""Runs a job: in this process when it has one worker, else on Ray.
+"""Runs a job: in this process when it has one worker, else on Ray, under a `Supervisor` that recovers from failures.
 
-The driver starts, watches and stops; it holds no state of the training. Threads: all here is the main thread's. The
+The driver holds no state of the training. One worker in this process needs no supervisor: what ends it ends the driver,
+and the same command goes on from what is in memory or storage. Threads: all here is the main thread's. The
 first SIGINT or SIGTERM asks every rank to stop after the step at hand, which the ranks agree on among themselves; the
 second ends everything at once. A SIGTERM is always answered by a resumable end: at once where no training has begun,
 so that nothing can be lost, and at the latest after ``launch.notice_s``.
@@ -13,13 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from launch.address import probe
 from launch.checks import Crew, check, find_crew
 from launch.config import Config
 from launch.devices import this_machine
 from launch.worker import Failed, Failure, check_device, describe, take_cores
+
+if TYPE_CHECKING:
+    from launch.policy import ScalingPolicy
 
 EXIT_RESUMABLE = 75
 """``EX_TEMPFAIL`` of sysexits.h, "try again": what a batch system's requeue rule can look for."""
@@ -105,15 +109,23 @@ def _run(config: Config, overrides: tuple[str, ...], stream: TextIO, stop: Stop)
 
         with connected(config.launch, None):
             crew = find_crew(config.launch, machines())
-            return _run_on_ray(_settled(config, crew, stream), crew, overrides, stream, stop)
+            return _run_on_ray(_scaling(config, crew, stream), overrides, stream, stop)
     crew = find_crew(config.launch, [this_machine()])
-    config = _settled(config, crew, stream)
     if crew.workers == 1:
-        return _run_here(config, crew, overrides, stream, stop)
+        return _run_here(_settled(config, crew, stream), crew, overrides, stream, stop)
     from launch.cluster import connected
 
+    scaling = _scaling(config, crew, stream)
     with connected(config.launch, crew):
-        return _run_on_ray(config, crew, overrides, stream, stop)
+        return _run_on_ray(scaling, overrides, stream, stop)
+
+
+def _scaling(config: Config, crew: Crew, stream: TextIO) -> "ScalingPolicy":
+    from launch.policy import ScalingPolicy
+
+    scaling = ScalingPolicy(config, crew, lambda config, crew: _settled(config, crew, stream))
+    scaling.config(crew)
+    return scaling
 
 
 def _settled(config: Config, crew: Crew, stream: TextIO) -> Config:
@@ -144,18 +156,15 @@ def _run_here(config: Config, crew: Crew, overrides: tuple[str, ...], stream: Te
         return _failed(0, "this machine", describe(error))
 
 
-def _run_on_ray(config: Config, crew: Crew, overrides: tuple[str, ...], stream: TextIO, stop: Stop) -> Report:
-    from launch.cluster import placed
-    from launch.team import Team
+def _run_on_ray(scaling: "ScalingPolicy", overrides: tuple[str, ...], stream: TextIO, stop: Stop) -> Report:
+    from launch.supervisor import Supervisor
+    from trainer.progress import Progress
 
     stop.listen()
-    with placed(crew, config.launch.start_timeout_s) as places, Team(crew, places, config.launch) as team:
-        from trainer.progress import Progress
-
-        show = Progress(config.train.steps, stream, config.logger.every_steps).show
-        team.start(config.job(), overrides)
-        stop.act = team.request_stop
-        outcome = team.watch(show)
+    config = scaling.config(scaling.wanted)
+    show = Progress(config.train.steps, stream, config.logger.every_steps).show
+    with Supervisor(scaling, config.launch, overrides, show) as supervisor:
+        outcome = supervisor.run(lambda: setattr(stop, "act", supervisor.request_stop))
         if isinstance(outcome, Failed):
             return _failed(outcome.rank, f"node {outcome.node}", outcome.failure)
         return _ended(outcome, stop)

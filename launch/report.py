@@ -113,7 +113,9 @@ def add_up(events: list[dict[str, Any]], metrics: list[dict[str, Any]], now: flo
         begun = [t for event in events if event["event"] == "train" and start <= (t := float(event["time"])) <= until]
         end = now if following is None and now is not None else last_sign(until, begun[-1] if begun else start)
         shares.startup += (begun[0] if begun else end) - start
-        shares.recovery += sum(later - last_sign(later, before) for before, later in zip(begun, begun[1:], strict=False))
+        shares.recovery += sum(
+            later - last_sign(later, before) for before, later in zip(begun, begun[1:], strict=False)
+        )
         shares.absent += following - end if following is not None else 0.0
         shares.wall = end - starts[0]
     return shares

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.nodes import kill_process, on_node, process_state
-from launch.worker import Failed, Failure
+from launch.worker import Failure
 from trainer.pulse import DEFAULT_GROUP, Beat, Look
 
 ANSWER_S = 3.0
@@ -48,8 +48,7 @@ class Watched:
     pid: int
     log: Path | None = None
     """Where its process writes the stacks that `faulthandler` is asked for."""
-    node_id: str | None = None
-    """Known with the first answer."""
+    node_id: str
     beat: Beat = field(default_factory=Beat)
     moved_at_s: float = 0.0
     answered_at_s: float = 0.0
@@ -57,16 +56,6 @@ class Watched:
     call: Any = None
     gone: bool = False
     """Its process has ended: others find out why."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hang:
-    """What was found: the culprit, or with `culprits` empty only who waits."""
-
-    culprits: tuple[Watched, ...]
-    failed: Failed
-    found_s: float
-    """Seconds from the culprit's last sign of life to the detection."""
 
 
 class Watchdog:
@@ -84,10 +73,11 @@ class Watchdog:
         for each in self._watched:
             each.moved_at_s = each.answered_at_s = now
 
-    def look(self) -> Hang | None:
-        """Take what was answered and ask again where it is time. A `Hang` once a limit is passed; its culprits live."""
+    def look(self) -> dict[int, Failure]:
+        """Take what was answered and ask again where it is time. Once a limit is passed, the culprits by rank, with
+        what was found; their processes still live."""
         if self._every_s == float("inf"):
-            return None
+            return {}
         self._collect(0)
         now = time.monotonic()
         for each in self._watched:
@@ -95,7 +85,7 @@ class Watchdog:
                 each.asked_at_s = now
                 each.call = each.actor.pulse.options(concurrency_group="control").remote()
         late = [each for each in self._watched if not each.gone and self._is_late(each, now)]
-        return self._examine() if late else None
+        return self._examine() if late else {}
 
     def _is_late(self, each: Watched, now: float) -> bool:
         silent = now - each.answered_at_s > self._silence_s
@@ -110,7 +100,7 @@ class Watchdog:
             each, now = calls[call], time.monotonic()
             each.call = None
             try:
-                each.node_id, each.beat, age_s = self._ray.get(call)
+                each.beat, age_s = self._ray.get(call)
             except self._ray.exceptions.RayError:
                 each.gone = True
                 continue
@@ -118,13 +108,13 @@ class Watchdog:
 
     # ------------------------------------------------------------------------------------------------ what is found
 
-    def _examine(self) -> Hang | None:
-        """Look at all ranks; None where it was a hiccup of the driver, and all have moved meanwhile."""
+    def _examine(self) -> dict[int, Failure]:
+        """Look at all ranks; nothing where it was a hiccup of the driver, and all have moved meanwhile."""
         self._collect(min(1.0, ANSWER_S))
         now = time.monotonic()
         alive = [each for each in self._watched if not each.gone]
         if not any(self._is_late(each, now) for each in alive):
-            return None
+            return {}
         calls = {
             each.actor.look.options(concurrency_group="control").remote(): each for each in alive if each.call is None
         }
@@ -134,11 +124,13 @@ class Watchdog:
             with suppress(self._ray.exceptions.RayError):
                 looks[calls[call].rank] = self._ray.get(call)
         if any(each.gone for each in self._watched):
-            return None  # a process has ended: that is the cause, and its call says so
+            return {}  # a process has ended: that is the cause, and its call says so
         culprits = [each for each in alive if each.rank not in looks] or find_culprits(alive, looks)
         return self._report(alive, culprits, looks, now)
 
-    def _report(self, alive: list[Watched], culprits: list[Watched], looks: dict[int, Look], now: float) -> Hang:
+    def _report(
+        self, alive: list[Watched], culprits: list[Watched], looks: dict[int, Look], now: float
+    ) -> dict[int, Failure]:
         named = culprits or alive
         first = min(named, key=lambda each: (each.moved_at_s, each.rank))
         still_s = now - (first.moved_at_s if first.rank in looks else first.answered_at_s)
@@ -164,25 +156,14 @@ class Watchdog:
                 trace += f"stack of rank {each.rank}, which waits:\n{looks[each.rank].stack}"
         hint = f" (launch.hang_timeout_s={self._silence_s:g})"
         failure = Failure(cause=f"a hang: {what}{hint}", trace=trace, kind="hang")
-        failed = Failed(rank=first.rank, node=first.node, failure=failure)
-        return Hang(culprits=tuple(culprits), failed=failed, found_s=still_s)
+        return {each.rank: failure for each in culprits or [first]}
 
     def _see_process(self, each: Watched) -> tuple[str, str]:
         """The state of a process that does not answer, in words, and its stack where it can still write one."""
-        if each.node_id is None:
-            return "has not answered since it was started", ""
         try:
             return tuple(on_node(each.node_id, see_process, each.pid, each.log, timeout_s=10 + DUMP_S))  # type: ignore[return-value]
         except Exception as error:  # whatever keeps the node from telling, the hang is to be reported
             return f"cannot be seen ({type(error).__name__})", ""
-
-
-def kill_culprits(hang: Hang) -> None:
-    """SIGKILL to them: a stopped process would outlive every gentler end."""
-    for each in hang.culprits:
-        if each.node_id is not None:
-            with suppress(Exception):  # its node is gone, and so is it
-                on_node(each.node_id, kill_process, each.pid)
 
 
 def find_culprits(alive: Sequence[Watched], looks: dict[int, Look]) -> list[Watched]:

@@ -5,8 +5,9 @@ prepares them and tells what they did. The loop does not know how state is parti
 engine's affair.
 
 Every rank runs the same steps. Rank 0 alone owns the run's folder and emits events. Whether to stop is decided by all
-ranks together: the wish of one travels with the loss. On a GPU a step is reported while the next one runs, so that the
-host never waits for the device.
+ranks together: the wish of one travels with the loss, and so does the wish to pause, which ends `train` at a snapshot
+so that other ranks can go on from it. On a GPU a step is reported while the next one runs, so that the host never waits
+for the device.
 """
 
 import math
@@ -38,6 +39,8 @@ from trainer.run import RunFolder
 from trainer.schedule import learning_rate
 
 Event = dict[str, Any]
+PERSIST = 1 << 16
+"""More than there are ranks."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Running:
     step: int
     lr: float
     values: Tensor
-    """(3,) fp32 on the host once `ready`: the mean loss, how many ranks were asked to stop, the gradient norm."""
+    """(4,) fp32 on the host once `ready`: the mean loss, how many ranks were asked to stop, how many to pause (each
+    that is to persist counts `PERSIST`), the gradient norm."""
     ready: torch.cuda.Event | None
     issue_s: float
     """What the host spent on it; the device may have taken longer."""
@@ -74,18 +78,25 @@ class Trainer:
         self._stop_reason = ""
         self.step = -1
         self.pulse = Pulse()
+        self._pause_wished = 0
 
     def request_stop(self, reason: str) -> None:
         """Ask all ranks to end after the step at hand, with a checkpoint. From any thread, or a signal handler."""
         self._stop_reason = reason
 
+    def request_pause(self, *, persist: bool = False) -> None:
+        """Ask all ranks to end after the step at hand with a snapshot in memory, so that others go on from it at once;
+        with a checkpoint where there are none, or to `persist`. From any thread."""
+        self._pause_wished = PERSIST if persist else 1
+
     def train(self) -> Event:
-        """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished`` or ``stopped``."""
+        """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished``, ``stopped`` or
+        ``paused``."""
         with self._opened(), attention_backends(self.where.device):
             self._stopping = self._any(bool(self._stop_reason))
             if not self._stopping and self._any(self.where.rank == 0 and self.run.lacks_eval(self.step)):
                 self._validate()
-            while self.step < self.job.train.steps and not self._stopping:
+            while self.step < self.job.train.steps and not (self._stopping or self._pausing):
                 self._report(self.train_step(self.step))
                 self.step += 1
                 if self._due(self.job.train.eval_every_steps) or self.step == self.job.train.steps:
@@ -94,7 +105,8 @@ class Trainer:
                     self._save()
                 if self.snapshots.due(self.step):
                     self._snapshot()
-            return self._conclude()
+            pausing = self._pausing and not self._stopping and self.step < self.job.train.steps
+            return self._pause() if pausing else self._conclude()
 
     def train_step(self, step: int) -> Running:
         """One optimizer step: a forward and a backward of each of this rank's micro-batches, then the update."""
@@ -117,9 +129,10 @@ class Trainer:
         self.pulse.beat("update", step)
         self.snapshots.wait_copied()
         grad_norm = self.engine.step(lr, job.train.clip_norm)
-        values = torch.stack((loss * weight, torch.full_like(loss, bool(self._stop_reason)), grad_norm))
+        wishes = [torch.full_like(loss, wish) for wish in (bool(self._stop_reason), self._pause_wished)]
+        values = torch.stack((loss * weight, *wishes, grad_norm))
         if self.where.world > 1:
-            dist.all_reduce(values[:2])
+            dist.all_reduce(values[:3])
         return Running(step, lr, *to_host(values), issue_s=time.perf_counter() - start)
 
     def _batch(self, first_sample: int, count: int, part: slice) -> tuple[Tensor, Tensor]:
@@ -172,8 +185,9 @@ class Trainer:
         cleanup.callback(self.engine.close)
         self._event({"type": "plan", "text": describe(job, where, self.corpus, model, self.engine)})
         self.step = 0
-        self._saved_step = -1
+        self._saved_step = self._snapshot_step = -1
         self._stopping = self._owes_eval = False
+        self._pausing = 0.0
         self._reports: deque[Running] = deque()
         self._lag = 1 if where.device.type == "cuda" else 0
 
@@ -217,8 +231,21 @@ class Trainer:
             torch.manual_seed(job.train.seed + where.rank + where.world * self.step)
         if where.rank == 0:
             self.run.truncate(self.step)
-        source = self.run.checkpoint_url if isinstance(reader, CheckpointReader) else "the snapshots in memory"
-        self._tell(f"resumed from step {self.step} of {source}, written by {reader.world} ranks")
+        stored = isinstance(reader, CheckpointReader)
+        source = self.run.checkpoint_url if stored else "the snapshots in memory"
+        text = f"resumed from step {self.step} of {source}, written by {reader.world} ranks"
+        self._event({"type": "resumed", "step": self.step, "from": "storage" if stored else "memory", "text": text})
+
+    def _pause(self) -> Event:
+        """Leave a snapshot of this step, or a checkpoint, for those who go on."""
+        self._flush()
+        if self.job.checkpoint.snapshots and self._snapshot_step != self.step:
+            self._snapshot()
+        self.snapshots.wait()
+        if self._pausing >= PERSIST or not self.job.checkpoint.snapshots or self.snapshots.error():
+            self._save()
+        self.checkpoints.wait()
+        return {"type": "end", "status": "paused", "step": self.step, "text": f"paused after step {self.step}"}
 
     def _conclude(self) -> Event:
         """Save what is not saved, say how it ended."""
@@ -242,6 +269,7 @@ class Trainer:
             text += f"\nits last steps are lost: {error}"
         end = {"type": "end", "status": "finished" if finished else "stopped", "step": self.step, "text": text}
         self._event(end)
+        self.run.draw()
         return end
 
     # ------------------------------------------------------------------------------------------------ reports
@@ -260,10 +288,11 @@ class Trainer:
         if done.ready:
             self.pulse.beat("report", done.step)
             done.ready.synchronize()
-        loss, stops, grad_norm = done.values.tolist()
+        loss, stops, pauses, grad_norm = done.values.tolist()
         now = time.perf_counter()
         step_s, self._clock = max(now - self._clock, done.issue_s), now
         self._stopping = self._stopping or stops > 0
+        self._pausing = self._pausing or pauses
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of step {done.step} is {loss}: lower optimizer.lr={self.job.optimizer.lr} or set "
@@ -333,6 +362,7 @@ class Trainer:
         """The same into the nodes' memory; `wait_copied` comes before the next update."""
         self.pulse.beat("snapshot", self.step)
         background = self.job.offload.states == "none"
+        self._snapshot_step = self.step
         self.snapshots.save(self.step, self.engine.pieces(), rng_state(), self._meta(), background=background)
 
     def _meta(self) -> dict[str, Any]:

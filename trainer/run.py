@@ -203,7 +203,7 @@ class RunFolder:
         """A line of ``evals.jsonl``, and a new ``loss.png``; ``step`` is the number of steps done."""
         # TensorBoard counts steps from 0: at the last one done, a resume right after this does not hide it
         self._log("valid", max(record["step"] - 1, 0), record)
-        self._draw()
+        self.draw()
 
     def _log(self, group: str, step: int, record: Record) -> None:
         if self._metrics is None:
@@ -213,8 +213,9 @@ class RunFolder:
         if self._board is not None:
             self._background.do("TensorBoard", self._board.write, group, step, record)
 
-    def _draw(self) -> None:
-        if self.job.logger.plot:
+    def draw(self) -> None:
+        """A new ``loss.png``, drawn in the background."""
+        if self.job.logger.plot and self._metrics is not None:
             self._background.do("loss.png", _draw_loss, self.path, self.job.run_name)
 
     def provenance(self) -> dict[str, Any]:
@@ -222,9 +223,8 @@ class RunFolder:
         return {"config": as_plain(self.job), "overrides": list(self.overrides), "versions": _versions()}
 
     def close(self) -> None:
-        """Draw once more, wait for all loggers, and give the folder free. May be called twice, or before `prepare`."""
+        """Wait for all loggers, and give the folder free. May be called twice, or before `prepare`."""
         if self._metrics is not None:
-            self._draw()
             if self._board is not None:
                 self._background.do("TensorBoard", self._board.close)
             self._background.close()
