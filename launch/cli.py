@@ -33,6 +33,9 @@ atoll plan [key=value ...]      will it fit, how long is a step, what limits it:
                                 write a checkpoint as a folder of safetensors that transformers loads
 atoll submit slurm|ssh|kuberay ... -- [key=value ...]
                                 train on several machines; --help and --dry-run
+atoll report [run.name=NAME]    every failure of a run, and where its time went
+atoll chaos kill=worker|node|hang|corrupt|disk [run.name=NAME ...]
+                                break a running job on purpose; --help
 atoll --version"""
 
 WRONG = 2
@@ -51,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "plan": plan,
         "export": export,
         "submit": submit,
+        "report": report,
+        "chaos": chaos,
     }
     if command in ("--help", "-h", "help"):
         print(USAGE)
@@ -181,6 +186,32 @@ def submit(args: list[str]) -> int:
     except ValueError as error:
         return _complain(str(error))
     return _composed(target.overrides, lambda config, _: send(target, config))
+
+
+def report(args: list[str]) -> int:
+    """Print what became of a run; the exit code."""
+    from launch.report import report as make
+
+    return _printed(make, args)
+
+
+def chaos(args: list[str]) -> int:
+    """Break a running job; the exit code."""
+    from launch.chaos import USAGE as usage
+    from launch.chaos import chaos as act
+
+    if not args or "--help" in args or "-h" in args:
+        print(usage)
+        return 0
+    return _printed(act, args)
+
+
+def _printed(act: Callable[[list[str]], str], args: list[str]) -> int:
+    try:
+        print(act(args))
+    except ValueError as error:
+        return _complain(str(error))
+    return 0
 
 
 def _user_folders(args: list[str]) -> list[Path]:

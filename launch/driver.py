@@ -16,11 +16,17 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
+import psutil
+
 from launch.address import probe
 from launch.checks import Crew, check, find_crew
 from launch.config import Config
 from launch.devices import this_machine
+from launch.failures import FILE, FailureRecord
+from launch.report import show_failures
 from launch.worker import Failed, Failure, check_device, describe, take_cores
+from trainer import timeline
+from trainer.run import run_path
 
 if TYPE_CHECKING:
     from launch.policy import ScalingPolicy
@@ -151,7 +157,8 @@ def _run_here(config: Config, crew: Crew, overrides: tuple[str, ...], stream: Te
         check_device(crew.device)
         trainer = Trainer(config.job(), emit=show, overrides=overrides)
         stop.act = trainer.request_stop
-        return _ended(trainer.train(), stop)
+        with _noted(config):
+            return _ended(trainer.train(), stop)
     except Exception as error:
         return _failed(0, "this machine", describe(error))
 
@@ -163,11 +170,24 @@ def _run_on_ray(scaling: "ScalingPolicy", overrides: tuple[str, ...], stream: Te
     stop.listen()
     config = scaling.config(scaling.wanted)
     show = Progress(config.train.steps, stream, config.logger.every_steps).show
-    with Supervisor(scaling, config.launch, overrides, show) as supervisor:
+    with _noted(config), Supervisor(scaling, config.launch, overrides, show) as supervisor:
         outcome = supervisor.run(lambda: setattr(stop, "act", supervisor.request_stop))
+        if failures := FailureRecord.read(run_path(config) / FILE):
+            print(show_failures(failures), file=stream)
         if isinstance(outcome, Failed):
             return _failed(outcome.rank, f"node {outcome.node}", outcome.failure)
         return _ended(outcome, stop)
+
+
+@contextmanager
+def _noted(config: Config) -> Iterator[None]:
+    """Inside, the run's timeline says that this process is at it; its start counts from when the process was made."""
+    folder = run_path(config)
+    timeline.note(folder, "start", at=psutil.Process().create_time(), pid=os.getpid())
+    try:
+        yield
+    finally:
+        timeline.note(folder, "exit")
 
 
 def _ended(result: dict[str, Any], stop: Stop) -> Report:

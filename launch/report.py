@@ -58,7 +58,7 @@ class Summary:
     num_starts: int
     running: bool
     status: str
-    """``finished``, ``stopped``, …; of the last end in order, or ``running``, or ``ended`` where it was killed."""
+    """``finished`` or ``stopped``, ``running``, or ``ended before its time``."""
     shares: Shares
     failures: list[FailureRecord] = field(default_factory=list)
     num_broken: int = 0
@@ -74,8 +74,8 @@ def report(args: list[str]) -> str:
 def summarize(folder: Path, now: float | None = None) -> Summary:
     events, metrics = timeline.read(folder), read_lines(folder / "metrics.jsonl")
     running = is_running(folder)
-    ends = [event for event in events if event["event"] in ("end", "exit")]
-    status = "running" if running else str(ends[-1]["status"]) if ends and ends[-1] is events[-1] else "ended"
+    last = next((event for event in reversed(events) if event["event"] != "exit"), {})
+    status = "running" if running else last.get("status", "ended before its time")
     return Summary(
         folder=folder,
         steps_done=metrics[-1]["step"] + 1 if metrics else 0,
@@ -100,7 +100,7 @@ def add_up(events: list[dict[str, Any]], metrics: list[dict[str, Any]], now: flo
         return shares
     # every moment at which the run is known to have lived
     signs = [float(line["time"]) for line in metrics if "time" in line]
-    signs += [float(event["active"]) for event in events if event["event"] == "lost"]
+    signs += [float(event["active"]) for event in events if event["event"] == "lost" and event["active"]]
     signs += [float(event["time"]) for event in events if event["event"] not in ("start", "train", "lost")]
     signs.sort()
 

@@ -10,7 +10,6 @@ so that other ranks can go on from it. On a GPU a step is reported while the nex
 for the device.
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from trainer.evaluate import sample, validate
 from trainer.job import Job
 from trainer.models import build_model
 from trainer.models.attention import attention_backends
+from trainer.numbers import BadNumbers, Judge
 from trainer.plan import describe
 from trainer.progress import Progress
 from trainer.pulse import Pulse
@@ -55,6 +55,8 @@ class Running:
     ready: torch.cuda.Event | None
     issue_s: float
     """What the host spent on it; the device may have taken longer."""
+    fault: str
+    """Why it was skipped; empty where it was not."""
 
 
 class Trainer:
@@ -93,6 +95,7 @@ class Trainer:
         """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished``, ``stopped`` or
         ``paused``."""
         with self._opened(), attention_backends(self.where.device):
+            self.run.note("train", step=self.step)
             self._stopping = self._any(bool(self._stop_reason))
             if not self._stopping and self._any(self.where.rank == 0 and self.run.lacks_eval(self.step)):
                 self._validate()
@@ -128,12 +131,20 @@ class Trainer:
                 )
         self.pulse.beat("update", step)
         self.snapshots.wait_copied()
-        grad_norm = self.engine.step(lr, job.train.clip_norm)
         wishes = [torch.full_like(loss, wish) for wish in (bool(self._stop_reason), self._pause_wished)]
-        values = torch.stack((loss * weight, *wishes, grad_norm))
+        told = torch.stack((loss * weight, *wishes))
         if self.where.world > 1:
-            dist.all_reduce(values[:3])
-        return Running(step, lr, *to_host(values), issue_s=time.perf_counter() - start)
+            dist.all_reduce(told)
+        fault = ""
+
+        def accept(grad_norm: Tensor) -> bool:
+            nonlocal fault
+            fault = self._judge.fault(told[0].item(), grad_norm.item())
+            return not self._any(bool(fault))
+
+        grad_norm = self.engine.step(lr, job.train.clip_norm, accept if self._judge.skips else None)
+        values = torch.cat((told, grad_norm.view(1)))
+        return Running(step, lr, *to_host(values), issue_s=time.perf_counter() - start, fault=fault)
 
     def _batch(self, first_sample: int, count: int, part: slice) -> tuple[Tensor, Tensor]:
         """Tokens and targets, each (count, S of this rank) int64 on the device."""
@@ -188,6 +199,7 @@ class Trainer:
         self._saved_step = self._snapshot_step = -1
         self._stopping = self._owes_eval = False
         self._pausing = 0.0
+        self._judge = Judge(job.train)
         self._reports: deque[Running] = deque()
         self._lag = 1 if where.device.type == "cuda" else 0
 
@@ -222,7 +234,9 @@ class Trainer:
                 f"data.source={job.data.source} have changed; bring them back, or go on with run.on_change=accept"
             )
         self.engine.load(reader.read, moments=True)
-        self.step = self.engine.updates = reader.meta["step"]
+        self.step = reader.meta["step"]
+        self.engine.updates = reader.meta.get("updates", self.step)
+        self._judge.load(**reader.meta.get("judge", {"losses": [], "in_a_row": 0}))
         if isinstance(reader, CheckpointReader):
             self._saved_step = self.step
         if reader.world == where.world:
@@ -254,7 +268,8 @@ class Trainer:
         if self._saved_step != self.step and self.step > 0:
             self._save()
         self.pulse.beat("end", self.step)
-        self.checkpoints.wait()
+        with self._aside("save"):
+            self.checkpoints.wait()
         if finished and job.train.sample_tokens:
             text = sample(self.engine, self.corpus, count=job.train.sample_tokens, seq_len=job.train.seq_len, seed=0)
             self._event({"type": "sample", "text": text})
@@ -268,6 +283,7 @@ class Trainer:
         if error := self.checkpoints.error():
             text += f"\nits last steps are lost: {error}"
         end = {"type": "end", "status": "finished" if finished else "stopped", "step": self.step, "text": text}
+        self.run.note("end", status=end["status"], step=self.step)
         self._event(end)
         self.run.draw()
         return end
@@ -284,7 +300,7 @@ class Trainer:
             self._log(self._reports.popleft())
 
     def _log(self, done: Running) -> None:
-        """Wait for a step and say what came of it. FloatingPointError where the loss is not a number, on every rank."""
+        """Wait for a step and say what came of it. BadNumbers where they are and are not skipped, on every rank."""
         if done.ready:
             self.pulse.beat("report", done.step)
             done.ready.synchronize()
@@ -293,10 +309,11 @@ class Trainer:
         step_s, self._clock = max(now - self._clock, done.issue_s), now
         self._stopping = self._stopping or stops > 0
         self._pausing = self._pausing or pauses
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss of step {done.step} is {loss}: lower optimizer.lr={self.job.optimizer.lr} or set "
-                f"train.clip_norm; checkpoints: {self.checkpoints.steps() or 'none'}"
+        if not self._judge.skips and (fault := self._judge.fault(loss, grad_norm)):
+            raise BadNumbers(
+                f"step {done.step} is bad: {fault}; lower optimizer.lr={self.job.optimizer.lr}, set train.clip_norm, "
+                f"or leave such steps out with train.on_bad_numbers=skip; checkpoints: "
+                f"{self.checkpoints.steps() or 'none'}"
             )
         if self.where.rank:
             return
@@ -310,30 +327,42 @@ class Trainer:
             "tokens": (done.step + 1) * step_tokens,
             "tokens_per_s": step_tokens / step_s,
             "step_s": step_s,
+            "time": time.time(),
             "flops_per_s": flops_per_s,
             "mfu": flops_per_s / (self._peak_flops * self.where.world) if self._peak_flops else None,
             **self._device.read(),
+            **({"skipped": done.fault} if done.fault else {}),
         }
+        if done.fault:
+            self._tell(f"step {done.step} is skipped: {done.fault}")
         self.run.log_step(metrics)
         self._emit({"type": "step", **metrics})
 
-    def _validate(self) -> None:
+    @contextmanager
+    def _aside(self, event: str) -> Iterator[None]:
+        """Between two steps: the time inside is noted, and is not the next step's."""
         self._flush()
+        began = time.perf_counter()
+        yield
+        self._clock = time.perf_counter()
+        self.run.note(event, step=self.step, seconds=self._clock - began)
+
+    def _validate(self) -> None:
         micro, _ = self.job.micro_batches(self.where.world)
-        loss = validate(
-            self.engine,
-            self.corpus,
-            self.where,
-            self.sequence,
-            num_sequences=self.job.train.eval_sequences,
-            batch_size=micro,
-            go_on=self._go_on_validating,
-        )
+        with self._aside("eval"):
+            loss = validate(
+                self.engine,
+                self.corpus,
+                self.where,
+                self.sequence,
+                num_sequences=self.job.train.eval_sequences,
+                batch_size=micro,
+                go_on=self._go_on_validating,
+            )
         if loss is not None and self.where.rank == 0:
             found = {"step": self.step, "valid_loss": loss}
             self.run.log_eval(found)
             self._emit({"type": "eval", **found})
-        self._clock = time.perf_counter()
 
     def _go_on_validating(self) -> bool:
         """Whether no rank was asked to stop: a validation is given up then, and made good when the run goes on."""
@@ -351,12 +380,11 @@ class Trainer:
 
     def _save(self) -> None:
         """Save the state, while training goes on unless much of it is away from the device: then no copy is made."""
-        self._flush()
-        self.pulse.beat("checkpoint", self.step)
-        background = self.job.offload.states == "none"
-        self.checkpoints.save(self.step, self.engine.pieces(), rng_state(), self._meta(), background=background)
+        with self._aside("save"):
+            self.pulse.beat("checkpoint", self.step)
+            background = self.job.offload.states == "none"
+            self.checkpoints.save(self.step, self.engine.pieces(), rng_state(), self._meta(), background=background)
         self._saved_step = self.step
-        self._clock = time.perf_counter()
 
     def _snapshot(self) -> None:
         """The same into the nodes' memory; `wait_copied` comes before the next update."""
@@ -368,7 +396,14 @@ class Trainer:
     def _meta(self) -> dict[str, Any]:
         """What is saved beside the state, once for all ranks."""
         samples = self.step * self.job.train.global_batch_size
-        return {"step": self.step, "samples": samples, "data": self.corpus.fingerprint, **self.run.provenance()}
+        judged = {"updates": self.engine.updates, "judge": self._judge.dump()}
+        return {
+            "step": self.step,
+            "samples": samples,
+            "data": self.corpus.fingerprint,
+            **judged,
+            **self.run.provenance(),
+        }
 
     def _tell(self, text: str) -> None:
         self._event({"type": "message", "text": text})

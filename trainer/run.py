@@ -3,6 +3,7 @@
     config.yaml      the options it was started with, resolved
     metrics.jsonl    one object a step, each step once, whatever was killed in between
     evals.jsonl      one object a validation; its ``step`` is the number of steps done
+    timeline.jsonl   when it was started, trained, saved, lost steps and ended (`trainer/timeline.py`)
     loss.png  tensorboard/  logs/
     checkpoints/     unless checkpoint.url leads elsewhere
     run.id           tells its snapshots in memory from those of other runs
@@ -27,6 +28,7 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
+from trainer import timeline
 from trainer.changes import Change, as_plain, changes, show
 from trainer.job import Job
 from trainer.loggers import Background, JsonLines, Record, TensorBoard, keep_steps, read_lines, replace_file
@@ -186,6 +188,10 @@ class RunFolder:
         A run that starts from the beginning need not call it: the first thing logged does.
         """
         assert self._lock is not None and self._metrics is None, "prepare() first, truncate() once"
+        lost = [record for record in read_lines(self.path / "metrics.jsonl") if record["step"] >= step]
+        if lost:
+            seconds = sum(record["step_s"] for record in lost)
+            self.note("lost", steps=len(lost), seconds=seconds, active=lost[-1].get("time"))
         kept = keep_steps(self.path / "metrics.jsonl", step)
         if kept < step:
             log.warning("%s lacks %d of the %d steps done", self.path / "metrics.jsonl", step - kept, step)
@@ -194,6 +200,11 @@ class RunFolder:
         self._evals = JsonLines(self.path / "evals.jsonl")
         self._background = Background()
         self._board = TensorBoard(self.path / "tensorboard", step) if self.job.logger.tensorboard else None
+
+    def note(self, event: str, **more: Any) -> None:
+        """Add an event to ``timeline.jsonl``; on other ranks than 0 nothing happens."""
+        if self._lock is not None:
+            timeline.note(self.path, event, **more)
 
     def log_step(self, record: Record) -> None:
         """A line of ``metrics.jsonl``, in the file when this returns; ``step`` counts from 0."""

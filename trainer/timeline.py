@@ -3,12 +3,12 @@
 One object a line with ``time`` (Unix, seconds) and ``event``:
 
     start   the driver: the process was started
-    train   the first step after a start or a recovery begins; ``step``
+    train   the loop begins, after a start or a recovery; ``step``
     lost    steps were forgotten, to be done again; ``steps``, their ``seconds``, ``active``: when the last was logged
     eval    a validation ended; ``step``, ``seconds``
     save    the loop goes on after a checkpoint began or was waited for; ``step``, ``seconds`` it stood
     end     training ended in order; ``status``, ``step``
-    exit    the driver: the command ends; ``status``
+    exit    the driver: the command ends
 
 Driver and rank 0 append, each line whole. A timeline that cannot be written costs its lines and nothing else.
 """
