@@ -16,6 +16,7 @@ from trainer import timeline
 from trainer.loggers import read_lines
 from trainer.progress import duration
 
+WHAT_COLUMNS = 90
 USAGE = "atoll report [run.name=<run>] [run.root=runs]"
 
 
@@ -181,8 +182,14 @@ def _row(record: FailureRecord) -> tuple[str, ...]:
         "-" if record.steps_lost is None else str(record.steps_lost),
         "-" if record.recover_s is None else f"after {_time(record.recover_s)}",
         after if record.world_before != record.world_after else str(record.world_after),
-        f"{where}: {record.what.splitlines()[0] if record.what else ''}",
+        f"{where}: {_short(record.what)}",
     )
+
+
+def _short(what: str) -> str:
+    """The first part of a sentence: ``failures.jsonl`` has the whole."""
+    first = what.partition("\n")[0].partition("; ")[0]
+    return first if len(first) <= WHAT_COLUMNS else first[: WHAT_COLUMNS - 1] + "…"
 
 
 def _time(seconds: float) -> str:

@@ -108,6 +108,8 @@ def waiting() -> tuple[tuple[Wait, ...], dict[str, int]]:
 
     Nothing where this torch has no flight recorder for the backend: then stacks alone tell.
     """
+    if "torch" not in sys.modules:
+        return (), {}
     try:
         from torch._C._distributed_c10d import _dump_fr_trace_json
     except ImportError:
