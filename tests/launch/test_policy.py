@@ -11,7 +11,7 @@ from launch.options import LaunchOptions
 from launch.policy import RESET_STEPS, FailurePolicy, ScalingPolicy
 from launch.worker import Failure
 from parallel.options import ParallelOptions
-from trainer.options import RunOptions, TrainOptions
+from trainer.options import TrainOptions
 
 DIED = Failure(cause="its process died", kind="process")
 
@@ -48,7 +48,6 @@ def scaling(workers: int, nodes: int, batch: int, **parallel: object) -> Scaling
         parallel=ParallelOptions(**parallel),
         checkpoint=CheckpointOptions(parity=2, snapshot_every_steps="1"),
         launch=LaunchOptions(workers=workers, nodes=nodes),
-        run=RunOptions(resume="never"),
     )
 
     def settle(config: Config, crew: Crew) -> Config:
@@ -72,4 +71,4 @@ def test_what_was_said_of_all_nodes_is_said_of_fewer() -> None:
     policy = scaling(8, 4, 16, levels={"node": 4, "worker": 2})
     config = policy.config(Crew(4, 2, "cpu"))
     assert config.parallel.levels == {"node": 2, "worker": 2}
-    assert (config.checkpoint.parity, config.run.resume) == (1, "auto")
+    assert config.checkpoint.parity == 1
