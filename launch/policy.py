@@ -103,6 +103,5 @@ class ScalingPolicy:
             parity=None if parity is None else min(parity, nodes - 1),
             group_nodes=None if group is None else min(group, nodes),
         )
-        # The run goes on: what was asked of its first start has been done.
-        run = replace(config.run, resume="auto" if config.run.resume == "never" else config.run.resume)
+        run = replace(config.run, resume="auto")  # what was asked of the first start has been done
         return replace(config, parallel=replace(config.parallel, levels=levels), checkpoint=checkpoint, run=run)

@@ -76,6 +76,7 @@ class Watched:
     """Unix time of the last event."""
     restored: tuple[Source, int] = ("start", 0)
     """Where the ranks of this start have their state from, and of which step."""
+    restored_once: bool = False
     times: dict[str, float] = field(default_factory=dict)
     """Of the last recovery: Unix times of what was reached."""
 
@@ -83,6 +84,7 @@ class Watched:
         self.last_sign = time.time()
         if event["type"] == "resumed":
             self.restored, self.step = (event["from"], event["step"]), event["step"]
+            self.restored_once = True
             self.times["restored"] = self.last_sign
         elif event["type"] == "step":
             self.step, self.moved = event["step"] + 1, True
@@ -120,6 +122,7 @@ class Supervisor:
         self._leaving: set[Node] = set()
         self._team: Team | None = None
         self._generation = 0
+        self._newest_stored: int | None = None
         self._watched = Watched()
         self._records: list[FailureRecord] = []
         """Of failures that are not recovered from yet."""
@@ -177,7 +180,7 @@ class Supervisor:
         ranks = [member or self._fill(rank) for rank, member in enumerate(self._ranks)]
         self._ranks = list(ranks)
         self._team = team = Team(ranks, self.crew, self._options)
-        if not team.assemble(self._job, self._overrides, self._roster):
+        if not team.assemble(self._job, self._overrides, self._roster, self._newest_stored):
             if self._generation == 1:
                 _complain(team)
             return State.DIAGNOSE
@@ -214,7 +217,6 @@ class Supervisor:
         for rank, failure in team.failures.items():
             if failure.kind in DEAD and not failure.symptom:
                 self._ranks[rank] = None
-                ray.kill(team.members[rank].actor)
                 if failure.kind in ("hang", "device"):
                     members.end(team.members[rank])
         rank = min(team.failures, key=lambda rank: _precedence(team.failures[rank]))  # of equals the first found
@@ -256,7 +258,7 @@ class Supervisor:
             self._say(f"going on with {crew.workers} ranks on {crew.nodes} nodes, after {self.crew.workers} ranks")
         self._ranks = [member for node in keep for member in held.get(node, [None] * crew.per_node)]
         self._nodes, self._coming, self._leaving, self.crew = keep, [], set(), crew
-        self._job = _resuming(self._scaling.config(crew).job())
+        self._job = self._resuming(self._scaling.config(crew).job())
         return State.START
 
     # ------------------------------------------------------------------------------------------------ places
@@ -293,6 +295,16 @@ class Supervisor:
         self._spares = [spare for spare in self._spares if spare.node != node]
         self._ranks = [None if member and member.node == node else member for member in self._ranks]
         self._places.give_back(node, lost=not is_there(node))
+
+    def _resuming(self, job: Job) -> Job:
+        """What the user said of where to begin has been done: from now on it is the newest step of this run. Where he
+        went back to an earlier one, later ones that are still in storage are none of it."""
+        asked = self._scaling.config(self._scaling.wanted).run.resume
+        if asked.isdigit() and self._watched.restored_once:
+            self._newest_stored = self._watched.step
+        elif asked.isdigit():
+            return replace(job, run=replace(job.run, resume=asked))
+        return replace(job, run=replace(job.run, resume="auto"))
 
     def _roster(self) -> Roster | None:
         """The snapshot processes of our nodes. On a machine of our own the first rank starts one."""
@@ -451,11 +463,6 @@ def _complain(team: Team) -> None:
     for rank, failure in sorted(team.failures.items()):
         if failure.user or failure.kind == "hang":
             raise ValueError(f"rank {rank} on node {team.members[rank].node.address}: {failure.cause}")
-
-
-def _resuming(job: Job) -> Job:
-    """The run exists now, which ``run.resume=never`` forbids at its first start alone."""
-    return replace(job, run=replace(job.run, resume="auto")) if job.run.resume == "never" else job
 
 
 def _logged_steps(metrics: Path) -> int:

@@ -46,10 +46,12 @@ class Team:
 
     # ------------------------------------------------------------------------------------------------ start
 
-    def assemble(self, job: Job, overrides: tuple[str, ...], roster: Callable[[], Roster | None]) -> bool:
+    def assemble(
+        self, job: Job, overrides: tuple[str, ...], roster: Callable[[], Roster | None], newest_stored: int | None
+    ) -> bool:
         """Assemble the ranks in one process group and let them train; False where some have failed.
 
-        roster: gives the nodes' snapshot processes, asked while the workers import.
+        roster: gives the nodes' snapshot processes, asked while the workers import. newest_stored: see `Trainer`.
         """
         entered = self._gather([member.entered for member in self.members], "start")
         if entered is None:
@@ -65,9 +67,9 @@ class Team:
             self.failures[0] = Failure(cause=str(error), user=True)
         if self.failures or self._gather([member.loaded for member in self.members], "import torch") is None:
             return False
-        return self._join(job, overrides, known)
+        return self._join(job, overrides, known, newest_stored)
 
-    def _join(self, job: Job, overrides: tuple[str, ...], roster: Roster | None) -> bool:
+    def _join(self, job: Job, overrides: tuple[str, ...], roster: Roster | None, newest_stored: int | None) -> bool:
         addresses = [LOOPBACK if self.crew.nodes == 1 else member.node.address for member in self.members]
         timeout_s = self._options.collective_timeout_s
         ports = self._gather([self.members[0].actor.listen.remote(addresses[0], timeout_s)], "open a port")
@@ -87,6 +89,7 @@ class Team:
                     collective_timeout_s=timeout_s,
                     devices=member.devices,
                     roster=roster,
+                    newest_stored=newest_stored,
                 )
             )
             for rank, member in enumerate(self.members)

@@ -58,6 +58,8 @@ class Assignment:
     """``CUDA_VISIBLE_DEVICES`` of the rank whose place this is. None: what Ray gave."""
     roster: "Roster | None" = None
     """The nodes' snapshot processes; None: the ranks start their own."""
+    newest_stored: int | None = None
+    """Checkpoints of later steps are not to be used; None: all may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +209,13 @@ class Worker:
             if self._abandoned:
                 raise ConnectionError("connection closed: a peer was gone before training began")
             told = self._assignment
-            self._trainer = Trainer(told.job, emit=self._events.put, overrides=told.overrides, roster=told.roster)
+            self._trainer = Trainer(
+                told.job,
+                emit=self._events.put,
+                overrides=told.overrides,
+                roster=told.roster,
+                newest_stored=told.newest_stored,
+            )
             if self._stop_reason:
                 self._trainer.request_stop(self._stop_reason)
             result: dict[str, Any] = self._trainer.train()

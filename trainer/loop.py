@@ -69,11 +69,13 @@ class Trainer:
         emit: Callable[[Event], None] | None = None,
         overrides: Sequence[str] = (),
         roster: Roster | None = None,
+        newest_stored: int | None = None,
     ) -> None:
         """emit: gets each event of rank 0 (docs/architecture.md). None: they are shown on the terminal.
         overrides: what the user typed, kept beside the config. roster: the nodes' snapshot processes. None: one is
-        started here where snapshots are wanted and all ranks are on this machine."""
-        self._roster = roster
+        started here where snapshots are wanted and all ranks are on this machine. newest_stored: checkpoints of later
+        steps are not gone on from: they are of what this run has turned its back on."""
+        self._roster, self._newest_stored = roster, newest_stored
         self.job, self.overrides = job, tuple(overrides)
         self.where = Rank.current()
         self._emit = emit or Progress(job.train.steps, every_steps=job.logger.every_steps).show
@@ -215,7 +217,9 @@ class Trainer:
         chosen, in_memory = torch.full((2,), -1)
         if where.rank == 0:
             memory = self.snapshots.steps()
-            if (step := self.run.resume_step(sorted({*memory, *self.checkpoints.steps()}))) is not None:
+            newest = math.inf if self._newest_stored is None else self._newest_stored
+            stored = [step for step in self.checkpoints.steps() if step <= newest]
+            if (step := self.run.resume_step(sorted({*memory, *stored}))) is not None:
                 chosen, in_memory = torch.tensor([step, step in memory])
         if where.world > 1:
             dist.broadcast(chosen, src=0)

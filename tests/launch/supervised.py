@@ -50,6 +50,11 @@ class Run:
         return tree
 
     @property
+    def generation(self) -> int:
+        """0 before the first start."""
+        return int(self.team["generation"]) if (self.folder / TEAM_FILE).exists() else 0
+
+    @property
     def pids(self) -> list[int]:
         return [rank["pid"] for rank in self.team["ranks"]]
 
@@ -66,7 +71,7 @@ class Run:
     def losses(self) -> dict[int, float]:
         return losses(self.folder)
 
-    def wait(self, what: Callable[[], bool], timeout_s: float = 60) -> None:
+    def wait(self, what: Callable[[], bool], timeout_s: float = 150) -> None:
         """Until `what` holds; fails where the run ends first, or after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while not what():
@@ -74,7 +79,7 @@ class Run:
             assert time.monotonic() < deadline, self.said
             time.sleep(0.01)
 
-    def end(self, timeout_s: float = 90) -> int:
+    def end(self, timeout_s: float = 150) -> int:
         """Its exit code."""
         return self.process.wait(timeout_s)
 

@@ -11,6 +11,7 @@ from tests.launch.supervised import SNAPSHOTS, running, undisturbed
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_worker_is_replaced_and_the_others_stay(tmp_path: Path, victim: int) -> None:
     with undisturbed(2, tmp_path) as expected, running(tmp_path, "launch.workers=2", SNAPSHOTS) as run:
@@ -29,6 +30,7 @@ def test_a_killed_worker_is_replaced_and_the_others_stay(tmp_path: Path, victim:
         assert not (run.folder / "team.json").exists()
 
 
+@pytest.mark.timeout(300)
 def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xff" * 1000)
     with running(tmp_path, "launch.workers=2", SNAPSHOTS, "data=text", "data.paths=[bad.txt]") as run:
