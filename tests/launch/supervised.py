@@ -1,7 +1,8 @@
 """For tests that break a running job: the job, a cluster of raylets that can be killed, and what an undisturbed job has
 as losses.
 
-As a program, `supervised.py WORLD ROOT`, it is that undisturbed job: the same trainer on as many forked processes,
+As a program, `supervised.py WORLD ROOT [key=value ...]`, it is that undisturbed job: the same trainer on as many forked
+processes,
 without Ray, without a supervisor.
 """
 
@@ -170,7 +171,13 @@ def main() -> None:
 
     jobs = []
     register()
-    overrides = [*SMALL, f"run.root={root}", "run.name=undisturbed", f"parallel.levels={{worker: {world}}}"]
+    overrides = [
+        *SMALL,
+        f"run.root={root}",
+        "run.name=undisturbed",
+        f"parallel.levels={{worker: {world}}}",
+        *sys.argv[3:],
+    ]
     _run_hydra(overrides, lambda config, _: jobs.append(config.job()) or 0)
     children = []
     for rank in range(world):
