@@ -254,7 +254,7 @@ def kill_node(node_id: str, run: str) -> str:
 def _corrupt(plan: Plan, team: dict[str, Any]) -> dict[str, Any]:
     node, run = _node(plan, team), (plan.folder / "run.id").read_text()
     alone = len(team["nodes"]) == 1
-    what = _there(team, node, flip_bit, run, "local" if alone else node["node_id"][:12], plan.draw.randrange(1 << 62))
+    what = _there(team, node, flip_bit, run, "" if alone else node["node_id"][:12], plan.draw.randrange(1 << 62))
     return {"rank": None, "node": node["address"], "what": what}
 
 

@@ -2,8 +2,7 @@
 as losses.
 
 As a program, `supervised.py WORLD ROOT [key=value ...]`, it is that undisturbed job: the same trainer on as many forked
-processes,
-without Ray, without a supervisor.
+processes, without Ray, without a supervisor.
 """
 
 import json
