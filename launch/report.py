@@ -75,7 +75,7 @@ def report(args: list[str]) -> str:
 def summarize(folder: Path, now: float | None = None) -> Summary:
     events, metrics = timeline.read(folder), read_lines(folder / "metrics.jsonl")
     running = is_running(folder)
-    last = next((event for event in reversed(events) if event["event"] != "exit"), {})
+    last: dict[str, Any] = next((event for event in reversed(events) if event["event"] != "exit"), {})
     status = "running" if running else last.get("status", "ended before its time")
     return Summary(
         folder=folder,

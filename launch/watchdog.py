@@ -161,7 +161,7 @@ class Watchdog:
     def _see_process(self, each: Watched) -> tuple[str, str]:
         """The state of a process that does not answer, in words, and its stack where it can still write one."""
         try:
-            return tuple(on_node(each.node_id, see_process, each.pid, each.log, timeout_s=10 + DUMP_S))  # type: ignore[return-value]
+            return tuple(on_node(each.node_id, see_process, each.pid, each.log, timeout_s=10 + DUMP_S))
         except Exception as error:  # whatever keeps the node from telling, the hang is to be reported
             return f"cannot be seen ({type(error).__name__})", ""
 

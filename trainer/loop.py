@@ -10,6 +10,7 @@ so that other ranks can go on from it. On a GPU a step is reported while the nex
 for the device.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

@@ -111,7 +111,7 @@ def waiting() -> tuple[tuple[Wait, ...], dict[str, int]]:
     if "torch" not in sys.modules:
         return (), {}
     try:
-        from torch._C._distributed_c10d import _dump_fr_trace_json
+        from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]
     except ImportError:
         return (), {}
     dump = json.loads(_dump_fr_trace_json(True, True))
