@@ -16,7 +16,7 @@ SMALL = (
     "train.sample_tokens=0 logger=none run.name=it"
 ).split()
 ENDLESS = [*SMALL, "train.steps=1000000", "train.eval_sequences=8"]
-LONG_EVAL = [*SMALL, "train.steps=4", "train.eval_sequences=100000"]
+LONG_EVAL = [*SMALL, "train.steps=4", "train.eval_sequences=100000", "train.micro_batch_size=1"]
 
 workers = pytest.mark.parametrize(
     "num", [1, pytest.param(2, marks=[pytest.mark.ray, pytest.mark.slow])], ids=["one", "two"]
@@ -78,7 +78,7 @@ def test_in_a_validation(atoll_started: Callable[..., object], atoll, num: int, 
 @workers
 def test_a_validation_that_was_cut_is_made_good(atoll_started, atoll, num: int, tmp_path: Path) -> None:
     options = [*SMALL, "train.steps=4", "train.eval_every_steps=2", f"launch.workers={num}"]
-    run = atoll_started("train", *options, "train.eval_sequences=100000")
+    run = atoll_started("train", *options, "train.eval_sequences=100000", "train.micro_batch_size=1")
     wait_for(run, " dtype ")
     ends_resumable(run)
     done = atoll("train", *options, "train.eval_sequences=8")
