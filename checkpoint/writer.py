@@ -55,7 +55,8 @@ def committed(root: Folder) -> dict[int, Folder]:
 def persist(root: Folder, ranks: Ranks, shard: Shard, keep_last: int, cancelled: threading.Event) -> str:
     """Write and commit one checkpoint; collective. Returns what went wrong after the commit, empty if nothing did.
 
-    cancelled: while it is set this rank writes nothing more, and the checkpoint fails. Raises CheckpointWriteError, on every rank, where it was not committed.
+    cancelled: while it is set this rank writes nothing more, and the checkpoint fails. Raises CheckpointWriteError, on
+    every rank, where it was not committed.
     """
     folder = root.child(_together(ranks, lambda: _prepare(root, shard.step)))
     report: dict[str, Any] = {"problem": "", "files": {}}
