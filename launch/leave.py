@@ -7,25 +7,28 @@ group does not wake them (torch 2.13). What does is the end of their own connect
 peer. So `break_connections` shuts down every connection of every group of this process. NCCL's own abort works.
 
 Which sockets are gloo's is read from the kernel: each of its groups has a loop of its own, an epoll instance that holds
-its listening socket and all its connections; so has the store that rank 0 serves. Ray's are older than `Sockets`.
+its listening socket and all its connections; so has the store that rank 0 serves. Ray's are older than the `WayOut`.
 """
 
 import os
 import socket
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 _SELF = Path("/proc/self")
 
 
-class Sockets:
-    """Knows the event loops that were there when it was made, before any process group."""
+class WayOut:
+    """Of all process groups that are made after it, for another thread than the one that waits. Each call may be
+    repeated, as new groups and connections may have come."""
 
     def __init__(self) -> None:
         self._others = set(_event_loops())
+        self._aborted: list[Any] = []
 
     def break_connections(self) -> int:
-        """Shut down all connections of the groups made since; how many. May be called again: new ones may come."""
+        """Shut down all connections of gloo; how many."""
         broken = 0
         for loop in set(_event_loops()) - self._others:
             sockets = [duplicate for fd in _watched(loop) if (duplicate := _socket(fd)) is not None]
@@ -36,6 +39,30 @@ class Sockets:
                         each.shutdown(socket.SHUT_RDWR)
                         broken += 1
         return broken
+
+    def abort_nccl(self) -> None:
+        """End what waits in NCCL on this process's GPU. The groups can only be destroyed after it."""
+        import torch
+        from torch import distributed as dist
+
+        if not (dist.is_initialized() and torch.cuda.is_initialized() and dist.is_nccl_available()):
+            return
+        found = []
+        with suppress(RuntimeError):  # the other thread is just making a group: the next try has it
+            for group in list(dist.distributed_c10d._world.pg_map):
+                with suppress(RuntimeError):  # a group of hosts alone
+                    found.append(group._get_backend(torch.device("cuda")))
+        fresh = [backend for backend in found if backend not in self._aborted]
+        self._aborted = found
+        if fresh:
+            fresh[0]._group_start()  # together, else one waits for the kernels of another (pytorch#119797)
+            for backend in fresh:
+                backend.abort()
+            fresh[0]._group_end()
+
+    def forget(self) -> None:
+        """The groups are destroyed: hold on to none."""
+        self._aborted = []
 
 
 def _event_loops() -> list[int]:
@@ -66,15 +93,6 @@ def _socket(fd: int) -> socket.socket | None:
 
 def _listens(each: socket.socket) -> bool:
     return bool(each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-
-
-def abort_nccl() -> None:
-    """End what waits in NCCL on this process's GPU. The group can only be destroyed after it."""
-    import torch
-    from torch import distributed as dist
-
-    if dist.is_initialized() and torch.cuda.is_initialized():
-        dist.distributed_c10d._abort_process_group()
 
 
 def leave() -> None:

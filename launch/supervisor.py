@@ -294,6 +294,7 @@ class Supervisor:
                 ray.kill(member.actor)
         self._spares = [spare for spare in self._spares if spare.node != node]
         self._ranks = [None if member and member.node == node else member for member in self._ranks]
+        self._devices = {place: gpu for place, gpu in self._devices.items() if place[0] != node}
         self._places.give_back(node, lost=not is_there(node))
 
     def _resuming(self, job: Job) -> Job:

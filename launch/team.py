@@ -171,7 +171,8 @@ class Team:
         for rank in self._running.values():
             cause = f"it did not stop within {LEAVE_S:g} s after others had failed, and was killed"
             self.failures[rank] = Failure(cause=cause, kind="hang")
-        self._running = {}
+        self._running, self._probed = {}, 0.0
+        self._probe()
         self.last_events(show)
 
     def last_events(self, show: Callable[[Event], None]) -> None:

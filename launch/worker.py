@@ -14,7 +14,7 @@ import queue
 import signal
 import threading
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ import psutil
 
 from launch.devices import count_cores
 from launch.failures import Cause
-from launch.leave import Sockets, abort_nccl, leave
+from launch.leave import WayOut, leave
 from trainer.pulse import Beat, Look, Pulse
 from trainer.run import run_path
 
@@ -155,7 +155,7 @@ def bootstrap() -> type:
 class Worker:
     def __init__(self, device: str, threads: int | None, workers_on_node: int) -> None:
         self._threads = take_cores(device, threads, workers_on_node)
-        self._sockets = Sockets()
+        self._way_out = WayOut()
         self._interface = os.environ.get("GLOO_SOCKET_IFNAME")
         import trainer.loop
         from trainer.warm import warm_up
@@ -235,10 +235,12 @@ class Worker:
         except Exception:
             traceback.print_exc()
             os._exit(1)  # a process that cannot let go is of no use: another takes its place
-        return self._verdict or failure
+        # what fails after the word that a peer is gone is a consequence of it
+        return self._verdict or replace(failure, symptom=failure.symptom or self._abandoned)
 
     def _leave(self) -> None:
         self._trainer = self._store = None
+        self._way_out.forget()
         leave()
         self._free.set()
 
@@ -246,8 +248,8 @@ class Worker:
         """Get `join` or `train` to end soon, by an exception: a peer is gone. verdict: what they return then."""
         self._verdict, self._abandoned = verdict, True
         while not self._free.is_set():
-            self._sockets.break_connections()
-            abort_nccl()
+            self._way_out.break_connections()
+            self._way_out.abort_nccl()
             self._free.wait(ABANDON_S)
 
     def events(self, wait_s: float) -> list[Event]:
@@ -287,6 +289,7 @@ def take_cores(device: str, threads: int | None, workers_on_node: int) -> int:
         os.environ[name] = str(count)  # Ray has set the first to the CPUs of the actor, which is not what computes
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a GPU is not using it: a spare gets its own later
     return count
 
 

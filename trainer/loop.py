@@ -213,6 +213,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             self.run.checkpoint_url, job.checkpoint, where.rank, where.world, writers, self._tell
         )
+        cleanup.callback(self.checkpoints.cancel)
         self.snapshots = open_snapshots(job, where, self.run, self._roster, writers, self._tell)
         cleanup.callback(self.snapshots.close)
         chosen, in_memory = torch.full((2,), -1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.leave import Sockets
+from launch.leave import WayOut
 
 WORLD = 3
 
@@ -29,14 +29,14 @@ def groups() -> list["dist.ProcessGroupGloo"]:
 
 
 def test_who_waits_in_a_collective_gets_out_at_once() -> None:
-    others = groups()  # older than `Sockets`: not to be touched
-    sockets = Sockets()
+    others = groups()  # older than the way out: not to be touched
+    way_out = WayOut()
     mine = groups()
     waiting = [mine[rank].allreduce([torch.ones(10)]) for rank in range(WORLD - 1)]  # the last rank does not come
     time.sleep(0.2)
     assert not any(work.is_completed() for work in waiting)
     began = time.monotonic()
-    assert sockets.break_connections() > 0
+    assert way_out.break_connections() > 0
     for work in waiting:
         with pytest.raises(RuntimeError, match="(?i)gloo|connection"):
             work.wait()

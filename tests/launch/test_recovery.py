@@ -11,7 +11,7 @@ from tests.launch.supervised import SNAPSHOTS, running, undisturbed
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_worker_is_replaced_and_the_others_stay(tmp_path: Path, victim: int) -> None:
     with undisturbed(2, tmp_path) as expected, running(tmp_path, "launch.workers=2", SNAPSHOTS) as run:
