@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from checkpoint.crc import Bytes, crc32c
+from checkpoint.errors import CheckpointWriteError
 from checkpoint.folder import Folder
 from checkpoint.layout import CRC_BYTES, Entry, chunk_file
 
@@ -12,10 +13,11 @@ THREADS = 4
 
 
 class ChunkWriter:
-    """Writes chunk files into a rank's folder, `THREADS` at once."""
+    """Writes chunk files into a rank's folder, `THREADS` at once. Once `cancelled` is set no chunk is begun:
+    CheckpointWriteError."""
 
-    def __init__(self, folder: Folder, here: str) -> None:
-        self._folder, self._here = folder, here
+    def __init__(self, folder: Folder, here: str, cancelled: threading.Event) -> None:
+        self._folder, self._here, self._cancelled = folder, here, cancelled
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint")
         self._free = threading.Semaphore(THREADS + 1)
         self._made: set[str] = set()
@@ -45,6 +47,8 @@ class ChunkWriter:
 
     def _write(self, path: str, data: Bytes, size_bytes: int) -> Entry:
         try:
+            if self._cancelled.is_set():
+                raise CheckpointWriteError("the ranks have ended")
             padding = bytes(size_bytes - len(data))
             crc = crc32c(data, padding)
             # Written as zarr's codecs would, but from where the data lies: zarr's own path copies each chunk twice.

@@ -51,6 +51,8 @@ class Making:
     sealed: bool = False
     arrived: dict[int, list[int]] = field(default_factory=dict)
     """By number of a parity that others make, the CRCs of its pieces as they came."""
+    deserted: bool = False
+    """A rank has gone without having written: it never will be whole."""
     headers: list[FragmentHeader | None] = field(default_factory=list)
     """Of the k chunks and m parities on this node, in the layout's order."""
     thread: threading.Thread | None = None
@@ -154,6 +156,13 @@ class Generation:
                 raise GivenUp(f"rank {part.rank} wrote {part}, its area is {start} + {size}")
             making.written[part.rank] = part
             self._go_on(making)
+
+    def left(self, rank: int) -> None:
+        """A rank's connection has ended. Who waits for what it has not written need not."""
+        with self._changed:
+            if rank in self.areas and rank not in self._making.written:
+                self._making.deserted = True
+                self._changed.notify_all()
 
     def _go_on(self, making: Making) -> None:
         if len(making.written) == len(self.areas) and making.thread is None:
@@ -339,12 +348,13 @@ class Generation:
         """Wait for the other parities, and put the version into the slot for good."""
         assert making.draft is not None
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or None not in making.headers, PATIENCE_S)
-            self._check_open()
+            self._changed.wait_for(
+                lambda: self._closed or self._making is not making or None not in making.headers, PATIENCE_S
+            )
+            self._expect(making.version)
             headers = [header for header in making.headers if header is not None]
             if len(headers) < self.layout.n:
                 raise GivenUp(f"only {len(headers)} of {self.layout.n} fragments came within {PATIENCE_S:g} s")
-            self._expect(making.version)
             making.draft.commit(
                 dump_meta(self.plan, self.label, headers), self.layout.data_bytes + self.layout.parity_bytes
             )
@@ -473,11 +483,13 @@ class Generation:
                 lambda: (
                     self._closed
                     or self._making.version > version
-                    or (self._making.version == version and ready(self._making))
+                    or (self._making.version == version and (ready(self._making) or self._making.deserted))
                 ),
                 PATIENCE_S,
             )
             making = self._expect(version)
+            if not ready(making) and making.deserted:
+                raise GivenUp(f"a rank of node {self.label} ended before it had written version {version}")
             if not ready(making):
                 raise GivenUp(f"node {self.label} has not written version {version} within {PATIENCE_S:g} s")
             return making

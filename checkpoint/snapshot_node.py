@@ -130,9 +130,16 @@ class SnapshotNode:
             self._ended.set()
 
     def _serve_rank(self, wire: Wire) -> None:
-        while not self._ended.is_set():
-            message, size = wire.receive()
-            self._answer(wire, message, size)
+        generation, rank = self._generation, -1
+        try:
+            while not self._ended.is_set():
+                message, size = wire.receive()
+                if message.get("do") == "grant":
+                    generation, rank = self._generation, int(message["rank"])
+                self._answer(wire, message, size)
+        finally:
+            if generation is not None:
+                generation.left(rank)
 
     @contextmanager
     def _attached(self) -> Iterator[None]:

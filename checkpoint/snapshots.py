@@ -105,6 +105,8 @@ class Snapshots:
         self._error: CheckpointError | None = None
         self._written: tuple[int, int] = (0, 0)  # version and step of the last one that is not decided
         self._closed = False
+        self._asking: Wire | None = None
+        """The connection while the thread waits there for a grant."""
         self._thread: threading.Thread | None = None
         self._found: recovery.Found | None = None
         self._restored: int | None = None
@@ -266,10 +268,13 @@ class Snapshots:
         return self._error
 
     def close(self, *, dropped: bool = False) -> None:
-        """Let go. `dropped`, on rank 0: end the snapshot processes too, with all they hold."""
+        """Let go; a copy under way is finished. `dropped`, on rank 0: end the snapshot processes too, with all they
+        hold."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            if self._asking is not None:
+                self._asking.cut()
         if self._thread is not None:
             self._thread.join(timeout=5 * _POLL_S)
             self._thread = None
@@ -308,8 +313,14 @@ class Snapshots:
             self._report(f"there are no snapshots any more: {self._broken}; training goes on")
 
     def _await_grant(self, wire: Wire) -> bool:
-        while not self._closed:
+        while True:
+            with self._changed:
+                if self._closed:
+                    return False
+                self._asking = wire
             answer = wire.ask({"do": "grant", "rank": self._ranks.rank, "after": self._last, "wait_s": _POLL_S})
+            with self._changed:
+                self._asking = None
             version, step = self._written
             if version and answer["done"] >= version:
                 self._decided(version, step, answer)
@@ -320,7 +331,6 @@ class Snapshots:
                     self._granted = int(answer["version"])
                     self._changed.notify_all()
                 return True
-        return False
 
     def _decided(self, version: int, step: int, answer: Mapping[str, Any]) -> None:
         before = str(self._error)

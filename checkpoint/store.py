@@ -55,6 +55,7 @@ class Checkpoints:
         self._ranks = Ranks(rank, world, group)
         self._report = report if rank == 0 else lambda text: None
         self._staging = Staging(options.chunk_bytes)
+        self._cancelled = threading.Event()
         self._thread: threading.Thread | None = None
         self._writing: int | None = None
         self._error: CheckpointError | None = None
@@ -106,6 +107,12 @@ class Checkpoints:
         self.wait()
         self._staging.close()
 
+    def cancel(self) -> None:
+        """Give up what is being written, and release the host buffers. Returns once nothing is written any more: the
+        next who saves this step does so into the same folder."""
+        self._cancelled.set()
+        self.close()
+
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending."""
         return sorted(committed(self._root))
@@ -132,11 +139,13 @@ class Checkpoints:
     def _persist(self, shard: Shard) -> None:
         """The body of the writer's thread."""
         try:
-            trouble = persist(self._root, self._ranks, shard, self._options.keep_last)
+            trouble = persist(self._root, self._ranks, shard, self._options.keep_last, self._cancelled)
             self._error = None
             if trouble:
                 self._report(f"step {shard.step} is persisted, but {trouble}")
         except Exception as error:  # whatever it is, it must reach the user from this thread and not end the training
+            if self._cancelled.is_set():
+                return
             problem = str(error) if isinstance(error, CheckpointWriteError) else explain(error)
             self._error = CheckpointWriteError(f"the checkpoint of step {shard.step} was not written: {problem}")
             self._report(f"{self._error}; training goes on, {self._last_good()}")

@@ -6,6 +6,7 @@ of one is a failure of all, and leaves no marker.
 
 import contextlib
 import json
+import threading
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -51,15 +52,16 @@ def committed(root: Folder) -> dict[int, Folder]:
     return {step: root.child(name) for (step, _), name in found if root.child(name).exists(COMMIT)}
 
 
-def persist(root: Folder, ranks: Ranks, shard: Shard, keep_last: int) -> str:
+def persist(root: Folder, ranks: Ranks, shard: Shard, keep_last: int, cancelled: threading.Event) -> str:
     """Write and commit one checkpoint; collective. Returns what went wrong after the commit, empty if nothing did.
 
-    Raises CheckpointWriteError, on every rank, where it was not committed.
+    cancelled: while it is set this rank writes nothing more, and the checkpoint fails. Raises CheckpointWriteError, on
+    every rank, where it was not committed.
     """
     folder = root.child(_together(ranks, lambda: _prepare(root, shard.step)))
     report: dict[str, Any] = {"problem": "", "files": {}}
     try:
-        report["files"] = _write_shard(folder, ranks.rank, shard)
+        report["files"] = _write_shard(folder, ranks.rank, shard, cancelled)
     except Exception as error:
         report["problem"] = explain(error)
     reports = ranks.gather(json.dumps(report).encode())
@@ -103,11 +105,11 @@ def _clear(root: Folder, keep: Container[str]) -> None:
             folder.remove_tree()
 
 
-def _write_shard(folder: Folder, rank: int, shard: Shard) -> dict[str, Entry]:
+def _write_shard(folder: Folder, rank: int, shard: Shard, cancelled: threading.Event) -> dict[str, Entry]:
     """Write this rank's files into the step's folder. Returns the manifest of them, by path in that folder."""
     here = shard_folder(rank)
     folder.make(here)
-    with ChunkWriter(folder, here) as chunks:
+    with ChunkWriter(folder, here, cancelled) as chunks:
         index = shard.source.write(chunks)
         entries = chunks.finish()
     arrays = index.arrays.values()

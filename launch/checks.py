@@ -92,6 +92,7 @@ def check(config: Config, crew: Crew) -> Config:
     parallel = _check_levels(config, crew)
     config = replace(config, parallel=parallel)
     config.micro_batches(crew.workers)
+    _check_numbers(config)
     _check_engine(config, config.parallel)
     _check_checkpoint(config.checkpoint, crew)
     check_run(config.job())
@@ -196,6 +197,21 @@ def _check_engine(job: Job, parallel: ParallelOptions) -> None:
         )
     if job.engine == "deepspeed" and parallel.levels:
         raise ValueError("parallel.levels is not read by engine=deepspeed; leave it empty, or set engine=native")
+
+
+def _check_numbers(job: Job) -> None:
+    """What cannot be undone before a step is accepted."""
+    if job.train.on_bad_numbers != "skip":
+        return
+    if job.engine == "deepspeed":
+        raise ValueError(
+            "train.on_bad_numbers=skip needs engine=native or fsdp2: DeepSpeed tells its norm only after the update"
+        )
+    if job.parallel.error_feedback and job.parallel.quantizes:
+        raise ValueError(
+            "train.on_bad_numbers=skip with parallel.error_feedback=true: what was rounded off a bad gradient would "
+            "stay; set parallel.error_feedback=false, or train.on_bad_numbers=fail"
+        )
 
 
 def _check_checkpoint(options: CheckpointOptions, crew: Crew) -> None:

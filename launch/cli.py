@@ -1,11 +1,13 @@
 """The command ``atoll``: errors in what was typed come from here, on one line, before torch is imported.
 
 Exit codes: 0 done, or stopped by the user with Ctrl-C; 1 the job failed; 2 what was typed or configured is wrong;
-75 (``EX_TEMPFAIL``) told to stop by SIGTERM, resumable by the same command; 130 killed by a second Ctrl-C.
+75 (``EX_TEMPFAIL``) told to stop by SIGTERM, resumable by the same command, at whatever moment; 130 killed by a second
+Ctrl-C.
 """
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,9 +33,13 @@ atoll plan [key=value ...]      will it fit, how long is a step, what limits it:
                                 write a checkpoint as a folder of safetensors that transformers loads
 atoll submit slurm|ssh|kuberay ... -- [key=value ...]
                                 train on several machines; --help and --dry-run
+atoll report [run.name=NAME]    every failure of a run, and where its time went
+atoll chaos kill=worker|node|hang|corrupt|disk [run.name=NAME ...]
+                                break a running job on purpose; --help
 atoll --version"""
 
 WRONG = 2
+RESUMABLE = 75
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "plan": plan,
         "export": export,
         "submit": submit,
+        "report": report,
+        "chaos": chaos,
     }
     if command in ("--help", "-h", "help"):
         print(USAGE)
@@ -61,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(args: list[str]) -> int:
     """Compose the config, check it, run it (or each of a sweep), and return the exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(RESUMABLE))  # until the driver listens; nothing is begun
     return _composed(args, _run)
 
 
@@ -179,6 +188,32 @@ def submit(args: list[str]) -> int:
     except ValueError as error:
         return _complain(str(error))
     return _composed(target.overrides, lambda config, _: send(target, config))
+
+
+def report(args: list[str]) -> int:
+    """Print what became of a run; the exit code."""
+    from launch.report import report as make
+
+    return _printed(make, args)
+
+
+def chaos(args: list[str]) -> int:
+    """Break a running job; the exit code."""
+    from launch.chaos import USAGE as usage
+    from launch.chaos import chaos as act
+
+    if not args or "--help" in args or "-h" in args:
+        print(usage)
+        return 0
+    return _printed(act, args)
+
+
+def _printed(act: Callable[[list[str]], str], args: list[str]) -> int:
+    try:
+        print(act(args))
+    except ValueError as error:
+        return _complain(str(error))
+    return 0
 
 
 def _user_folders(args: list[str]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The Ray cluster: started or joined, measured, and a place for each worker on it. Every wait has an end.
+"""The Ray cluster: started or joined, and measured. Every wait has an end.
 
 All errors are ValueErrors that name what was asked and what is there.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 import psutil
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from launch.address import no_answer
 from launch.checks import Crew, Machine
@@ -27,24 +26,25 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 @contextmanager
 def connected(options: LaunchOptions, crew: Crew | None) -> Iterator[None]:
     """Inside, Ray is connected: to the cluster of ``launch.address``, or without one to our own, started for `crew`."""
-    started: list[psutil.Process] = []
+    before = psutil.Process().children()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if options.address is None:
-        assert crew is not None
-        started = _start(crew)
-    else:
-        _join(options.address, options.start_timeout_s)
     try:
+        if options.address is None:
+            assert crew is not None
+            _start(crew)
+        else:
+            _join(options.address, options.start_timeout_s)
         yield
     finally:
-        _stop(started)
+        _stop([process for process in psutil.Process().children() if process not in before])
 
 
-def _start(crew: Crew) -> list[psutil.Process]:
-    """Our own cluster on this machine; returns its processes."""
+def _start(crew: Crew) -> None:
+    """Our own cluster on this machine."""
     # A SIGTERM for all our processes (Slurm, systemd, timeout) must reach the driver alone, so that the workers can
-    # finish their step: Ray's processes inherit this mask, as they do Ray's own for SIGINT.
-    before = psutil.Process().children()
+    # finish their step: Ray's processes inherit this mask, as they do Ray's own for SIGINT. One that comes meanwhile
+    # waits, and then meets our handler, not Ray's, which ends the driver.
+    handler = signal.getsignal(signal.SIGTERM)
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         ray.init(
@@ -56,8 +56,9 @@ def _start(crew: Crew) -> list[psutil.Process]:
             **QUIET,
         )
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-    return [process for process in psutil.Process().children() if process not in before]
 
 
 def _stop(started: list[psutil.Process]) -> None:
@@ -95,36 +96,3 @@ def machines() -> list[Machine]:
         Machine(node["NodeManagerAddress"], int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
         for node in alive
     ]
-
-
-@contextmanager
-def placed(crew: Crew, timeout_s: float) -> Iterator[list[Any]]:
-    """Inside, `crew` has its places: options for each rank's actor, the ranks of a node one after another.
-
-    One bundle a node, each on a node of its own, and the node's workers in it: so Ray itself spreads them evenly.
-    """
-    resource = {"GPU": 1.0} if crew.device == "cuda" else {}
-    bundle = {name: amount * crew.per_node for name, amount in ({"CPU": 1.0} | resource).items()}
-    group = placement_group([bundle] * crew.nodes, strategy="STRICT_SPREAD")
-    try:
-        if not group.wait(timeout_s):
-            raise ValueError(_occupied(crew, timeout_s))
-        yield [_actor_options(crew, group, rank) for rank in range(crew.workers)]
-    finally:
-        remove_placement_group(group)
-
-
-def _actor_options(crew: Crew, group: PlacementGroup, rank: int) -> dict[str, Any]:
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank // crew.per_node)
-    return {"num_cpus": 1, "num_gpus": 1 if crew.device == "cuda" else 0, "scheduling_strategy": strategy}
-
-
-def _occupied(crew: Crew, timeout_s: float) -> str:
-    free = ray.available_resources()
-    return (
-        f"launch.workers={crew.workers} on launch.nodes={crew.nodes} found no room within "
-        f"launch.start_timeout_s={timeout_s:g}: other jobs hold the cluster; "
-        f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free in all"
-    )

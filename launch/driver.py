@@ -1,8 +1,10 @@
-"""Runs a job: in this process when it has one worker, else on Ray.
+"""Runs a job: in this process when it has one worker, else on Ray, under a `Supervisor` that recovers from failures.
 
-The driver starts, watches and stops; it holds no state of the training. Threads: all here is the main thread's. The
+The driver holds no state of the training. One worker in this process needs no supervisor: what ends it ends the driver,
+and the same command goes on from what is in memory or storage. Threads: all here is the main thread's. The
 first SIGINT or SIGTERM asks every rank to stop after the step at hand, which the ranks agree on among themselves; the
-second ends everything at once.
+second ends everything at once. A SIGTERM is always answered by a resumable end: at once where no training has begun,
+so that nothing can be lost, and at the latest after ``launch.notice_s``.
 """
 
 import os
@@ -12,13 +14,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+import psutil
 
 from launch.address import probe
 from launch.checks import Crew, check, find_crew
 from launch.config import Config
 from launch.devices import this_machine
+from launch.failures import FILE, FailureRecord
+from launch.report import show_failures
 from launch.worker import Failed, Failure, check_device, describe, take_cores
+from trainer import timeline
+from trainer.run import run_path
+
+if TYPE_CHECKING:
+    from launch.policy import ScalingPolicy
 
 EXIT_RESUMABLE = 75
 """``EX_TEMPFAIL`` of sysexits.h, "try again": what a batch system's requeue rule can look for."""
@@ -37,21 +48,33 @@ class Report:
 
 
 class Killed(BaseException):
-    """A second signal, or the first one before training began."""
+    """A second signal, the first one before training began, or the end of the time that a SIGTERM leaves."""
+
+    def __init__(self, status: str, why: str) -> None:
+        """status: of the report; ``stopped`` where it is the answer to one SIGTERM."""
+        self.status, self.why = status, why
 
 
 class Stop:
     """What the user or the machine asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, notice_s: float) -> None:
+        self._notice_s = notice_s
         self.signal: signal.Signals | None = None
         self.act: Callable[[str], None] | None = None
         """How to stop gently; None while nothing runs that could."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGALRM:
+            raise Killed("stopped", f"launch.notice_s={self._notice_s:g} is over")
         if self.signal is not None or self.act is None:
-            raise Killed
+            gentle = self.signal is None and number == signal.SIGTERM
+            raise Killed(
+                "stopped" if gentle else "killed", "ended before training began" if gentle else "ended at once"
+            )
         self.signal = signal.Signals(number)
+        if self.signal == signal.SIGTERM and self._notice_s:
+            signal.setitimer(signal.ITIMER_REAL, self._notice_s)
         # not print(): the signal may have come in the middle of one
         os.write(2, f"\natoll: {self.signal.name}: stopping after this step; once more ends it at once\n".encode())
         self.act(self.signal.name)
@@ -62,12 +85,13 @@ class Stop:
         try:
             yield
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def listen(self) -> dict[signal.Signals, Any]:
         """Take the signals, again after Ray has: its own handler ends the driver. Returns the handlers before."""
-        return {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
 
 
 def run(config: Config, overrides: Sequence[str] = (), stream: TextIO | None = None) -> Report:
@@ -75,13 +99,13 @@ def run(config: Config, overrides: Sequence[str] = (), stream: TextIO | None = N
 
     Raises ValueError, before anything is started, for what cannot work. For the main thread: it listens to signals.
     """
-    stop = Stop()
+    stop = Stop(config.launch.notice_s)
     with stop.listening():
         try:
             return _run(config, tuple(overrides), stream or sys.stdout, stop)
-        except Killed:
-            print("atoll: ended at once; the same command resumes from the last checkpoint", file=sys.stderr)
-            return Report(status="killed", exit_code=EXIT_KILLED)
+        except Killed as end:
+            print(f"atoll: {end.why}; the same command goes on from the last checkpoint", file=sys.stderr)
+            return Report(status=end.status, exit_code=EXIT_RESUMABLE if end.status == "stopped" else EXIT_KILLED)
 
 
 def _run(config: Config, overrides: tuple[str, ...], stream: TextIO, stop: Stop) -> Report:
@@ -91,15 +115,23 @@ def _run(config: Config, overrides: tuple[str, ...], stream: TextIO, stop: Stop)
 
         with connected(config.launch, None):
             crew = find_crew(config.launch, machines())
-            return _run_on_ray(_settled(config, crew, stream), crew, overrides, stream, stop)
+            return _run_on_ray(_scaling(config, crew, stream), overrides, stream, stop)
     crew = find_crew(config.launch, [this_machine()])
-    config = _settled(config, crew, stream)
     if crew.workers == 1:
-        return _run_here(config, crew, overrides, stream, stop)
+        return _run_here(_settled(config, crew, stream), crew, overrides, stream, stop)
     from launch.cluster import connected
 
+    scaling = _scaling(config, crew, stream)
     with connected(config.launch, crew):
-        return _run_on_ray(config, crew, overrides, stream, stop)
+        return _run_on_ray(scaling, overrides, stream, stop)
+
+
+def _scaling(config: Config, crew: Crew, stream: TextIO) -> "ScalingPolicy":
+    from launch.policy import ScalingPolicy
+
+    scaling = ScalingPolicy(config, crew, lambda config, crew: _settled(config, crew, stream))
+    scaling.config(crew)
+    return scaling
 
 
 def _settled(config: Config, crew: Crew, stream: TextIO) -> Config:
@@ -125,26 +157,37 @@ def _run_here(config: Config, crew: Crew, overrides: tuple[str, ...], stream: Te
         check_device(crew.device)
         trainer = Trainer(config.job(), emit=show, overrides=overrides)
         stop.act = trainer.request_stop
-        return _ended(trainer.train(), stop)
+        with _noted(config):
+            return _ended(trainer.train(), stop)
     except Exception as error:
         return _failed(0, "this machine", describe(error))
 
 
-def _run_on_ray(config: Config, crew: Crew, overrides: tuple[str, ...], stream: TextIO, stop: Stop) -> Report:
-    from launch.cluster import placed
-    from launch.team import Team
+def _run_on_ray(scaling: "ScalingPolicy", overrides: tuple[str, ...], stream: TextIO, stop: Stop) -> Report:
+    from launch.supervisor import Supervisor
+    from trainer.progress import Progress
 
     stop.listen()
-    with placed(crew, config.launch.start_timeout_s) as places, Team(crew, places, config.launch) as team:
-        from trainer.progress import Progress
-
-        show = Progress(config.train.steps, stream, config.logger.every_steps).show
-        team.start(config.job(), overrides)
-        stop.act = team.request_stop
-        outcome = team.watch(show)
+    config = scaling.config(scaling.wanted)
+    show = Progress(config.train.steps, stream, config.logger.every_steps).show
+    with _noted(config), Supervisor(scaling, config.launch, overrides, show) as supervisor:
+        outcome = supervisor.run(lambda: setattr(stop, "act", supervisor.request_stop))
+        if failures := FailureRecord.read(run_path(config) / FILE):
+            print(show_failures(failures), file=stream)
         if isinstance(outcome, Failed):
             return _failed(outcome.rank, f"node {outcome.node}", outcome.failure)
         return _ended(outcome, stop)
+
+
+@contextmanager
+def _noted(config: Config) -> Iterator[None]:
+    """Inside, the run's timeline says that this process is at it; its start counts from when the process was made."""
+    folder = run_path(config)
+    timeline.note(folder, "start", at=psutil.Process().create_time(), pid=os.getpid())
+    try:
+        yield
+    finally:
+        timeline.note(folder, "exit")
 
 
 def _ended(result: dict[str, Any], stop: Stop) -> Report:

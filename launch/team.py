@@ -1,175 +1,215 @@
-"""The worker actors of a job, as the driver sees them: assembled, started, watched, ended.
+"""The ranks of one start, as the driver sees them: assembled, watched, and, after a failure, got out of their group.
 
-The ranks train on their own; the driver polls rank 0 for events and waits for an end. When one rank fails, the others
-hang in a collective: they get `GRACE_S` to report a better cause than a broken connection, and are then killed.
+The ranks train on their own; the driver polls rank 0 for events and waits for an end. When one rank fails its ring
+neighbours fail too, at once, and the others wait in a collective: all are told to get out, and each then says why it
+ended.
 """
 
-import os
 import time
-from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import ray
-import ray.cloudpickle
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError
 
-from launch import __version__, names
+from checkpoint.roster import Roster
 from launch.checks import Crew
+from launch.member import Member, failure_of
 from launch.options import LaunchOptions
-from launch.worker import Assignment, Event, Failed, Failure, bootstrap
+from launch.places import Node, gone
+from launch.watchdog import Watchdog, Watched
+from launch.worker import Assignment, Event, Failure, log_file
 from trainer.job import Job
+from trainer.run import run_path
 
-GRACE_S = 5.0
-POLL_S = 0.5
+LEAVE_S = 5.0
+POLL_S = 0.1
+PROBE_EVERY_S = 0.5
+LONG_POLL_S = 0.5
 LOOPBACK = "127.0.0.1"
 
 
 class Team:
-    """One actor a rank. Leaving the context ends them all."""
+    """One member a rank. `failures` says, by rank, who has failed and why."""
 
-    def __init__(self, crew: Crew, places: list[dict[str, Any]], options: LaunchOptions) -> None:
-        self._crew, self._options = crew, options
+    def __init__(self, members: Sequence[Member], crew: Crew, options: LaunchOptions) -> None:
+        assert len(members) == crew.workers
+        self.members, self.crew, self._options = list(members), crew, options
+        self.nodes: list[Node] = list(dict.fromkeys(member.node for member in members))
+        self.failures: dict[int, Failure] = {}
+        self.results: dict[int, dict[str, Any]] = {}
+        self._running: dict[Any, int] = {}
         self._deadline = time.monotonic() + options.start_timeout_s
-        self._stop_reason: str | None = None
-        self._nodes = ["?"] * crew.workers
-        self._pids = [0] * crew.workers
-        actor: Any = ray.remote(concurrency_groups={"events": 1, "control": 1})(bootstrap())  # type: ignore[call-overload]
-        self._actors = [actor.options(**place).remote() for place in places]
+        self._poll: Any = None
+        self._probed = 0.0
 
-    def __enter__(self) -> Self:
-        return self
+    # ------------------------------------------------------------------------------------------------ start
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
+    def assemble(
+        self, job: Job, overrides: tuple[str, ...], roster: Callable[[], Roster | None], newest_stored: int | None
+    ) -> bool:
+        """Assemble the ranks in one process group and let them train; False where some have failed.
 
-    def start(self, job: Job, overrides: tuple[str, ...]) -> None:
-        """Assemble the ranks in one process group and let them train. ValueError when one cannot take part in time."""
-        ray.cloudpickle.register_pickle_by_value(names)  # the check of the names cannot be imported by name
-        entered = [actor.enter.remote(names.find_fault, __version__, os.getcwd()) for actor in self._actors]
-        loaded = [
-            actor.load.remote(self._crew.device, self._options.threads, self._crew.per_node) for actor in self._actors
-        ]  # queued behind: the imports start without a word from here
-        for rank, place in enumerate(self._gather(entered, "start")):
+        roster: gives the nodes' snapshot processes, asked while the workers import. newest_stored: see `Trainer`.
+        """
+        entered = self._gather([member.entered for member in self.members], "start")
+        if entered is None:
+            return False
+        for rank, (member, place) in enumerate(zip(self.members, entered, strict=True)):
+            member.pid = place["pid"]
+            member.devices = member.devices or place["devices"]
             if place["fault"]:
-                raise ValueError(place["fault"])
-            self._nodes[rank], self._pids[rank] = place["node"], place["pid"]
-        self._gather(loaded, "import torch")
-        self._join(job, overrides)
-        self._running = {actor.train.remote(): rank for rank, actor in enumerate(self._actors)}
+                self.failures[rank] = Failure(cause=place["fault"], user=True)
+        try:
+            known = None if self.failures else roster()
+        except ValueError as error:
+            self.failures[0] = Failure(cause=str(error), user=True)
+        if self.failures or self._gather([member.loaded for member in self.members], "import torch") is None:
+            return False
+        return self._join(job, overrides, known, newest_stored)
 
-    def _join(self, job: Job, overrides: tuple[str, ...]) -> None:
-        addresses = [LOOPBACK] * self._crew.workers if self._crew.nodes == 1 else self._nodes
+    def _join(self, job: Job, overrides: tuple[str, ...], roster: Roster | None, newest_stored: int | None) -> bool:
+        addresses = [LOOPBACK if self.crew.nodes == 1 else member.node.address for member in self.members]
         timeout_s = self._options.collective_timeout_s
-        [port] = self._gather([self._actors[0].listen.remote(addresses[0], timeout_s)], "open a port")
-        joined = [
-            actor.join.remote(
+        ports = self._gather([self.members[0].actor.listen.remote(addresses[0], timeout_s)], "open a port")
+        if ports is None:
+            return False
+        calls = [
+            member.actor.join.remote(
                 Assignment(
                     job=job,
-                    device=self._crew.device,
+                    device=self.crew.device,
                     overrides=overrides,
                     rank=rank,
-                    world=self._crew.workers,
+                    world=self.crew.workers,
                     host=addresses[0],
-                    port=port,
+                    port=ports[0],
                     address=addresses[rank],
                     collective_timeout_s=timeout_s,
+                    devices=member.devices,
+                    roster=roster,
+                    newest_stored=newest_stored,
                 )
             )
-            for rank, actor in enumerate(self._actors)
+            for rank, member in enumerate(self.members)
         ]
-        for rank, failure in enumerate(self._gather(joined, "join the process group")):
-            if failure is not None:
-                raise ValueError(
-                    f"rank {rank} on node {self._nodes[rank]} cannot join the process group: {failure.cause}"
-                )
+        self._running = {call: rank for rank, call in enumerate(calls)}
+        joined = self._gather(calls, "join the process group")
+        if joined is None:
+            return False
+        self._running = {member.actor.train.remote(): rank for rank, member in enumerate(self.members)}
+        self._poll = self._events(LONG_POLL_S)
+        self._watchdog = self._watch_over(run_path(job).resolve() / "logs")
+        return True
 
-    def _gather(self, calls: list[Any], doing: str) -> list[Any]:
-        """The results of one call per rank, within ``launch.start_timeout_s`` of the beginning."""
+    def _watch_over(self, logs: Path) -> Watchdog:
+        watched = [
+            Watched(
+                rank=rank, actor=m.actor, node=m.node.address, node_id=m.node.id, pid=m.pid, log=log_file(logs, rank)
+            )
+            for rank, m in enumerate(self.members)
+        ]
+        return Watchdog(watched, self._options.hang_timeout_s, self._options.collective_timeout_s)
+
+    def _gather(self, calls: list[Any], doing: str) -> list[Any] | None:
+        """The results of one call per rank, within ``launch.start_timeout_s`` of the beginning; None, and `failures`
+        say why, where there are not all."""
         pending = calls
         while pending:
             ready, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
             late = time.monotonic() > self._deadline
             for rank, call in enumerate(calls):
-                where = f"rank {rank} on node {self._nodes[rank]}"
                 if call in pending and late:
-                    raise ValueError(
-                        f"{where} did not {doing} within launch.start_timeout_s={self._options.start_timeout_s:g}"
-                    )
-                if call in ready:
-                    failure = self._failure(call, rank)
-                    if failure:
-                        raise RuntimeError(f"{where} did not {doing}: {failure.cause}\n{failure.trace}")
+                    limit = f"launch.start_timeout_s={self._options.start_timeout_s:g}"
+                    self.failures[rank] = Failure(cause=f"it did not {doing} within {limit}", kind="hang")
+                elif call in ready:
+                    failure = failure_of(call, self.members[rank]) or ray.get(call)
+                    if isinstance(failure, Failure):
+                        self._running.pop(call, None)
+                        self.failures[rank] = failure
+            self._probe()
+            if self.failures:
+                return None
         return list(ray.get(calls))
 
+    # ------------------------------------------------------------------------------------------------ running
+
+    def watch(self, show: Callable[[Event], None], tick: Callable[[], None]) -> bool:
+        """Show events until all ranks have ended (True) or one has failed (False). `tick` is called in between."""
+        while self._running and not self.failures:
+            ready, _ = ray.wait([self._poll, *self._running], timeout=POLL_S)
+            tick()
+            if self._poll in ready:
+                self._show(self._poll, show)
+                self._poll = self._events(LONG_POLL_S)
+            self._collect(ready)
+            self._probe()
+            if self._running and not self.failures and (found := self._watchdog.look()):
+                self.failures |= found
+                self._running = {call: rank for call, rank in self._running.items() if rank not in found}
+        return not self.failures
+
     def request_stop(self, reason: str) -> None:
-        """Called by a signal handler, so it only leaves a note for `watch`."""
-        self._stop_reason = reason
+        for member in self.members:
+            member.control("request_stop", reason)
 
-    def watch(self, show: Callable[[Event], None]) -> dict[str, Any] | Failed:
-        """Show events until the ranks end; what rank 0 returned, or the failure that caused the end."""
-        failures: dict[int, Failure] = {}
-        results: dict[int, dict[str, Any]] = {}
-        give_up = float("inf")
-        poll = self._poll(POLL_S)
-        while self._running and time.monotonic() < give_up:
-            ready, _ = ray.wait([poll, *self._running], timeout=POLL_S)
-            self._pass_on_stop()
-            if poll in ready:
-                poll = self._show(poll, show)
-            for call in [call for call in ready if call in self._running]:
-                rank = self._running.pop(call)
-                outcome = self._failure(call, rank) or ray.get(call)
-                if isinstance(outcome, Failure):
-                    failures[rank] = outcome
-                    give_up = min(give_up, time.monotonic() + GRACE_S) if outcome.symptom else 0.0
-                else:
-                    results[rank] = outcome
-        self._show(poll, show)
-        self._show(self._poll(0), show)
-        if not failures:
-            return results[0]
-        rank = min(failures, key=lambda rank: (failures[rank].symptom, rank))
-        return Failed(rank=rank, node=self._nodes[rank], failure=failures[rank])
+    def request_pause(self, *, persist: bool = False) -> None:
+        for member in self.members:
+            member.control("request_pause", persist)
 
-    def _pass_on_stop(self) -> None:
-        if self._stop_reason is None:
+    def leave(self, show: Callable[[Event], None]) -> None:
+        """Get all ranks out of the process group, and show what rank 0 still has to tell. Then each rank has a result
+        or a failure; who could not be got out within `LEAVE_S` is to be killed."""
+        for rank in self._running.values():
+            self.members[rank].control("abandon")
+        deadline = time.monotonic() + LEAVE_S
+        while self._running and time.monotonic() < deadline:
+            ready, _ = ray.wait(list(self._running), timeout=POLL_S)
+            self._collect(ready)
+            self._probe()
+        for rank in self._running.values():
+            cause = f"it did not stop within {LEAVE_S:g} s after others had failed, and was killed"
+            self.failures[rank] = Failure(cause=cause, kind="hang")
+        self._running, self._probed = {}, 0.0
+        self._probe()
+        self.last_events(show)
+
+    def last_events(self, show: Callable[[Event], None]) -> None:
+        if self._poll is not None and not self._is_gone(0):
+            self._show(self._poll, show)
+            self._show(self._events(0), show)
+        self._poll = None
+
+    def _collect(self, ready: list[Any]) -> None:
+        for call in [call for call in ready if call in self._running]:
+            rank = self._running.pop(call)
+            outcome = failure_of(call, self.members[rank]) or ray.get(call)
+            if isinstance(outcome, Failure):
+                self.failures[rank] = outcome
+            elif outcome is not None:
+                self.results[rank] = outcome
+
+    def _probe(self) -> None:
+        """Ask the nodes themselves whether they are there: Ray takes its time."""
+        if time.monotonic() < self._probed + PROBE_EVERY_S:
             return
-        for actor in self._actors:
-            actor.request_stop.options(concurrency_group="control").remote(self._stop_reason)
-        self._stop_reason = None
+        self._probed = time.monotonic()
+        lost = gone(self.nodes)
+        for rank, member in enumerate(self.members):
+            if member.node in lost:
+                self.failures[rank] = Failure(cause=f"node {member.node} died", kind="node")
+                self._running = {call: other for call, other in self._running.items() if other != rank}
 
-    def _poll(self, wait_s: float) -> Any:
-        return self._actors[0].events.options(concurrency_group="events").remote(wait_s)
+    def _is_gone(self, rank: int) -> bool:
+        return rank in self.failures and self.failures[rank].kind in ("process", "node", "preemption", "hang")
 
-    def _show(self, poll: Any, show: Callable[[Event], None]) -> Any:
-        """Show what a poll of rank 0 brought, and begin the next."""
+    def _events(self, wait_s: float) -> Any:
+        return self.members[0].actor.events.options(concurrency_group="events").remote(wait_s)
+
+    def _show(self, poll: Any, show: Callable[[Event], None]) -> None:
         try:
-            for event in ray.get(poll, timeout=GRACE_S):
+            for event in ray.get(poll, timeout=LEAVE_S):
                 show(event)
         except (RayError, GetTimeoutError):
-            time.sleep(POLL_S)  # rank 0 is gone: its call to train says how
-        return self._poll(POLL_S)
-
-    def _failure(self, call: Any, rank: int) -> Failure | None:
-        """Why a call that is ready has no result."""
-        try:
-            ray.get(call)
-            return None
-        except RayTaskError as error:
-            return Failure(cause=str(error.cause), trace=str(error))
-        except RayActorError as error:
-            return Failure(cause=f"its process (pid {self._pids[rank]}) died: {_exit_reason(error)}")
-
-
-def _exit_reason(error: RayActorError) -> str:
-    """Ray's own words on how a process ended, without the advice around them."""
-    if not isinstance(error, ActorDiedError):
-        return str(error).splitlines()[0]
-    text = " ".join(str(error).split())
-    detail = text.partition("Worker exit detail: ")[2] or text
-    known, guess, _ = detail.partition("Some common causes include")
-    return known + "It was killed (kill -9, or out of memory) or it crashed." if guess else known
+            pass  # rank 0 is gone: its call to train says how

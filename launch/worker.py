@@ -1,15 +1,20 @@
-"""One rank, in its own process: joins the process group, trains, and lets itself be watched.
+"""A worker's process: it becomes a rank, trains, and lets itself be watched; after a failure of others it becomes a
+rank again, of a new process group, and keeps its interpreter, its imports and its CUDA context.
 
 `bootstrap` makes the Ray actor. Ray pickles a class of a local scope by value, so a worker can say that Atoll is
 missing or shadowed there before anything of ours is imported; then everything is `Worker`, imported the ordinary way.
 
-Threads: Ray runs `train` on one thread, and `events` and `request_stop` on threads of their own beside it.
+Threads: Ray runs `join` and `train` on one thread, `events` on another, and all else on a third beside them. A process
+that lets none of them run still writes its stacks into its log at SIGUSR1.
 """
 
+import faulthandler
 import os
 import queue
+import signal
+import threading
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +22,20 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from launch.devices import count_cores
+from launch.failures import Cause
+from launch.leave import WayOut, leave
+from trainer.pulse import Beat, Look, Pulse
 from trainer.run import run_path
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+    from checkpoint.roster import Roster
     from trainer.job import Job
 
 Event = dict[str, Any]
+ABANDON_S = 0.1
+"""Between two tries of getting out: a new connection may have been made meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +54,12 @@ class Assignment:
     address: str
     """Address of this rank's node; its interface carries gloo's traffic."""
     collective_timeout_s: float
+    devices: str | None = None
+    """``CUDA_VISIBLE_DEVICES`` of the rank whose place this is. None: what Ray gave."""
+    roster: "Roster | None" = None
+    """The nodes' snapshot processes; None: the ranks start their own."""
+    newest_stored: int | None = None
+    """Checkpoints of later steps are not to be used; None: all may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +71,10 @@ class Failure:
     trace: str = ""
     symptom: bool = False
     """A broken or timed out connection: some other rank probably failed first."""
+    kind: Cause = "error"
+    """What sort of failure it is; the supervisor goes by it."""
+    user: bool = False
+    """What was asked for is wrong, as far as its type tells: trying again would not help."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +112,8 @@ def bootstrap() -> type:
                     fault = (
                         f"the driver's folder {cwd} is not on node {node}: start atoll in a folder that every node has"
                     )
-            return {"node": node, "pid": os.getpid(), "fault": fault}
+            devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+            return {"node": node, "pid": os.getpid(), "fault": fault, "devices": devices}
 
         def load(self, device: str, threads: int | None, workers_on_node: int) -> None:
             """Import what training needs, while the other workers do the same."""
@@ -115,19 +137,40 @@ def bootstrap() -> type:
         def request_stop(self, reason: str) -> None:
             self.worker.request_stop(reason)
 
+        def pulse(self) -> Any:
+            return self.worker.pulse()
+
+        def look(self) -> Any:
+            return self.worker.look()
+
+        def request_pause(self, persist: bool) -> None:
+            self.worker.request_pause(persist)
+
+        def abandon(self) -> None:
+            self.worker.abandon()
+
     return Bootstrap
 
 
 class Worker:
     def __init__(self, device: str, threads: int | None, workers_on_node: int) -> None:
         self._threads = take_cores(device, threads, workers_on_node)
-        import trainer.loop  # noqa: F401  # torch, the long part of the start
+        self._way_out = WayOut()
+        self._interface = os.environ.get("GLOO_SOCKET_IFNAME")
+        import trainer.loop
+        from trainer.warm import warm_up
 
-        check_device(device)
+        warm_up()  # torch, and what it imports at the first step: the long part of the start
+        self._device = device
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._trainer: Any = None
+        self._trainer: trainer.loop.Trainer | None = None
         self._stop_reason: str | None = None
         self._store: Store | None = None
+        self._verdict: Failure | None = None
+        self._abandoned = False
+        self._free = threading.Event()
+        """Set while neither `join` nor `train` runs."""
+        self._free.set()
 
     def listen(self, host: str, collective_timeout_s: float) -> int:
         """On rank 0: serve the store that the ranks meet at. Returns its port, chosen by the kernel."""
@@ -139,31 +182,75 @@ class Worker:
 
     def join(self, assignment: Assignment) -> Failure | None:
         """Join the process group, all ranks at once."""
-        self._assignment = assignment
+        self._assignment, self._verdict, self._abandoned = assignment, None, False
+        self._free.clear()
         try:
-            log_to(run_path(assignment.job) / "logs" / f"rank-{assignment.rank}.log")
-            join(assignment, self._store)
+            leave()  # a group that was joined, and then never trained
+            log_to(log_file(run_path(assignment.job) / "logs", assignment.rank))
+            if assignment.devices is not None and self._device == "cuda":
+                os.environ["CUDA_VISIBLE_DEVICES"] = assignment.devices  # heeded until CUDA is first used
+            check_device(self._device)
+            join(assignment, self._store, self._interface)
         except Exception as error:
-            return describe(error)
+            return self._failed(error)
+        self._free.set()
         return None
 
     def train(self) -> dict[str, Any] | Failure:
-        """Train to the end; what the trainer returns, or why it failed."""
+        """Train until the end or a failure; what the trainer returns, or why it failed. Then in no process group."""
         import torch
+        from torch import distributed as dist
 
         from trainer.loop import Trainer
 
         torch.set_num_threads(self._threads)  # again, in the thread that trains: OpenMP counts them per thread
+        self._free.clear()
         try:
+            if self._abandoned:
+                raise ConnectionError("connection closed: a peer was gone before training began")
             told = self._assignment
-            self._trainer = Trainer(told.job, emit=self._events.put, overrides=told.overrides)
+            self._trainer = Trainer(
+                told.job,
+                emit=self._events.put,
+                overrides=told.overrides,
+                roster=told.roster,
+                newest_stored=told.newest_stored,
+            )
             if self._stop_reason:
                 self._trainer.request_stop(self._stop_reason)
             result: dict[str, Any] = self._trainer.train()
-            leave()
+            dist.barrier()  # rank 0 owns the store: it stays until nobody needs it
+            self._leave()
             return result
         except BaseException as error:  # SystemExit too: the driver must learn of every end
-            return describe(error)
+            return self._failed(error)
+
+    def _failed(self, error: BaseException) -> Failure:
+        """Tidy up after `error`, and tell it, or what made this rank give up."""
+        failure = describe(error)
+        traceback.clear_frames(error.__traceback__)  # they hold the model
+        traceback.print_exc()
+        try:
+            self._leave()
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)  # a process that cannot let go is of no use: another takes its place
+        # what fails after the word that a peer is gone is a consequence of it
+        return self._verdict or replace(failure, symptom=failure.symptom or self._abandoned)
+
+    def _leave(self) -> None:
+        self._trainer = self._store = None
+        self._way_out.forget()
+        leave()
+        self._free.set()
+
+    def abandon(self, verdict: Failure | None = None) -> None:
+        """Get `join` or `train` to end soon, by an exception: a peer is gone. verdict: what they return then."""
+        self._verdict, self._abandoned = verdict, True
+        while not self._free.is_set():
+            self._way_out.break_connections()
+            self._way_out.abort_nccl()
+            self._free.wait(ABANDON_S)
 
     def events(self, wait_s: float) -> list[Event]:
         """What was emitted since the last call; waits up to `wait_s` for the first."""
@@ -178,8 +265,21 @@ class Worker:
     def request_stop(self, reason: str) -> None:
         """End after the step at hand; also before there is a trainer to tell."""
         self._stop_reason = reason
-        if self._trainer is not None:
-            self._trainer.request_stop(reason)
+        if (trainer := self._trainer) is not None:
+            trainer.request_stop(reason)
+
+    def request_pause(self, persist: bool) -> None:
+        """End after the step at hand, to go on with other ranks."""
+        if (trainer := self._trainer) is not None:
+            trainer.request_pause(persist=persist)
+
+    def pulse(self) -> tuple[Beat, float]:
+        """What the training thread does, and for how many seconds it has."""
+        return trainer.pulse.read() if (trainer := self._trainer) is not None else (Beat(), 0.0)
+
+    def look(self) -> Look:
+        """All there is to see of a rank that may hang."""
+        return (trainer.pulse if (trainer := self._trainer) is not None else Pulse()).look()
 
 
 def take_cores(device: str, threads: int | None, workers_on_node: int) -> int:
@@ -191,15 +291,21 @@ def take_cores(device: str, threads: int | None, workers_on_node: int) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     else:  # pages that are put behind each other: what one length leaves free serves any other (docs/memory-plan.md)
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a GPU is not using it: a spare gets its own later
     return count
 
 
+def log_file(logs: Path, rank: int) -> Path:
+    return logs / f"rank-{rank}.log"
+
+
 def log_to(path: Path) -> None:
-    """Append what this process prints to a file of the run, C++ and crashes included."""
+    """Append what this process prints to a file of the run, C++ and crashes included, and its stacks at SIGUSR1."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1, file=2)
 
 
 def check_device(device: str) -> None:
@@ -212,21 +318,19 @@ def check_device(device: str) -> None:
         )
 
 
-def join(assignment: Assignment, store: "Store | None") -> None:
-    """Join the process group: gloo on CPU, and NCCL beside it on a GPU."""
+def join(assignment: Assignment, store: "Store | None", interface: str | None) -> None:
+    """Join the process group: gloo on CPU, NCCL beside it on a GPU. interface: for gloo, where the user chose it."""
     import torch
     from torch import distributed as dist
 
-    interface = _interface(assignment.address)
-    if interface:
-        os.environ.setdefault(
-            "GLOO_SOCKET_IFNAME", interface
-        )  # else gloo resolves the host's name, which may lead nowhere
+    if interface := interface or _interface(assignment.address):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface  # else gloo resolves the host's name, which may lead nowhere
     timeout = timedelta(seconds=assignment.collective_timeout_s)
     if store is None:
         store = dist.TCPStore(assignment.host, assignment.port, is_master=False, timeout=timeout)
     on_gpu = assignment.device == "cuda"
     if on_gpu:
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")  # a dead peer must not end this process too
         torch.cuda.set_device(0)  # Ray shows each worker its own GPU alone
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=assignment.rank, world_size=assignment.world, timeout=timeout)
@@ -237,16 +341,23 @@ def _interface(address: str) -> str | None:
     return next((str(name) for name, entries in interfaces if any(entry.address == address for entry in entries)), None)
 
 
-def leave() -> None:
-    from torch import distributed as dist
-
-    dist.barrier()  # rank 0 owns the store: it stays until nobody needs it
-    dist.destroy_process_group()
-
-
 def describe(error: BaseException) -> Failure:
     cause = f"{type(error).__name__}: {error}".rstrip(": ")
-    return Failure(cause=cause, trace="".join(traceback.format_exception(error)), symptom=is_symptom(error))
+    return Failure(
+        cause=cause,
+        trace="".join(traceback.format_exception(error)),
+        symptom=is_symptom(error),
+        kind=kind_of(error),
+        user=isinstance(error, ValueError | TypeError),
+    )
+
+
+def kind_of(error: BaseException) -> Cause:
+    """``device`` for what CUDA or NCCL reports, ``numbers`` for a loss that is none."""
+    if isinstance(error, FloatingPointError):
+        return "numbers"
+    words = ("cuda", "cublas", "cudnn", "nccl", "nvlink")
+    return "device" if isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words) else "error"
 
 
 def is_symptom(error: BaseException) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from offload.state import MASTER, Piece, Read
 from parallel import foreign
 from parallel.cut import wrap_blocks
+from parallel.engine import Accept
 from parallel.optimizer import moment_kinds
 from parallel.options import OptimizerOptions, ParallelOptions
 
@@ -110,8 +111,9 @@ class DeepSpeedEngine:
     def expect(self, lr: float) -> None:
         """See `Engine`. Nothing begins before `step`."""
 
-    def step(self, lr: float, clip_norm: float | None) -> Tensor:
-        """See `Engine`."""
+    def step(self, lr: float, clip_norm: float | None, accept: Accept | None = None) -> Tensor:
+        """See `Engine`, but DeepSpeed tells its norm only after the update: it cannot be asked whether to `accept`."""
+        assert accept is None, "launch.checks refuses train.on_bad_numbers=skip with engine=deepspeed"
         assert clip_norm == self._clip_norm, (
             f"DeepSpeed was configured with clip_norm={self._clip_norm}, not {clip_norm}"
         )

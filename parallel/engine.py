@@ -1,11 +1,14 @@
 """What the training loop needs of an engine: ours, FSDP2 or DeepSpeed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from offload.state import Piece, Read
+
+Accept = Callable[[Tensor], bool]
+"""Given the global gradient norm before clipping: whether to update. All ranks answer alike; it may wait."""
 
 
 class Engine(Protocol):
@@ -29,8 +32,12 @@ class Engine(Protocol):
     def expect(self, lr: float) -> None:
         """Before a step's first forward: the `lr` that `step` will be called with, so that updates may begin before."""
 
-    def step(self, lr: float, clip_norm: float | None) -> Tensor:
-        """Clip, update, and make the new weights visible. Returns the global gradient norm before clipping."""
+    def step(self, lr: float, clip_norm: float | None, accept: Accept | None = None) -> Tensor:
+        """Clip, update, and make the new weights visible. Returns the global gradient norm before clipping.
+
+        Where `accept` is given and says no, the gradients are forgotten: weights, moments and `updates` are to the last
+        bit what they would be without this step.
+        """
 
     def pieces(self) -> Iterator[Piece]:
         """The ranges of state that this rank writes into a checkpoint: over all ranks, each element exactly once.

@@ -26,6 +26,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from offload.state import MASTER, Piece, Read
 from parallel import foreign
 from parallel.cut import wrap_blocks
+from parallel.engine import Accept
 from parallel.mesh import Mesh
 from parallel.optimizer import moment_kinds
 from parallel.options import OptimizerOptions, ParallelOptions
@@ -113,16 +114,20 @@ class FSDP2Engine:
     def expect(self, lr: float) -> None:
         """See `Engine`. Nothing begins before `step`."""
 
-    def step(self, lr: float, clip_norm: float | None) -> Tensor:
+    def step(self, lr: float, clip_norm: float | None, accept: Accept | None = None) -> Tensor:
         """See `Engine`. A parameter that got no gradient is not touched, as in plain PyTorch."""
         norm = get_total_norm([param.grad for param in self._trained if param.grad is not None])
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if accept is not None and not accept(whole):
+            self._optimizer.zero_grad()
+            return whole
         if clip_norm is not None:
             clip_grads_with_norm_(self._trained, clip_norm, norm)
         foreign.set_lr(self._optimizer, lr)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._updates += 1
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return whole
 
     def pieces(self) -> Iterator[Piece]:
         """See `Engine`. The replicas of a shard write an equal part of it each."""

@@ -123,6 +123,13 @@ class Offloader:
         for flat, update in zip(self.flats, self._states.update(work, scale=scale), strict=True):
             flat.updating = update
 
+    def forget(self, lr: float, updates: int) -> None:
+        """Take back what `depart` has begun: an update of nothing, which leaves all states as they are, undoes what was
+        speculated and puts the weights where the gradients lie now."""
+        for flat in self.flats:
+            flat.received = [False] * len(flat.received)
+        self.update(None, lr, updates)
+
     def arrive(self, flat: TrainableFlat) -> bool:
         """Have the last update of a flat in its slot, or `owned`; whether there was one under way. The host waits."""
         update, flat.updating = flat.updating, None

@@ -39,6 +39,7 @@ from offload.state import MASTER, Piece, Read
 from parallel import optimizer as optimizers
 from parallel.collectives import BufferPool, Lane, Queue, Steps
 from parallel.cut import cut_units, move_without_memory, wrap_blocks
+from parallel.engine import Accept
 from parallel.mesh import Mesh
 from parallel.offloaded import Offloader, ranks_here
 from parallel.options import OptimizerOptions, ParallelOptions
@@ -163,24 +164,31 @@ class ShardedModel:
     def expect(self, lr: float) -> None:
         self._offloader.coming = lr, self.updates + 1
 
-    def step(self, lr: float, clip_norm: float | None) -> Tensor:
+    def step(self, lr: float, clip_norm: float | None, accept: Accept | None = None) -> Tensor:
         self._reductions.finish()
         self._agree_on_received()
         norm = self._grad_norm()
-        scale = None if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        self.updates += 1
         for flat in self._trainable:  # one still under way, of a unit not used since, would carry the old weights on
             self._finish_update(flat)
+        if accept is not None and not accept(norm):
+            self._offloader.forget(lr, self.updates + 1)
+            self._forget_gradients()
+            return norm
+        scale = None if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.updates += 1
         self._offloader.update(scale, lr, self.updates)
         self.optimizer.update(lr, scale, self.updates)
         for flat in self._resident:
             flat.publish()
             self._start_refresh(flat)
+        self._forget_gradients()
+        self._share_buffers()
+        return norm
+
+    def _forget_gradients(self) -> None:
         for flat in self._trainable:
             flat.grad = None
             flat.received = [False] * len(flat.received)
-        self._share_buffers()
-        return norm
 
     def _agree_on_received(self) -> None:
         """A parameter is updated everywhere if any rank has a gradient for it."""

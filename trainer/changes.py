@@ -22,6 +22,8 @@ HARMLESS = (
     "data.name",
     "data.cache_dir",
     "train.micro_batch_size",
+    "train.on_bad_numbers",
+    "train.loss_spike",
     "train.eval_every_steps",
     "train.eval_sequences",
     "train.sample_tokens",

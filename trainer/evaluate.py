@@ -1,5 +1,7 @@
 """Validation, and a sample of what the model writes. Collective: every rank calls them alike."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -14,9 +16,17 @@ PROMPT = "def "
 
 
 def validate(
-    engine: Engine, corpus: Corpus, where: Rank, sequence: SequenceParallel, *, num_sequences: int, batch_size: int
+    engine: Engine,
+    corpus: Corpus,
+    where: Rank,
+    sequence: SequenceParallel,
+    *,
+    num_sequences: int,
+    batch_size: int,
+    go_on: Callable[[], bool],
 ) -> float | None:
-    """Mean loss in nats a token over the first `num_sequences` of the validation split; None where there is none.
+    """Mean loss in nats a token over the first `num_sequences` of the validation split; None where there is none, or
+    where `go_on`, which is asked before each batch and answers alike on all ranks, says no.
 
     The same sequences on any number of ranks. Every rank runs as many batches as the others, of one size (so nothing is
     compiled again): where sequences run out their targets are ignored.

@@ -5,8 +5,9 @@ prepares them and tells what they did. The loop does not know how state is parti
 engine's affair.
 
 Every rank runs the same steps. Rank 0 alone owns the run's folder and emits events. Whether to stop is decided by all
-ranks together: the wish of one travels with the loss. On a GPU a step is reported while the next one runs, so that the
-host never waits for the device.
+ranks together: the wish of one travels with the loss, and so does the wish to pause, which ends `train` at a snapshot
+so that other ranks can go on from it. On a GPU a step is reported while the next one runs, so that the host never waits
+for the device.
 """
 
 import gc
@@ -37,15 +38,19 @@ from trainer.job import Job
 from trainer.memory import Picture
 from trainer.models import LanguageModel, build_model
 from trainer.models.attention import attention_backends
+from trainer.numbers import BadNumbers, Judge
 from trainer.out_of_memory import explained
 from trainer.plan import describe
 from trainer.progress import Progress
+from trainer.pulse import Pulse
 from trainer.run import RunFolder
 from trainer.schedule import learning_rate
 
 Event = dict[str, Any]
 PICTURED = 5
 """Which step of this process the picture of the memory is of."""
+PERSIST = 1 << 16
+"""More than there are ranks."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,13 @@ class Running:
     step: int
     lr: float
     values: Tensor
-    """(3,) fp32 on the host once `ready`: the mean loss, how many ranks were asked to stop, the gradient norm."""
+    """(4,) fp32 on the host once `ready`: the mean loss, how many ranks were asked to stop, how many to pause (each
+    that is to persist counts `PERSIST`), the gradient norm."""
     ready: torch.cuda.Event | None
     issue_s: float
     """What the host spent on it; the device may have taken longer."""
+    fault: str
+    """Why it was skipped; empty where it was not."""
 
 
 class Trainer:
@@ -71,36 +79,50 @@ class Trainer:
         emit: Callable[[Event], None] | None = None,
         overrides: Sequence[str] = (),
         roster: Roster | None = None,
+        newest_stored: int | None = None,
     ) -> None:
         """emit: gets each event of rank 0 (docs/architecture.md). None: they are shown on the terminal.
         overrides: what the user typed, kept beside the config. roster: the nodes' snapshot processes. None: one is
-        started here where snapshots are wanted and all ranks are on this machine."""
-        self._roster = roster
+        started here where snapshots are wanted and all ranks are on this machine. newest_stored: checkpoints of later
+        steps are not gone on from: they are of what this run has turned its back on."""
+        self._roster, self._newest_stored = roster, newest_stored
         self.job, self.overrides = job, tuple(overrides)
         self.where = Rank.current()
         self._emit = emit or Progress(job.train.steps, every_steps=job.logger.every_steps).show
         self._stop_reason = ""
+        self.step = -1
+        self.pulse = Pulse()
+        self._pause_wished = 0
 
     def request_stop(self, reason: str) -> None:
         """Ask all ranks to end after the step at hand, with a checkpoint. From any thread, or a signal handler."""
         self._stop_reason = reason
 
+    def request_pause(self, *, persist: bool = False) -> None:
+        """Ask all ranks to end after the step at hand with a snapshot in memory, so that others go on from it at once;
+        with a checkpoint where there are none, or to `persist`. From any thread."""
+        self._pause_wished = PERSIST if persist else 1
+
     def train(self) -> Event:
-        """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished`` or ``stopped``."""
+        """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished``, ``stopped`` or
+        ``paused``."""
         with self._opened(), attention_backends(self.where.device), self._out_of_memory_explained():
-            if self.step == 0:
+            self.run.note("train", step=self.step)
+            self._stopping = self._any(bool(self._stop_reason))
+            if not self._stopping and self._any(self.where.rank == 0 and self.run.lacks_eval(self.step)):
                 self._validate()
-            while self.step < self.job.train.steps and not self._stopping:
+            while self.step < self.job.train.steps and not (self._stopping or self._pausing):
                 with self._pictured():
                     self._report(self.train_step(self.step))
                 self.step += 1
-                if self._due(self.job.train.eval_every_steps):
+                if self._due(self.job.train.eval_every_steps) or self.step == self.job.train.steps:
                     self._validate()
                 if self._due(self.job.checkpoint.every_steps):
                     self._save()
                 if self.snapshots.due(self.step):
                     self._snapshot()
-            return self._conclude()
+            pausing = self._pausing and not self._stopping and self.step < self.job.train.steps
+            return self._pause() if pausing else self._conclude()
 
     def train_step(self, step: int) -> Running:
         """One optimizer step: a forward and a backward of each of this rank's micro-batches, then the update."""
@@ -113,18 +135,29 @@ class Trainer:
         self.engine.expect(lr)
         loss = torch.zeros((), device=self.where.device)
         for i in range(count):
+            self.pulse.beat("data", step)
             tokens, targets = self._batch(first_sample + i * micro, micro, part)
+            self.pulse.beat("compute", step)
             with sequence.attention(seq_len):
                 loss += self.engine.forward_backward(
                     tokens, targets, part.start, scale=weight, first=i == 0, last=i == count - 1
                 )
-        lr = learning_rate(job.optimizer, step, job.train.steps)
+        self.pulse.beat("update", step)
         self.snapshots.wait_copied()
-        grad_norm = self.engine.step(lr, job.train.clip_norm)
-        values = torch.stack((loss * weight, torch.full_like(loss, bool(self._stop_reason)), grad_norm))
+        wishes = [torch.full_like(loss, wish) for wish in (bool(self._stop_reason), self._pause_wished)]
+        told = torch.stack((loss * weight, *wishes))
         if self.where.world > 1:
-            dist.all_reduce(values[:2])
-        return Running(step, lr, *to_host(values), issue_s=time.perf_counter() - start)
+            dist.all_reduce(told)
+        fault = ""
+
+        def accept(grad_norm: Tensor) -> bool:
+            nonlocal fault
+            fault = self._judge.fault(told[0].item(), grad_norm.item())
+            return not self._any(bool(fault))
+
+        grad_norm = self.engine.step(lr, job.train.clip_norm, accept if self._judge.skips else None)
+        values = torch.cat((told, grad_norm.view(1)))
+        return Running(step, lr, *to_host(values), issue_s=time.perf_counter() - start, fault=fault)
 
     def _batch(self, first_sample: int, count: int, part: slice) -> tuple[Tensor, Tensor]:
         """Tokens and targets, each (count, S of this rank) int64 on the device."""
@@ -183,8 +216,9 @@ class Trainer:
         self._picture = Picture(self.engine, model.units(), self.where.device, counted=not compiles)
         self._num_steps = 0
         self.step = 0
-        self._saved_step = -1
-        self._stopping = False
+        self._saved_step = self._snapshot_step = -1
+        self._stopping = self._owes_eval = False
+        self._pausing = 0.0
         self._reports: deque[Running] = deque()
         self._lag = int(on_gpu)
 
@@ -207,6 +241,7 @@ class Trainer:
         self.job = job
         self.engine = build_engine(job, model, where, dtype, self._tell)
         cleanup.callback(self.engine.close)
+        self._judge = Judge(job.train)
         return model
 
     def _time_step(self, parallel: ParallelOptions) -> float:
@@ -239,12 +274,15 @@ class Trainer:
         self.checkpoints = Checkpoints(
             self.run.checkpoint_url, job.checkpoint, where.rank, where.world, writers, self._tell
         )
+        cleanup.callback(self.checkpoints.cancel)
         self.snapshots = open_snapshots(job, where, self.run, self._roster, writers, self._tell)
         cleanup.callback(self.snapshots.close)
         chosen, in_memory = torch.full((2,), -1)
         if where.rank == 0:
             memory = self.snapshots.steps()
-            if (step := self.run.resume_step(sorted({*memory, *self.checkpoints.steps()}))) is not None:
+            newest = math.inf if self._newest_stored is None else self._newest_stored
+            stored = [step for step in self.checkpoints.steps() if step <= newest]
+            if (step := self.run.resume_step(sorted({*memory, *stored}))) is not None:
                 chosen, in_memory = torch.tensor([step, step in memory])
         if where.world > 1:
             dist.broadcast(chosen, src=0)
@@ -263,7 +301,9 @@ class Trainer:
                 f"data.source={job.data.source} have changed; bring them back, or go on with run.on_change=accept"
             )
         self.engine.load(reader.read, moments=True)
-        self.step = self.engine.updates = reader.meta["step"]
+        self.step = reader.meta["step"]
+        self.engine.updates = reader.meta.get("updates", self.step)
+        self._judge.load(**reader.meta.get("judge", {"losses": [], "in_a_row": 0}))
         if isinstance(reader, CheckpointReader):
             self._saved_step = self.step
         if reader.world == where.world:
@@ -272,18 +312,31 @@ class Trainer:
             torch.manual_seed(job.train.seed + where.rank + where.world * self.step)
         if where.rank == 0:
             self.run.truncate(self.step)
-        source = self.run.checkpoint_url if isinstance(reader, CheckpointReader) else "the snapshots in memory"
-        self._tell(f"resumed from step {self.step} of {source}, written by {reader.world} ranks")
+        stored = isinstance(reader, CheckpointReader)
+        source = self.run.checkpoint_url if stored else "the snapshots in memory"
+        text = f"resumed from step {self.step} of {source}, written by {reader.world} ranks"
+        self._event({"type": "resumed", "step": self.step, "from": "storage" if stored else "memory", "text": text})
+
+    def _pause(self) -> Event:
+        """Leave a snapshot of this step, or a checkpoint, for those who go on."""
+        self._flush()
+        if self.job.checkpoint.snapshots and self._snapshot_step != self.step:
+            self._snapshot()
+        self.snapshots.wait()
+        if self._pausing >= PERSIST or not self.job.checkpoint.snapshots or self.snapshots.error():
+            self._save()
+        self.checkpoints.wait()
+        return {"type": "end", "status": "paused", "step": self.step, "text": f"paused after step {self.step}"}
 
     def _conclude(self) -> Event:
         """Save what is not saved, say how it ended."""
         self._flush()
-        job, finished = self.job, self.step == self.job.train.steps
-        if self._saved_step != self.step:
-            if finished:
-                self._validate()
+        job, finished = self.job, self.step == self.job.train.steps and not self._owes_eval
+        if self._saved_step != self.step and self.step > 0:
             self._save()
-        self.checkpoints.wait()
+        self.pulse.beat("end", self.step)
+        with self._aside("save"):
+            self.checkpoints.wait()
         if finished and job.train.sample_tokens:
             text = sample(self.engine, self.corpus, count=job.train.sample_tokens, seq_len=job.train.seq_len, seed=0)
             self._event({"type": "sample", "text": text})
@@ -299,7 +352,9 @@ class Trainer:
         if error := self.checkpoints.error():
             text += f"\nits last steps are lost: {error}"
         end = {"type": "end", "status": "finished" if finished else "stopped", "step": self.step, "text": text}
+        self.run.note("end", status=end["status"], step=self.step)
         self._event(end)
+        self.run.draw()
         return end
 
     # ------------------------------------------------------------------------------------------------ reports
@@ -314,16 +369,19 @@ class Trainer:
             self._log(self._reports.popleft())
 
     def _log(self, done: Running) -> None:
-        """Wait for a step and say what came of it. FloatingPointError where the loss is not a number, on every rank."""
+        """Wait for a step and say what came of it. BadNumbers where they are and are not skipped, on every rank."""
+        self.pulse.beat("report", done.step)
         _wait(done)
-        loss, stops, grad_norm = done.values.tolist()
+        loss, stops, pauses, grad_norm = done.values.tolist()
         now = time.perf_counter()
         step_s, self._clock = max(now - self._clock, done.issue_s), now
         self._stopping = self._stopping or stops > 0
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss of step {done.step} is {loss}: lower optimizer.lr={self.job.optimizer.lr} or set "
-                f"train.clip_norm; checkpoints: {self.checkpoints.steps() or 'none'}"
+        self._pausing = self._pausing or pauses
+        if not self._judge.skips and (fault := self._judge.fault(loss, grad_norm)):
+            raise BadNumbers(
+                f"step {done.step} is bad: {fault}; lower optimizer.lr={self.job.optimizer.lr}, set train.clip_norm, "
+                f"or leave such steps out with train.on_bad_numbers=skip; checkpoints: "
+                f"{self.checkpoints.steps() or 'none'}"
             )
         if self.where.rank:
             return
@@ -337,52 +395,88 @@ class Trainer:
             "tokens": (done.step + 1) * step_tokens,
             "tokens_per_s": step_tokens / step_s,
             "step_s": step_s,
+            "time": time.time(),
             "flops_per_s": flops_per_s,
             "mfu": flops_per_s / (self._peak_flops * self.where.world) if self._peak_flops else None,
             **self._device.read(),
+            **({"skipped": done.fault} if done.fault else {}),
         }
+        if done.fault:
+            self._tell(f"step {done.step} is skipped: {done.fault}")
         self.run.log_step(metrics)
         self._emit({"type": "step", **metrics})
         if self.forecast and (compared := self.forecast.seen(step_s, grad_norm)):
             self._tell(compared)
 
-    def _validate(self) -> None:
+    @contextmanager
+    def _aside(self, event: str) -> Iterator[None]:
+        """Between two steps: the time inside is noted, and is not the next step's."""
         self._flush()
+        began = time.perf_counter()
+        yield
+        self._clock = time.perf_counter()
+        self.run.note(event, step=self.step, seconds=self._clock - began)
+
+    def _validate(self) -> None:
         micro, _ = self.job.micro_batches(self.where.world)
-        loss = validate(
-            self.engine,
-            self.corpus,
-            self.where,
-            self.sequence,
-            num_sequences=self.job.train.eval_sequences,
-            batch_size=micro,
-        )
+        with self._aside("eval"):
+            loss = validate(
+                self.engine,
+                self.corpus,
+                self.where,
+                self.sequence,
+                num_sequences=self.job.train.eval_sequences,
+                batch_size=micro,
+                go_on=self._go_on_validating,
+            )
         if loss is not None and self.where.rank == 0:
             found = {"step": self.step, "valid_loss": loss}
             self.run.log_eval(found)
             self._emit({"type": "eval", **found})
-        self._clock = time.perf_counter()
+
+    def _go_on_validating(self) -> bool:
+        """Whether no rank was asked to stop: a validation is given up then, and made good when the run goes on."""
+        self.pulse.beat("evaluation", self.step)
+        self._stopping = self._stopping or self._any(bool(self._stop_reason))
+        self._owes_eval = self._stopping
+        return not self._stopping
+
+    def _any(self, here: bool) -> bool:
+        """Whether it is so on any rank. Collective, on the hosts alone."""
+        anywhere = torch.tensor(float(here))
+        if self.where.world > 1:
+            dist.all_reduce(anywhere)
+        return bool(anywhere)
 
     def _save(self) -> None:
         """Save the state, while training goes on unless much of it is away from the device: then no copy is made."""
-        self._flush()
-        background = self.job.offload.states == "none"
-        self.checkpoints.save(self.step, self.engine.pieces(), rng_state(), self._meta(), background=background)
+        with self._aside("save"):
+            self.pulse.beat("checkpoint", self.step)
+            background = self.job.offload.states == "none"
+            self.checkpoints.save(self.step, self.engine.pieces(), rng_state(), self._meta(), background=background)
         self._saved_step = self.step
-        self._clock = time.perf_counter()
 
     def _snapshot(self) -> None:
         """The same into the nodes' memory; `wait_copied` comes before the next update. States in host memory stand
         still between two updates as those on the device do, once the one under way has ended: nobody waits for that
         here."""
+        self.pulse.beat("snapshot", self.step)
         states = self.job.offload.states
         pieces = self.engine.pieces if states == "host" else self.engine.pieces()
+        self._snapshot_step = self.step
         self.snapshots.save(self.step, pieces, rng_state(), self._meta(), background=states != "nvme")
 
     def _meta(self) -> dict[str, Any]:
         """What is saved beside the state, once for all ranks."""
         samples = self.step * self.job.train.global_batch_size
-        return {"step": self.step, "samples": samples, "data": self.corpus.fingerprint, **self.run.provenance()}
+        judged = {"updates": self.engine.updates, "judge": self._judge.dump()}
+        return {
+            "step": self.step,
+            "samples": samples,
+            "data": self.corpus.fingerprint,
+            **judged,
+            **self.run.provenance(),
+        }
 
     def _tell(self, text: str) -> None:
         self._event({"type": "message", "text": text})

@@ -103,6 +103,11 @@ class TrainOptions:
     """Sequences in one forward and backward of one worker. None: ``global_batch_size / workers``."""
     clip_norm: float | None = 1.0
     """Gradients are scaled to at most this global 2-norm; None: not at all."""
+    on_bad_numbers: str = "fail"
+    """Of a step whose loss or gradient is no number, or a spike: ``fail`` ends the run; ``skip`` leaves its update out,
+    for which every step waits until its numbers are known."""
+    loss_spike: float | None = None
+    """A loss over so many times the median of the 64 before it is a bad one; None: no finite loss is."""
     seed: int = 0
     """Of the initial weights, the order of the data and every other random choice."""
     dtype: str = "auto"
@@ -122,6 +127,10 @@ class TrainOptions:
             raise ValueError(f"train.micro_batch_size={self.micro_batch_size}: must be at least 1")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"train.clip_norm={self.clip_norm}: must be positive, or null for no clipping")
+        if self.on_bad_numbers not in ("fail", "skip"):
+            raise ValueError(f"train.on_bad_numbers={self.on_bad_numbers!r}: choose fail or skip")
+        if self.loss_spike is not None and self.loss_spike <= 1:
+            raise ValueError(f"train.loss_spike={self.loss_spike:g}: must be above 1, or null for none")
         if self.dtype not in ("auto", "fp32", "bf16"):
             raise ValueError(f"train.dtype={self.dtype!r}: choose auto, fp32 or bf16")
         for name in ("eval_every_steps", "eval_sequences", "sample_tokens"):

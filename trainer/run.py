@@ -3,6 +3,7 @@
     config.yaml      the options it was started with, resolved
     metrics.jsonl    one object a step, each step once, whatever was killed in between
     evals.jsonl      one object a validation; its ``step`` is the number of steps done
+    timeline.jsonl   when it was started, trained, saved, lost steps and ended (`trainer/timeline.py`)
     loss.png  tensorboard/  logs/
     memory.json  memory.png   who held the device's memory in one step
     checkpoints/     unless checkpoint.url leads elsewhere
@@ -29,9 +30,10 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
+from trainer import timeline
 from trainer.changes import Change, as_plain, changes, show
 from trainer.job import Job
-from trainer.loggers import Background, JsonLines, Record, TensorBoard, keep_steps, replace_file
+from trainer.loggers import Background, JsonLines, Record, TensorBoard, keep_steps, read_lines, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -175,12 +177,23 @@ class RunFolder:
             raise ValueError(f"run.resume={asked}: {self.checkpoint_url} holds checkpoints of steps {there}")
         return int(asked) if asked.isdigit() else max(steps, default=None)
 
+    def lacks_eval(self, step: int) -> bool:
+        """Whether the validation that belongs to `step` steps done is not in ``evals.jsonl``: at the beginning, or
+        where a stop cut it short."""
+        every, last = self.job.train.eval_every_steps, self.job.train.steps
+        due = step in (0, last) or (every > 0 and step % every == 0)
+        return due and (step == 0 or all(r["step"] != step for r in read_lines(self.path / "evals.jsonl")))
+
     def truncate(self, step: int) -> None:
         """Go on from where `step` steps are done: forget what was logged of later ones, and open the loggers.
 
         A run that starts from the beginning need not call it: the first thing logged does.
         """
         assert self._lock is not None and self._metrics is None, "prepare() first, truncate() once"
+        lost = [record for record in read_lines(self.path / "metrics.jsonl") if record["step"] >= step]
+        if lost:
+            seconds = sum(record["step_s"] for record in lost)
+            self.note("lost", steps=len(lost), seconds=seconds, active=lost[-1].get("time"))
         kept = keep_steps(self.path / "metrics.jsonl", step)
         if kept < step:
             log.warning("%s lacks %d of the %d steps done", self.path / "metrics.jsonl", step - kept, step)
@@ -190,6 +203,11 @@ class RunFolder:
         self._background = Background()
         self._board = TensorBoard(self.path / "tensorboard", step) if self.job.logger.tensorboard else None
 
+    def note(self, event: str, **more: Any) -> None:
+        """Add an event to ``timeline.jsonl``; on other ranks than 0 nothing happens."""
+        if self._lock is not None:
+            timeline.note(self.path, event, **more)
+
     def log_step(self, record: Record) -> None:
         """A line of ``metrics.jsonl``, in the file when this returns; ``step`` counts from 0."""
         self._log("train", record["step"], record)
@@ -198,7 +216,7 @@ class RunFolder:
         """A line of ``evals.jsonl``, and a new ``loss.png``; ``step`` is the number of steps done."""
         # TensorBoard counts steps from 0: at the last one done, a resume right after this does not hide it
         self._log("valid", max(record["step"] - 1, 0), record)
-        self._draw()
+        self.draw()
 
     def _log(self, group: str, step: int, record: Record) -> None:
         if self._metrics is None:
@@ -208,8 +226,9 @@ class RunFolder:
         if self._board is not None:
             self._background.do("TensorBoard", self._board.write, group, step, record)
 
-    def _draw(self) -> None:
-        if self.job.logger.plot:
+    def draw(self) -> None:
+        """A new ``loss.png``, drawn in the background."""
+        if self.job.logger.plot and self._metrics is not None:
             self._background.do("loss.png", _draw_loss, self.path, self.job.run_name)
 
     def save_memory(self, record: Record) -> None:
@@ -224,9 +243,8 @@ class RunFolder:
         return {"config": as_plain(self.job), "overrides": list(self.overrides), "versions": _versions()}
 
     def close(self) -> None:
-        """Draw once more, wait for all loggers, and give the folder free. May be called twice, or before `prepare`."""
+        """Wait for all loggers, and give the folder free. May be called twice, or before `prepare`."""
         if self._metrics is not None:
-            self._draw()
             if self._board is not None:
                 self._background.do("TensorBoard", self._board.close)
             self._background.close()

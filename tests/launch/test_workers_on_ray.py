@@ -47,7 +47,7 @@ def test_sigterm_for_every_process_ends_after_the_step(atoll_started) -> None:
 
 
 def test_a_worker_that_is_killed_is_named(atoll_started) -> None:
-    run = atoll_started("train", *ENDLESS)
+    run = atoll_started("train", *ENDLESS, "launch.max_failures=0")
     assert any(line.startswith("step 1/") for line in run.stdout)
     workers = [p for p in psutil.Process(run.pid).children(recursive=True) if p.name().startswith("ray::Bootstrap")]
     assert len(workers) == 2

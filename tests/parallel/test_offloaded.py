@@ -72,6 +72,29 @@ def test_where_states_are_changes_no_bit(nvme: dict) -> None:
         assert answer["different"] == [], answer
 
 
+def check_skipping(nvme: dict, world: int, levels: dict, placements: tuple[str, ...], offloads: list[dict]) -> None:
+    cases = [
+        {"check": "skipping", "levels": levels, "parallel": {"placement": placement}, "offload": offload}
+        | {"bf16": bool(number % 2), "accumulation": 1 + number % 2}
+        for placement in placements
+        for number, offload in enumerate(offloads)
+    ]
+    for answer in run_world(world, cases):
+        assert answer["different"] == [] and answer["finite"] and answer["updates"] == 17, answer
+
+
+def test_a_step_that_is_not_accepted_leaves_no_trace(nvme: dict) -> None:
+    check_skipping(nvme, 1, {}, ("zero3",), [{}, STREAMED, SPECULATE, nvme | {"weights": "host"}])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(290)
+def test_no_rank_keeps_a_trace_of_a_step_that_is_not_accepted(nvme: dict) -> None:
+    offloads = [{}, HOST, SPECULATE, HALF, nvme, STREAMED]
+    check_skipping(nvme, 4, {"node": 2, "gpu": 2}, ("topo",), offloads)
+    check_skipping(nvme, 2, {}, ("zero2",), [HALF, {}])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_quantized_transport_of_offloaded_weights_is_that_of_others() -> None:

@@ -267,7 +267,41 @@ def alike(case: dict) -> dict:
     }
 
 
-CHECKS = {"alike": alike, "equality": equality, "resumed": resumed, "ddp": against_ddp, "quantized": quantized}
+def skipping(case: dict) -> dict:
+    """Steps that are not accepted, one with gradients that are no numbers, against a training without them."""
+    bad, accumulation = {4: float("nan"), 7: 1.0, 8: float("inf")}, case.get("accumulation", 1)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = []
+    for steps in (range(STEPS), [step for step in range(STEPS) if step not in bad]):
+        engine = build(case)
+        for step in steps:
+            engine.expect(1e-2)
+            micro_batches = batch(step).chunk(world * accumulation)[rank * accumulation : (rank + 1) * accumulation]
+            for i, rows in enumerate(micro_batches):
+                scale = bad.get(step, 1.0) / (world * accumulation)
+                engine.forward_backward(
+                    rows[:, :-1], rows[:, 1:], scale=scale, first=i == 0, last=i == accumulation - 1
+                )
+            engine.step(1e-2, 0.5, lambda norm, step=step: step not in bad and bool(norm.isfinite()))
+        found.append(gathered(engine))
+        updates = engine.updates
+        engine.close()
+    kept, without = found
+    return {
+        "different": [k for k in without if not torch.equal(kept[k], without[k])],
+        "updates": updates,
+        "finite": all(bool(tensor.isfinite().all()) for tensor in kept.values()),
+    }
+
+
+CHECKS = {
+    "alike": alike,
+    "skipping": skipping,
+    "equality": equality,
+    "resumed": resumed,
+    "ddp": against_ddp,
+    "quantized": quantized,
+}
 
 
 def run(rank: int, world: int, cases: list[dict], init: str) -> None:

@@ -1,0 +1,490 @@
+"""Keeps a job on Ray going until it ends: a state machine on the driver.
+
+    acquire ──► start ──► train ──► finish
+                 ▲ │        │ ▲
+                 │ └─fails──┤ │ failed
+                 │          ▼ │
+              recover ◄── diagnose ──► finish: the budget is used up, or it would not help
+
+acquire   nodes for the ranks (`Places`)
+start     processes on them, a process group, snapshot processes; the ranks restore and train
+train     watch; between whiles keep spares ready, and look for nodes that come and go
+diagnose  get the survivors out of the group, name the cause, ask the `FailurePolicy`
+recover   other nodes for lost ones, or fewer (`ScalingPolicy`); back to start
+finish    what came of it
+
+A rank's process is a `Member`. Survivors keep theirs; a place that is empty is filled by a spare of its node, else by a
+new process. The driver holds no state of the training; the ranks restore themselves from the newest of the nodes'
+snapshots and the checkpoints in storage. Threads: all here is the main thread's.
+"""
+
+import enum
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import ray
+
+from checkpoint.roster import Roster
+from launch import member as members
+from launch.checks import Crew
+from launch.failures import FILE, TEAM_FILE, Cause, FailureRecord, Source
+from launch.member import Member
+from launch.options import LaunchOptions
+from launch.places import Node, Places, draining, gone, is_there
+from launch.policy import FailurePolicy, ScalingPolicy
+from launch.team import Team
+from launch.worker import Event, Failed, Failure
+from trainer.job import Job
+from trainer.loggers import replace_file
+from trainer.run import run_id, run_path
+
+REPLACE_S = 1.0
+"""How long a node that takes the place of a lost one is waited for; then the job goes on with fewer."""
+LOOK_S = 2.0
+"""Between two looks for nodes that have come, or are to be claimed back."""
+ORDER: tuple[Cause, ...] = ("node", "preemption", "process", "device", "numbers", "hang", "error")
+"""What is taken for the cause where several things have failed."""
+DEAD: tuple[Cause, ...] = ("node", "preemption", "process", "device", "hang")
+"""After these a process is gone, or of no use: CUDA does not recover from an error within one."""
+TAIL_BYTES = 64 << 10
+
+
+class State(enum.Enum):
+    ACQUIRE = "acquire"
+    START = "start"
+    TRAIN = "train"
+    DIAGNOSE = "diagnose"
+    RECOVER = "recover"
+    FINISH = "finish"
+
+
+@dataclass
+class Watched:
+    """What the events say of the run."""
+
+    step: int = 0
+    """Steps that are done."""
+    moved: bool = False
+    """Whether one was done since the driver started."""
+    last_sign: float = field(default_factory=time.time)
+    """Unix time of the last event."""
+    restored: tuple[Source, int] = ("start", 0)
+    """Where the ranks of this start have their state from, and of which step."""
+    restored_once: bool = False
+    times: dict[str, float] = field(default_factory=dict)
+    """Of the last recovery: Unix times of what was reached."""
+
+    def see(self, event: Event) -> None:
+        self.last_sign = time.time()
+        if event["type"] == "resumed":
+            self.restored, self.step = (event["from"], event["step"]), event["step"]
+            self.restored_once = True
+            self.times["restored"] = self.last_sign
+        elif event["type"] == "step":
+            self.step, self.moved = event["step"] + 1, True
+
+    def breakdown(self) -> str:
+        """``out 0.4 s, joined 0.9 s, …``: how long each part of the recovery took, in order."""
+        parts, before = [], self.times["found"]
+        for name, at in self.times.items():
+            if name != "found":
+                parts.append(f"{name} {at - before:.2f} s")
+            before = at
+        return ", ".join(parts)
+
+
+class Supervisor:
+    """Leaving the context ends all processes and gives the nodes back."""
+
+    def __init__(
+        self, scaling: ScalingPolicy, options: LaunchOptions, overrides: tuple[str, ...], show: Callable[[Event], None]
+    ) -> None:
+        self._scaling, self._options, self._overrides, self._show = scaling, options, overrides, show
+        self._budget = FailurePolicy(options.max_failures, options.max_preemptions)
+        self.crew: Crew = scaling.wanted
+        self._job: Job = scaling.config(self.crew).job()
+        self._folder = run_path(self._job)
+        self._places = Places(self.crew)
+        self._nodes: list[Node] = []
+        self._ranks: list[Member | None] = []
+        """By rank; the ranks of a node one after another, in the order of `_nodes`."""
+        self._devices: dict[tuple[Node, int], str] = {}
+        """Of each place on a node, the GPU that belongs to it."""
+        self._spares: list[Member] = []
+        self._coming: list[Node] = []
+        """Nodes that are ours, and whose processes still start."""
+        self._leaving: set[Node] = set()
+        self._team: Team | None = None
+        self._generation = 0
+        self._newest_stored: int | None = None
+        self._watched = Watched()
+        self._records: list[FailureRecord] = []
+        """Of failures that are not recovered from yet."""
+        self._looked = 0.0
+        self._stop_reason: str | None = None
+        self._stop_told = self._stepped = self._pausing = False
+        self._spent: Failed | None = None
+        """Why the job ends at the pause that was asked for."""
+        self._outcome: dict[str, Any] | Failed | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for member in [*self._spares, *(member for member in self._ranks if member)]:
+            ray.kill(member.actor)
+        self._places.close()
+        (self._folder / TEAM_FILE).unlink(missing_ok=True)
+
+    def run(self, training: Callable[[], None]) -> dict[str, Any] | Failed:
+        """Train to the end: what rank 0 returned, or the failure that was not recovered from. ValueError for what
+        cannot work, before training began; when it does, `training` is called."""
+        act = {
+            State.ACQUIRE: self._acquire,
+            State.START: self._start,
+            State.TRAIN: self._train,
+            State.DIAGNOSE: self._diagnose,
+            State.RECOVER: self._recover,
+        }
+        state = State.ACQUIRE
+        while state is not State.FINISH:
+            state = act[state]()
+            if state is State.TRAIN and self._generation == 1:
+                training()
+        assert self._outcome is not None
+        return self._outcome
+
+    def request_stop(self, reason: str) -> None:
+        """Called by a signal handler, so it only leaves a note for `_tick`."""
+        self._stop_reason = reason
+
+    # ------------------------------------------------------------------------------------------------ the states
+
+    def _acquire(self) -> State:
+        self._nodes = self._places.take(self.crew.nodes, self._options.start_timeout_s)
+        if len(self._nodes) < self.crew.nodes:
+            raise ValueError(_occupied(self.crew, self._options.start_timeout_s))
+        self._ranks = [None] * self.crew.workers
+        return State.START
+
+    def _start(self) -> State:
+        self._generation += 1
+        self._stop_told = self._stepped = self._pausing = False
+        self._watched.restored = "start", 0
+        ranks = [member or self._fill(rank) for rank, member in enumerate(self._ranks)]
+        self._ranks = list(ranks)
+        self._team = team = Team(ranks, self.crew, self._options)
+        if not team.assemble(self._job, self._overrides, self._roster, self._newest_stored):
+            if self._generation == 1:
+                _complain(team)
+            return State.DIAGNOSE
+        for rank, member in enumerate(ranks):
+            if member.devices:
+                self._devices[self._place(rank)] = member.devices
+        self._watched.times["joined"] = time.time()
+        self._write_team(ranks)
+        return State.TRAIN
+
+    def _train(self) -> State:
+        assert self._team is not None
+        if not self._team.watch(self._see, self._tick):
+            return State.DIAGNOSE
+        self._team.last_events(self._see)
+        self._outcome = self._team.results[0]
+        if self._outcome["status"] != "paused":
+            return State.FINISH
+        self._watched.times["out"] = time.time()
+        if self._spent:
+            self._finish_records(None)
+            self._outcome = self._spent
+            return State.FINISH
+        return State.RECOVER
+
+    def _diagnose(self) -> State:
+        team, watched = self._team, self._watched
+        assert team is not None
+        watched.times = {"found": time.time()}
+        last_sign = watched.last_sign
+        team.leave(self._see)
+        watched.step = max(watched.step, _logged_steps(self._folder / "metrics.jsonl"))
+        watched.times["out"] = time.time()
+        for rank, failure in team.failures.items():
+            if failure.kind in DEAD and not failure.symptom:
+                self._ranks[rank] = None
+                if failure.kind in ("hang", "device"):
+                    members.end(team.members[rank])
+        rank = min(team.failures, key=lambda rank: _precedence(team.failures[rank]))  # of equals the first found
+        failure, node = team.failures[rank], team.members[rank].node
+        self._record(failure, rank, node, found_s=watched.times["found"] - last_sign)
+        if why := self._budget.give_up(failure, watched.step, watched.moved):
+            self._finish_records(None)
+            self._outcome = Failed(rank=rank, node=node.address, failure=_with(failure, why))
+            return State.FINISH
+        if failure.kind == "hang" and failure.trace:
+            self._say(failure.trace.rstrip())
+        kept = sum(member is not None for member in self._ranks)
+        self._say(f"rank {rank} on node {node.address}: {failure.cause}; {kept} of {len(self._ranks)} processes go on")
+        return State.RECOVER
+
+    def _recover(self) -> State:
+        """Find the nodes to go on with. Who comes takes the places of who went: the others keep their ranks, and what
+        lies in their nodes' memory."""
+        lost = gone([*self._nodes, *self._coming]) | self._leaving
+        held = {node: self._ranks_of(node) for node in self._nodes if node not in lost}
+        arrived = [node for node in self._coming if node not in lost]
+        missing = self._scaling.wanted.nodes - len(held) - len(arrived)
+        if missing > 0 and lost:
+            arrived += self._places.take(missing, REPLACE_S, prefer={spare.node for spare in self._spares})
+        nodes = [node if node in held else (arrived.pop(0) if arrived else None) for node in self._nodes]
+        there = [node for node in nodes if node is not None] + arrived
+        if (crew := self._scaling.crew(len(there))) is None:
+            wait_s = self._options.start_timeout_s
+            self._say(f"no nodes are left to go on with: waiting {wait_s:g} s for others (launch.start_timeout_s)")
+            there += self._places.take(self._scaling.wanted.nodes - len(there), wait_s)
+            if (crew := self._scaling.crew(len(there))) is None:
+                self._finish_records(None)
+                self._outcome = Failed(rank=0, node="none", failure=Failure(cause="no nodes are left", kind="node"))
+                return State.FINISH
+        keep = there[: crew.nodes]
+        for node in {*self._nodes, *self._coming, *there} - set(keep):
+            self._drop(node)
+        if crew != self.crew:
+            self._say(f"going on with {crew.workers} ranks on {crew.nodes} nodes, after {self.crew.workers} ranks")
+        self._ranks = [member for node in keep for member in held.get(node, [None] * crew.per_node)]
+        self._nodes, self._coming, self._leaving, self.crew = keep, [], set(), crew
+        self._job = self._resuming(self._scaling.config(crew).job())
+        return State.START
+
+    # ------------------------------------------------------------------------------------------------ places
+
+    def _place(self, rank: int) -> tuple[Node, int]:
+        return self._nodes[rank // self.crew.per_node], rank % self.crew.per_node
+
+    def _ranks_of(self, node: Node) -> list[Member | None]:
+        first = self._nodes.index(node) * self.crew.per_node
+        return self._ranks[first : first + self.crew.per_node]
+
+    def _fill(self, rank: int) -> Member:
+        """A process for a place that is empty: a spare of that node, else a new one. A place whose GPU is known lends
+        it to whoever comes; for another one Ray chooses the GPU."""
+        node, _ = self._place(rank)
+        devices = self._devices.get(self._place(rank))
+        own_gpu = self.crew.device == "cuda" and devices is None
+        member = next((spare for spare in self._spares if (spare.node, spare.own_gpu) == (node, own_gpu)), None)
+        if member is None:
+            member = self._new(node, own_gpu=own_gpu)
+        else:
+            self._spares.remove(member)
+        member.devices = devices
+        return member
+
+    def _new(self, node: Node, *, own_gpu: bool = False) -> Member:
+        return members.start(node, self._places.options(node), self.crew, self._options, own_gpu=own_gpu)
+
+    def _drop(self, node: Node) -> None:
+        """Nothing of ours stays on `node`."""
+        for member in [*self._spares, *(member for member in self._ranks if member)]:
+            if member.node == node:
+                ray.kill(member.actor)
+        self._spares = [spare for spare in self._spares if spare.node != node]
+        self._ranks = [None if member and member.node == node else member for member in self._ranks]
+        self._devices = {place: gpu for place, gpu in self._devices.items() if place[0] != node}
+        self._places.give_back(node, lost=not is_there(node))
+
+    def _resuming(self, job: Job) -> Job:
+        """What the user said of where to begin has been done: from now on it is the newest step of this run. Where he
+        went back to an earlier one, later ones that are still in storage are none of it."""
+        asked = self._scaling.config(self._scaling.wanted).run.resume
+        if asked.isdigit() and self._watched.restored_once:
+            self._newest_stored = self._watched.step
+        elif asked.isdigit():
+            return replace(job, run=replace(job.run, resume=asked))
+        return replace(job, run=replace(job.run, resume="auto"))
+
+    def _roster(self) -> Roster | None:
+        """The snapshot processes of our nodes. On a machine of our own the first rank starts one."""
+        if self._options.address is None or not self._job.checkpoint.snapshots:
+            return None
+        from checkpoint.snapshot_actors import start_snapshot_processes
+
+        rank_nodes = [rank // self.crew.per_node for rank in range(self.crew.workers)]
+        hold_s = self._job.checkpoint.snapshot_hold_s
+        return start_snapshot_processes(run_id(self._job), [node.id for node in self._nodes], rank_nodes, hold_s=hold_s)
+
+    # ------------------------------------------------------------------------------------------------ between whiles
+
+    def _see(self, event: Event) -> None:
+        self._watched.see(event)
+        if event["type"] == "step" and not self._stepped:
+            self._stepped = True
+            self._watched.times["first step"] = time.time()
+            self._finish_records(time.time())
+        self._show(event)
+
+    def _tick(self) -> None:
+        assert self._team is not None
+        if self._stop_reason and not self._stop_told:
+            self._stop_told = True
+            self._team.request_stop(self._stop_reason)
+        if time.monotonic() < self._looked + LOOK_S or not self._stepped:
+            return  # a start is not slowed down by the imports of others
+        self._looked = time.monotonic()
+        if self._options.address is not None and not self._pausing:
+            self._look_for_preemptions()
+            self._look_for_nodes()
+        self._keep_spares()
+
+    def _look_for_preemptions(self) -> None:
+        assert self._team is not None
+        ids = draining()
+        self._leaving = {node for node in self._nodes if node.id in ids}
+        if not self._leaving:
+            return
+        self._pausing = True
+        self._watched.times = {"found": time.time()}
+        for node in self._leaving:
+            failure = Failure(cause=f"node {node} is to be taken away", kind="preemption")
+            self._record(failure, None, node, found_s=0.0)
+            self._say(failure.cause)
+            if why := self._budget.give_up(failure, self._watched.step, True):
+                self._spent = Failed(rank=0, node=node.address, failure=_with(failure, why))
+        parity = self._job.checkpoint.parity
+        self._team.request_pause(persist=len(self._leaving) > (1 if parity is None else parity))
+
+    def _look_for_nodes(self) -> None:
+        """Grow again: the processes of new nodes start beside the training, which pauses once they are ready."""
+        assert self._team is not None
+        missing = self._scaling.wanted.nodes - self.crew.nodes
+        if self._coming:
+            waiting = [spare.loaded for spare in self._spares if spare.node in self._coming]
+            if waiting and len(ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]) == len(waiting):
+                self._pausing = True
+                self._watched.times = {"found": time.time()}
+                self._team.request_pause()
+        elif missing and (free := len(self._places.free())):
+            crew = self._scaling.crew(self.crew.nodes + min(missing, free))
+            assert crew is not None
+            for node in self._places.take(crew.nodes - self.crew.nodes, 0.0):
+                self._coming.append(node)
+                for _ in range(crew.per_node - sum(spare.node == node for spare in self._spares)):
+                    self._spares.append(self._new(node, own_gpu=crew.device == "cuda"))
+
+    def _keep_spares(self) -> None:
+        """On each node what `launch.spares` says, and on one more node, if there is a free one, as many as it would
+        need to take the place of another. Where a node's GPUs are not known before they are ours it has none ready."""
+        count = self._options.spares
+        count = int(self._job.checkpoint.snapshots) if count is None else count
+        wanted = dict.fromkeys(self._nodes, count)
+        if count and self._options.address is not None and self.crew.device == "cpu":
+            free = self._places.free()
+            warm = [node for node in free if any(spare.node == node for spare in self._spares)]
+            wanted |= dict.fromkeys((warm or free)[:1], self.crew.per_node)
+        for spare in [spare for spare in self._spares if spare.node not in {*wanted, *self._coming}]:
+            ray.kill(spare.actor)
+            self._spares.remove(spare)
+        for node, number in wanted.items():
+            for _ in range(number - sum(spare.node == node for spare in self._spares)):
+                self._spares.append(self._new(node))
+
+    # ------------------------------------------------------------------------------------------------ what is said
+
+    def _say(self, text: str) -> None:
+        self._show({"type": "message", "text": text})
+
+    def _record(self, failure: Failure, rank: int | None, node: Node, *, found_s: float) -> None:
+        self._records.append(
+            FailureRecord(
+                time=self._watched.times["found"],
+                cause=failure.kind,
+                what=failure.cause,
+                rank=rank,
+                node=node.address,
+                found_s=found_s,
+                restored_from=None,
+                step=self._watched.step,
+                resumed_step=None,
+                steps_lost=None,
+                recover_s=None,
+                world_before=self.crew.workers,
+                world_after=None,
+            )
+        )
+
+    def _finish_records(self, recovered_at: float | None) -> None:
+        """Write down the failures since the last step. recovered_at: Unix time; None: they are given up."""
+        source, resumed = self._watched.restored
+        for record in self._records:
+            if recovered_at is not None:
+                record = replace(
+                    record,
+                    restored_from=source,
+                    resumed_step=resumed,
+                    steps_lost=record.step - resumed,
+                    recover_s=recovered_at - record.time,
+                    world_after=self.crew.workers,
+                )
+            record.append(self._folder / FILE)
+        if self._records and recovered_at is not None:
+            whole_s = recovered_at - self._watched.times["found"]
+            self._say(f"recovered in {whole_s:.2f} s from {source}, step {resumed}: {self._watched.breakdown()}")
+        self._records = []
+
+    def _write_team(self, ranks: list[Member]) -> None:
+        tree = {
+            "version": 1,
+            "driver_pid": os.getpid(),
+            "driver_host": socket.gethostname(),
+            "ray_address": ray.get_runtime_context().gcs_address,
+            "generation": self._generation,
+            "ranks": [
+                {"rank": rank, "node_id": member.node.id, "address": member.node.address, "pid": member.pid}
+                for rank, member in enumerate(ranks)
+            ],
+            "nodes": [{"node_id": node.id, "address": node.address} for node in self._nodes],
+        }
+        replace_file(self._folder / TEAM_FILE, json.dumps(tree, indent=1))
+
+
+def _precedence(failure: Failure) -> tuple[bool, int]:
+    return failure.symptom, ORDER.index(failure.kind)
+
+
+def _with(failure: Failure, why: str) -> Failure:
+    return replace(failure, cause=f"{failure.cause} (not recovered from: {why})")
+
+
+def _complain(team: Team) -> None:
+    """ValueError where a first start failed for what was asked for, or came too late: no try would be better."""
+    for rank, failure in sorted(team.failures.items()):
+        if failure.user or failure.kind == "hang":
+            raise ValueError(f"rank {rank} on node {team.members[rank].node.address}: {failure.cause}")
+
+
+def _logged_steps(metrics: Path) -> int:
+    """How many steps the run's log says are done: rank 0 may have died with what it had to tell."""
+    try:
+        with metrics.open("rb") as file:
+            file.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
+            for line in reversed(file.read().splitlines()):
+                try:
+                    return int(json.loads(line)["step"]) + 1
+                except (ValueError, KeyError, TypeError):
+                    continue  # torn by the kill
+    except OSError:
+        pass
+    return 0
+
+
+def _occupied(crew: Crew, timeout_s: float) -> str:
+    free = ray.available_resources()
+    return (
+        f"launch.workers={crew.workers} on launch.nodes={crew.nodes} found no room within "
+        f"launch.start_timeout_s={timeout_s:g}: other jobs hold the cluster; "
+        f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free in all"
+    )

@@ -1,0 +1,39 @@
+"""A worker that is killed: the others keep their processes, a spare takes its place, every loss to the last bit."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.launch.supervised import SNAPSHOTS, running, undisturbed
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_killed_worker_is_replaced_and_the_others_stay(tmp_path: Path, victim: int) -> None:
+    with undisturbed(2, tmp_path) as expected, running(tmp_path, "launch.workers=2", SNAPSHOTS) as run:
+        run.wait(lambda: run.steps >= 20)
+        before = run.pids
+        os.kill(before[victim], signal.SIGKILL)
+        run.wait(lambda: run.team["generation"] == 2)
+        after = run.pids
+        assert run.end() == 0, run.said
+        assert after[1 - victim] == before[1 - victim] and after[victim] != before[victim]
+        [failure] = run.failures
+        assert (failure.cause, failure.rank, failure.restored_from) == ("process", victim, "memory")
+        assert failure.steps_lost is not None and failure.steps_lost <= 1
+        assert (failure.world_before, failure.world_after) == (2, 2)
+        assert run.losses == expected()
+        assert not (run.folder / "team.json").exists()
+
+
+@pytest.mark.timeout(300)
+def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xff" * 1000)
+    with running(tmp_path, "launch.workers=2", SNAPSHOTS, "data=text", "data.paths=[bad.txt]") as run:
+        assert run.end() == 1
+        assert "not recovered from: it came before the first step" in run.said
+        assert len(run.failures) == 1 and run.failures[0].restored_from is None

@@ -1,0 +1,127 @@
+"""One SIGTERM at each moment of a run: it ends with code 75, nothing that was done is lost, nothing is left running."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+SMALL = (
+    "launch.device=cpu model.dim=32 model.num_heads=2 model.ffn_dim=64 model.num_layers=1 train.seq_len=64 "
+    "train.sample_tokens=0 logger=none run.name=it"
+).split()
+ENDLESS = [*SMALL, "train.steps=1000000", "train.eval_sequences=8"]
+LONG_EVAL = [*SMALL, "train.steps=4", "train.eval_sequences=100000", "train.micro_batch_size=1"]
+
+workers = pytest.mark.parametrize(
+    "num", [1, pytest.param(2, marks=[pytest.mark.ray, pytest.mark.slow])], ids=["one", "two"]
+)
+
+
+def wait_for(run, line_start: str) -> None:
+    assert any(line.startswith(line_start) for line in run.stdout), f"it ended without {line_start!r}"
+
+
+def ends_resumable(run, patience_s: float = 40) -> str:
+    """Send SIGTERM to the driver and wait; what was printed since."""
+    run.send_signal(signal.SIGTERM)
+    said = "".join(run.stdout)
+    assert run.wait(patience_s) == 75, said
+    deadline = time.monotonic() + 15
+    while left := in_session(run.pid):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    return said
+
+
+def in_session(session: int) -> list[str]:
+    found = []
+    for process in psutil.process_iter(["pid", "name", "status"]):
+        try:
+            if os.getsid(process.pid) == session and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process.info["name"])
+        except ProcessLookupError:
+            continue
+    return found
+
+
+def steps_logged(folder: Path) -> list[int]:
+    file = folder / "runs" / "it" / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.mark.parametrize("after_s", [0.5, pytest.param(1.5, marks=pytest.mark.slow)])
+@workers
+def test_at_the_start(atoll_started: Callable[..., object], num: int, after_s: float, tmp_path: Path) -> None:
+    run = atoll_started("train", *ENDLESS, f"launch.workers={num}")
+    time.sleep(after_s * (1 if num == 1 else 6))  # any moment will do: this is no wait for anything
+    said = ends_resumable(run)
+    assert not steps_logged(tmp_path) or "the same command resumes it" in said
+
+
+@workers
+def test_in_a_validation(atoll_started: Callable[..., object], atoll, num: int, tmp_path: Path) -> None:
+    run = atoll_started("train", *LONG_EVAL, f"launch.workers={num}")
+    wait_for(run, " dtype ")  # the last line before the first validation, which takes minutes
+    ends_resumable(run)
+    assert steps_logged(tmp_path) == []
+    evals = tmp_path / "runs" / "it" / "evals.jsonl"
+    assert not evals.exists() or not evals.read_text()
+
+
+@pytest.mark.slow
+@workers
+def test_a_validation_that_was_cut_is_made_good(atoll_started, atoll, num: int, tmp_path: Path) -> None:
+    options = [*SMALL, "train.steps=4", "train.eval_every_steps=2", f"launch.workers={num}"]
+    run = atoll_started("train", *options, "train.eval_sequences=100000", "train.micro_batch_size=1")
+    wait_for(run, " dtype ")
+    ends_resumable(run)
+    done = atoll("train", *options, "train.eval_sequences=8")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "runs" / "it" / "evals.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("every_steps", [0, 1], ids=["step", "checkpoint"])
+@pytest.mark.slow
+@workers
+def test_in_a_step_or_a_checkpoint(atoll_started, atoll, num: int, every_steps: int, tmp_path: Path) -> None:
+    command = ["train", *ENDLESS, f"launch.workers={num}", f"checkpoint.every_steps={every_steps}"]
+    run = atoll_started(*command)
+    assert any(int(found[1]) > 1 for line in run.stdout if (found := re.match(r"step (\d+)/", line)))
+    time.sleep(0.3)
+    assert "the same command resumes it" in ends_resumable(run)
+    done = steps_logged(tmp_path)
+    assert done == list(range(len(done))) and len(done) >= 2
+    run = atoll_started(*command)
+    wait_for(run, f"resumed from step {len(done)} ")
+    ends_resumable(run)
+    assert steps_logged(tmp_path)[: len(done)] == done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@workers
+def test_while_it_compiles(atoll_started, num: int) -> None:
+    run = atoll_started("train", *ENDLESS, f"launch.workers={num}", "model.compile=true", "launch.notice_s=20")
+    wait_for(run, " dtype ")
+    time.sleep(2)
+    began = time.monotonic()
+    ends_resumable(run, 60)
+    assert time.monotonic() - began < 50
+
+
+@pytest.mark.slow
+def test_the_notice_ends_a_long_step(atoll_started, tmp_path: Path) -> None:
+    endless_step = ["train.global_batch_size=65536", "train.micro_batch_size=4", "train.eval_sequences=0"]
+    run = atoll_started("train", *SMALL, "train.steps=4", *endless_step, "launch.workers=1", "launch.notice_s=3")
+    wait_for(run, " dtype ")
+    time.sleep(1)
+    began = time.monotonic()
+    assert "launch.notice_s=3 is over" in ends_resumable(run)
+    assert time.monotonic() - began < 15
