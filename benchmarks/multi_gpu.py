@@ -384,7 +384,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default=None)
     parser.add_argument("--ranks", type=int, default=None, help="default: every GPU, or 2 on CPU")
     parser.add_argument("--repeats", type=int, default=2, help="of the pairs that are compared")
-    parser.add_argument("--only", default="", help="of the timed cases, those with this in their name or model")
+    parser.add_argument("--cases", nargs="+", default=None, help="of the timed ones, as '3b zero3'; default: all")
     parser.add_argument("--long", nargs=2, default=["7b", "65536"], metavar=("MODEL", "TOKENS"), help="where to begin")
     parser.add_argument("--root", type=Path, default=None, help="folder for the jobs' runs")
     parser.add_argument("--out", default=str(HERE / "results" / "multi_gpu.json"))
@@ -405,7 +405,8 @@ def main() -> None:
             for case, row in play(check_cases(ranks, device), ranks, device, deadline):
                 report.add(section, case, row)
         elif section == "time" and device == "cuda":
-            wanted = [c for c in time_cases(ranks, args.repeats) if args.only in f"{c['name']} {c['model']}"]
+            cases = time_cases(ranks, args.repeats)
+            wanted = [case for case in cases if not args.cases or f"{case['model']} {case['name']}" in args.cases]
             for case, row in play(wanted, ranks, device, deadline):
                 report.add(section, case, row)
         elif section == "kill" and ranks > 1:
