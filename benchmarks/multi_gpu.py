@@ -197,7 +197,7 @@ class Run:
         self._command = [
             sys.executable,
             "-m",
-            "launch.cli",
+            "launch",
             "train",
             f"run.name={name}",
             f"run.root={root}",
@@ -239,7 +239,7 @@ class Run:
         return self.log.read_text()[-1500:] if self.log.exists() else ""
 
 
-def kill(ranks: int, device: str, root: Path, deadline: float) -> Iterator[dict[str, Any]]:
+def kill(ranks: int, device: str, root: Path, deadline: float) -> dict[str, Any]:
     """One worker of a job killed: seconds until the next step, steps lost, and whether the losses are the same."""
     overrides = [
         f"launch.workers={ranks}", f"launch.device={device}", "train.steps=60", "train.eval_every_steps=0",
@@ -249,11 +249,20 @@ def kill(ranks: int, device: str, root: Path, deadline: float) -> Iterator[dict[
     if device == "cuda":
         overrides += ["model.dim=1024", "model.ffn_dim=2816", "model.num_layers=12", "model.num_heads=16"]
         overrides += ["model.num_kv_heads=8", "model.head_dim=64", "train.seq_len=1024", "train.steps=200"]
-    undisturbed = Run("undisturbed", root, overrides)
-    if undisturbed.finish(deadline):
-        yield {"failed": undisturbed.tail()}
-        return
-    broken = Run("broken", root, overrides)
+    undisturbed, broken = Run("undisturbed", root, overrides), None
+    try:
+        undisturbed.finish(deadline)
+        broken = Run("broken", root, overrides)
+        return _killed(undisturbed, broken, deadline)
+    except (TimeoutError, OSError) as error:
+        return {"name": "a worker killed", "failed": str(error)}
+    finally:
+        for run in (undisturbed, broken):
+            if run and run.process.poll() is None:
+                os.killpg(run.process.pid, signal.SIGKILL)
+
+
+def _killed(undisturbed: Run, broken: Run, deadline: float) -> dict[str, Any]:
     broken.wait_for(20, deadline)
     team = json.loads((broken.path / "team.json").read_text())
     victim = team["ranks"][-1]
@@ -266,7 +275,7 @@ def kill(ranks: int, device: str, root: Path, deadline: float) -> Iterator[dict[
     broken.finish(deadline)
     losses = [[line["loss"] for line in run.steps()] for run in (undisturbed, broken)]
     records = (broken.path / "failures.jsonl").read_text().splitlines()
-    yield {
+    return {
         "name": f"rank {victim['rank']} killed after step {before}",
         "next_step_after_s": back_s,
         "failures": [json.loads(record) for record in records],
@@ -410,8 +419,7 @@ def main() -> None:
             for case, row in play(wanted, ranks, device, deadline):
                 report.add(section, case, row)
         elif section == "kill" and ranks > 1:
-            for row in kill(ranks, device, root, deadline):
-                report.add(section, {}, row)
+            report.add(section, {}, kill(ranks, device, root, deadline))
         elif section == "long" and device == "cuda":
             for row in long(ranks, root, deadline, args.long[0], int(args.long[1])):
                 report.add(section, {}, row)
