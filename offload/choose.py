@@ -14,7 +14,7 @@ from offload.placing import Part, place
 
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Of what is away, how much is speculated on; 0: all is updated just in time."""
-HEADROOM = 0.92
+HEADROOM = 0.94
 """The part of the device's memory that is planned with: the rest is the allocator's and the driver's."""
 GIB = 2**30
 
