@@ -1,6 +1,7 @@
 """A run whose states are away says beforehand how long a step should take, chooses by it, and compares."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,17 @@ def test_a_resumed_run_measures_nothing_and_stays_as_it_was(
     assert line in second and "offload.states=host" in second
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_the_measured_step_is_near_the_predicted(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a factor of 4: other processes share these cores. benchmarks/offload.py measures it where none do."""
+    """Within a factor of 3, where no other processes share these cores; benchmarks/offload.py says it of a GPU."""
+    if os.getloadavg()[0] > 1 + len(os.sched_getaffinity(0)):
+        pytest.skip("other processes compute here")
     ratios: list[float] = []
     summary = forecast.Forecast.summary
     monkeypatch.setattr(forecast.Forecast, "summary", lambda self: ratios.append(self.ratio) or summary(self))
     run(tmp_path, data, states="host")
-    assert 0.25 < ratios[0] < 4, ratios
+    assert 1 / 3 < ratios[0] < 3, ratios
 
 
 def test_what_cannot_be_predicted_is_said_or_refused(
