@@ -8,7 +8,7 @@ gradients. The rules are those of `offload/states.py`; times are of micro-batche
 Source: Fuyou, arXiv 2403.06504, sec. 4.3 (its cost model has the same terms, without the order within a step).
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -146,8 +146,8 @@ class _Play:
             self._away.append(away)
             self._brought.append(brought)
         self.shards = [shard for away in self._away for shard in away]
-        self.busy: Counter[str] = Counter()
-        self.waits: Counter[str] = Counter()
+        self.busy: defaultdict[str, float] = defaultdict(float)
+        self.waits: defaultdict[str, float] = defaultdict(float)
         self.into_bytes = self.out_bytes = 0
 
     def lasting_s(self, *, clipped: bool) -> float:
@@ -158,7 +158,7 @@ class _Play:
         before = 0.0
         for _ in range(STEPS):
             before = self._known
-            self.busy, self.waits = Counter(), Counter()
+            self.busy, self.waits = defaultdict(float), defaultdict(float)
             self.into_bytes = self.out_bytes = 0
             self._step(clipped)
         return self._known - before
@@ -190,14 +190,14 @@ class _Play:
             for shard in away:
                 self._guess(shard)
 
-    def _repeat(self, begin_s: float, into_bytes: int, busy: Counter[str], waits: Counter[str]) -> None:
+    def _repeat(self, begin_s: float, into_bytes: int, busy: dict[str, float], waits: dict[str, float]) -> None:
         """Let the micro-batches that are not played take what the one since `begin_s` took."""
         passed_s = self._more * (self._device - begin_s)
         self._device, self._into, self._before = (t + passed_s for t in (self._device, self._into, self._before))
         self.into_bytes += self._more * (self.into_bytes - into_bytes)
         for counter, before in ((self.busy, busy), (self.waits, waits)):
             for name in counter:
-                counter[name] += self._more * (counter[name] - before[name])
+                counter[name] += self._more * (counter[name] - before.get(name, 0.0))
 
     def _update(self, away: Sequence[Shard]) -> tuple[float, str]:
         """Just in time: when a layer's new weights are there, and what they waited for last."""

@@ -7,6 +7,7 @@ model's own, so that what each costs beside its bytes counts too; a small model'
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,7 +79,7 @@ def _host_rates(parts: Sequence[Part], device: torch.device, pool: HostPool) -> 
                 )  # fmt: skip
 
         numel = sum(shard.numel for shard in shards)
-        rates = [numel / _fastest_s(lambda twice=twice: update(twice)) for twice in (False, True)]
+        rates = [numel / _fastest_s(partial(update, twice)) for twice in (False, True)]
         memory = max((states[0] for states in arrays), key=lambda tensor: tensor.nbytes).view(torch.uint8)
         return rates[0], rates[1], *_link_rates(memory[:LINK_BYTES], device)
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,9 +36,10 @@ from trainer.changes import as_plain
 from trainer.job import Job
 from trainer.loggers import replace_file
 from trainer.models import LanguageModel
-from trainer.probe import Probed, probe
+from trainer.probe import Probed, probe, release
 from trainer.workload import workload_of
 
+Made = TypeVar("Made")
 FILE = "profile.json"
 SKIPPED, SHOWN = 3, 10
 """Steps that are not compared (blocks compile, memory settles), and how many more until the first comparison."""
@@ -171,22 +172,40 @@ class _Reckoning:
         self._num_blocks = len(blocks)
 
     def measure(self) -> "Profile | str":
-        """This rank's own, or what went wrong."""
-        try:
-            parts = [part for layer in self._layers(lambda _: (0.0, 0.0)) for part in layer.parts]
-            options, device = self._job.offload, self._where.device
-            here = ranks_here()
-            threads = num_threads(options)
-            probed = probe(self._job, vocab_size=self._vocab_size, dtype=self._dtype, device=device)
-            if self._where.world > 1:
-                dist.barrier()
-            return Profile(
+        """This rank's own, or what went wrong. Collective: no rank leaves the others waiting."""
+        options, where = self._job.offload, self._where
+        here, threads = ranks_here(), num_threads(options)
+        probed = self._attempt(self._probe)
+        if where.world > 1:
+            dist.barrier()  # then all measure at once
+        if isinstance(probed, str):
+            return probed
+        parts = [part for layer in self._layers(lambda _: (0.0, 0.0)) for part in layer.parts]
+        return self._attempt(
+            lambda: Profile(
                 probed=probed,
-                rates=measure(parts, options, device=device, threads=threads),
-                room=_room(options, device, here),
+                rates=measure(parts, options, device=where.device, threads=threads),
+                room=_room(options, where.device, here),
             )
+        )
+
+    def _probe(self) -> Probed:
+        return probe(
+            self._job,
+            micro_batch_size=self._job.micro_batches(self._where.world)[0],
+            vocab_size=self._vocab_size,
+            dtype=self._dtype,
+            device=self._where.device,
+        )
+
+    def _attempt(self, act: Callable[[], Made]) -> Made | str:
+        """What `act` returns, or its error in words."""
+        try:
+            return act()
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
-            return f"{type(error).__name__}: {error}"
+            failed = f"{type(error).__name__}: {error}"
+        release(self._where.device)  # not before: the error held what was in use
+        return failed
 
     def predict(self, profile: Profile, options: OffloadOptions) -> Prediction:
         layers = self._layers(self._times(profile.probed))

@@ -5,7 +5,6 @@ and leaves the random numbers as they were. What it compiles, the model's blocks
 """
 
 import gc
-import math
 import time
 from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
@@ -41,23 +40,23 @@ class Probed:
     rest_bytes: float | None
 
 
-def probe(job: Job, *, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Probed:
+def probe(job: Job, *, micro_batch_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Probed:
     """Run micro-batches through the job's model cut to two blocks, and on a GPU to one.
 
     ValueError for a model that cannot be cut; torch.OutOfMemoryError where not even that fits.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        times, two_bytes = _run(job, 2, vocab_size, dtype, device)
-        one_bytes = _run(job, 1, vocab_size, dtype, device)[1] if devices else math.nan
-    block_bytes = max(0.0, two_bytes - one_bytes)
+        times, two = _run(job, 2, micro_batch_size, vocab_size, dtype, device)
+        one = _run(job, 1, micro_batch_size, vocab_size, dtype, device)[1] if devices else two
+    block_bytes = max(0.0, two.kept - one.kept)
     return Probed(
         block_forward_s=times.block_forward_s,
         block_backward_s=times.block_backward_s,
         rest_forward_s=max(0.0, times.forward_s - 2 * times.block_forward_s),
         rest_backward_s=max(0.0, times.backward_s - 2 * times.block_backward_s),
         block_bytes=block_bytes if devices else None,
-        rest_bytes=max(0.0, one_bytes - block_bytes) if devices else None,
+        rest_bytes=max(0.0, one.peak - block_bytes) if devices else None,  # with a few gradients: on the safe side
     )
 
 
@@ -79,8 +78,19 @@ class _Times:
     block_backward_s: float
 
 
-def _run(job: Job, num_blocks: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[_Times, float]:
-    """Seconds of the whole and of its last block, and bytes at the peak beside weights, gradients and states."""
+@dataclass(frozen=True, kw_only=True)
+class _Bytes:
+    """On the device, beside weights and states."""
+
+    kept: int
+    """Where the forward ends."""
+    peak: int
+
+
+def _run(
+    job: Job, num_blocks: int, micro_batch_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[_Times, _Bytes]:
+    """Seconds of the whole and of its last block, and what they take."""
     mode = job.offload.activations.mode
     alone = replace(
         job,
@@ -90,12 +100,12 @@ def _run(job: Job, num_blocks: int, vocab_size: int, dtype: torch.dtype, device:
         # which blocks swap how much depends on how many there are
         offload=OffloadOptions(activations=ActivationOptions(mode="recompute" if mode in ("swap", "auto") else mode)),
     )
-    seq_len, micro = job.train.seq_len, job.train.micro_batch_size or job.train.global_batch_size
+    seq_len = job.train.seq_len
     model = build_model(alone.model, vocab_size=vocab_size, seq_len=seq_len, dtype=dtype, device=device)
     watch = _Watch(device)
     engine = build_engine(alone, model, Rank(0, 1, device), dtype, say=lambda _: None)
     watch.hook(model, model.blocks()[-1])
-    rows = torch.randint(0, vocab_size, (micro, seq_len + 1), device=device)
+    rows = torch.randint(0, vocab_size, (micro_batch_size, seq_len + 1), device=device)
     found: list[_Times] = []
     with attention_backends(device):
         begin_s = time.perf_counter()
@@ -103,21 +113,23 @@ def _run(job: Job, num_blocks: int, vocab_size: int, dtype: torch.dtype, device:
             watch.start()
             engine.forward_backward(rows[:, :-1], rows[:, 1:], scale=1.0, first=True, last=True)
             found.append(watch.stop())
-            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+            taken = watch.bytes_beside(engine.state_bytes())
             engine.step(0.0, None)
             if len(found) <= WARM_UP:
                 begin_s = time.perf_counter()
-    held = engine.state_bytes()
-    held.pop("buffers", None)
-    gradients = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     engine.close()
     del engine, model, rows, watch
+    release(device)
+    columns = zip(*(astuple(times) for times in found[WARM_UP:]), strict=True)
+    fastest = _Times(**dict(zip((f.name for f in fields(_Times)), map(min, columns), strict=True)))  # others disturb
+    return fastest, taken
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of what is not used any more: models and their hooks hold each other."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    columns = zip(*(astuple(times) for times in found[WARM_UP:]), strict=True)
-    fastest = _Times(**dict(zip((f.name for f in fields(_Times)), map(min, columns), strict=True)))  # others disturb
-    return fastest, max(0.0, peak - sum(held.values()) - gradients)
 
 
 def _enough(rounds: int, passed_s: float) -> bool:
@@ -130,6 +142,7 @@ class _Watch:
     def __init__(self, device: torch.device) -> None:
         self._cuda, self._device = device.type == "cuda", device
         self._marks: dict[str, Any] = {}
+        self._kept = 0
 
     def hook(self, model: nn.Module, block: nn.Module) -> None:
         def before(_: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> None:
@@ -144,7 +157,7 @@ class _Watch:
 
         block.register_forward_pre_hook(before, with_kwargs=True)
         block.register_forward_hook(after)
-        model.register_forward_hook(lambda *_: self._mark("forward ends"))
+        model.register_forward_hook(lambda *_: self._forward_ends())
 
     def start(self) -> None:
         if self._cuda:
@@ -162,6 +175,18 @@ class _Watch:
             block_forward_s=self._between("block begins", "block ends"),
             block_backward_s=self._between("block entered", "block left"),
         )
+
+    def bytes_beside(self, held: dict[str, int]) -> _Bytes:
+        """Of the micro-batch that was stopped. held: what the engine has; its buffers come and go with units."""
+        if not self._cuda:
+            return _Bytes(kept=0, peak=0)
+        own = sum(size for name, size in held.items() if name != "buffers")
+        return _Bytes(kept=self._kept - own, peak=torch.cuda.max_memory_allocated(self._device) - own)
+
+    def _forward_ends(self) -> None:
+        self._mark("forward ends")
+        if self._cuda:
+            self._kept = torch.cuda.memory_allocated(self._device)
 
     def _mark(self, name: str) -> None:
         if self._cuda:

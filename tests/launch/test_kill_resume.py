@@ -90,7 +90,7 @@ SPECULATE = ["offload.weights=host", "offload.update=speculate", "offload.specul
 @pytest.mark.parametrize(
     ("tier", "more", "kills"),
     [
-        ("nvme", ["offload.host_bytes=8000000", *SPECULATE], 1),
+        ("nvme", [*SPECULATE[:2], "offload.speculate_share=1.0", "offload.host_bytes=7200000"], 1),
         pytest.param("host", [], 3, marks=pytest.mark.slow),
         pytest.param("host", SPECULATE, 3, marks=pytest.mark.slow),
         pytest.param("nvme", [], 3, marks=pytest.mark.slow),

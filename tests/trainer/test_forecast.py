@@ -1,6 +1,7 @@
 """A run whose states are away says beforehand how long a step should take, chooses by it, and compares."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ def test_auto_trains_as_what_it_chose_and_says_so(
         chosen.pop(act)
     again, _ = run(tmp_path, data, name="explicit", **chosen | {"predict": False})
     assert again == losses, "the prediction changed the training"
-    by_run = [count for count in written if count > 10_000_000]
-    assert len(by_run) == 2 and by_run[0] == by_run[1], written
+    _, chose, told_to = written  # the first was the drives' measurement
+    assert chose == told_to > 0 and chose % (STEPS + 1) == 0, "12 bytes a parameter at the start and each step"
 
 
 @pytest.mark.timeout(200)
@@ -91,14 +92,17 @@ def test_a_resumed_run_measures_nothing_and_stays_as_it_was(
     assert line in second and "offload.states=host" in second
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_the_measured_step_is_near_the_predicted(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a factor of 4: other processes share these cores. benchmarks/offload.py measures it where none do."""
+    """Within a factor of 3, where no other processes share these cores; benchmarks/offload.py says it of a GPU."""
+    if os.getloadavg()[0] > 1 + len(os.sched_getaffinity(0)):
+        pytest.skip("other processes compute here")
     ratios: list[float] = []
     summary = forecast.Forecast.summary
     monkeypatch.setattr(forecast.Forecast, "summary", lambda self: ratios.append(self.ratio) or summary(self))
     run(tmp_path, data, states="host")
-    assert 0.25 < ratios[0] < 4, ratios
+    assert 1 / 3 < ratios[0] < 3, ratios
 
 
 def test_what_cannot_be_predicted_is_said_or_refused(
