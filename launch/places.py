@@ -103,7 +103,10 @@ class Places:
         return {"num_cpus": 0, "scheduling_strategy": strategy}
 
     def _ask(self, node: Node) -> PlacementGroup:
-        return placement_group([self._bundle], strategy="STRICT_PACK", bundle_label_selector=[node.label])
+        group: PlacementGroup = placement_group(
+            [self._bundle], strategy="STRICT_PACK", bundle_label_selector=[node.label]
+        )
+        return group
 
 
 def alive() -> list[Node]:

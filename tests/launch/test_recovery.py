@@ -34,11 +34,11 @@ def test_a_killed_worker_is_replaced_and_the_others_stay(tmp_path: Path, victim:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_worker_that_is_stopped_is_killed_and_replaced(tmp_path: Path) -> None:
-    with running(tmp_path, "launch.workers=2", SNAPSHOTS, "launch.collective_timeout_s=10") as run:
+    with running(tmp_path, "launch.workers=2", SNAPSHOTS, "launch.collective_timeout_s=20") as run:
         run.wait(lambda: run.steps >= 20)
         before = run.pids
         os.kill(before[1], signal.SIGSTOP)
-        run.wait(lambda: run.generation == 2)
+        run.wait(lambda: run.generation == 2 or len(run.failures) > 0)
         assert run.pids[0] == before[0] and not psutil.pid_exists(before[1])
         assert run.end() == 0, run.said
         assert [(failure.cause, failure.rank) for failure in run.failures] == [("hang", 1)]
