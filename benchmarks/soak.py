@@ -59,11 +59,12 @@ class Soak:
 
     def break_it(self) -> None:
         """Make the faults, each after the run has settled from the one before."""
-        for number in range(self._args.faults):
+        kinds = self._draw.sample(list(KINDS), len(KINDS))  # each once, whatever else is drawn
+        kinds += self._draw.choices(list(KINDS), list(KINDS.values()), k=max(0, self._args.faults - len(kinds)))
+        for number, kind in enumerate(kinds[: self._args.faults]):
             self._settle()
             if self._ended() or time.monotonic() > self._deadline:
                 break
-            kind = self._draw.choices(list(KINDS), list(KINDS.values()))[0]
             time.sleep(self._draw.random() * self._args.every_s)
             self._make(kind)
             self.made[kind] += 1
@@ -98,18 +99,16 @@ class Soak:
         return code == 0
 
 
-def leftovers(run_id: str, driver_group: int) -> dict[str, list[str]]:
-    """What is left of a run that has ended: shared memory, and processes of its session."""
+def leftovers(run_id: str, root: Path) -> dict[str, list[str]]:
+    """What is left of a run that has ended: shared memory, and processes at work in its folder."""
     import psutil
 
     processes = []
-    for process in psutil.process_iter(["pid", "name", "status"]):
+    for process in psutil.process_iter(["name"]):
         try:
-            if os.getsid(process.pid) == driver_group and process.info["status"] != psutil.STATUS_ZOMBIE:
+            if Path(process.cwd()).is_relative_to(root):
                 processes.append(process.info["name"])
-            elif process.info["name"].startswith("ray::Bootstrap"):
-                processes.append(process.info["name"])
-        except ProcessLookupError:
+        except psutil.Error:
             continue
     return {"memory": [file.name for file in Path("/dev/shm").glob(f"atoll-{run_id}-*")], "processes": processes}
 
@@ -135,7 +134,7 @@ def main() -> int:
             code = soak.run.end(max(60.0, args.budget_s - (time.monotonic() - began)))
             wall_s = time.monotonic() - began
             time.sleep(3)  # Ray ends its actors after the driver is gone
-            left = leftovers((root / "job" / "run.id").read_text(), soak.run.process.pid)
+            left = leftovers((root / "job" / "run.id").read_text(), root)
         finally:
             soak.run.close()
             soak.raylets.close()

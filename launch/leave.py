@@ -47,7 +47,7 @@ class WayOut:
 
         if not (dist.is_initialized() and torch.cuda.is_initialized() and dist.is_nccl_available()):
             return
-        found = []
+        found: list[Any] = []
         with suppress(RuntimeError):  # the other thread is just making a group: the next try has it
             for group in list(dist.distributed_c10d._world.pg_map):
                 with suppress(RuntimeError):  # a group of hosts alone

@@ -16,8 +16,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from launch.checks import Crew
 
-PROBE_S = 1.0
-"""A node that does not take a connection within this is not there."""
+PROBE_S, PROBES = 1.0, 3
+"""A node that does not answer to so many connections, within so long each, is not there."""
 GRANT_S = 5.0
 """How long a node that seemed free may take to grant its place."""
 POLL_S = 0.25
@@ -103,7 +103,10 @@ class Places:
         return {"num_cpus": 0, "scheduling_strategy": strategy}
 
     def _ask(self, node: Node) -> PlacementGroup:
-        return placement_group([self._bundle], strategy="STRICT_PACK", bundle_label_selector=[node.label])
+        group: PlacementGroup = placement_group(
+            [self._bundle], strategy="STRICT_PACK", bundle_label_selector=[node.label]
+        )
+        return group
 
 
 def alive() -> list[Node]:
@@ -123,12 +126,16 @@ def draining() -> set[str]:
 
 
 def is_there(node: Node) -> bool:
-    """Whether the node's raylet takes a connection."""
-    try:
-        with socket.create_connection((node.address, node.port), timeout=PROBE_S):
-            return True
-    except OSError:
-        return False
+    """Whether the node's raylet takes a connection. A refusal is the kernel's word; silence may be the network's."""
+    for _ in range(PROBES):
+        try:
+            with socket.create_connection((node.address, node.port), timeout=PROBE_S):
+                return True
+        except TimeoutError:
+            continue
+        except OSError:
+            return False
+    return False
 
 
 def gone(nodes: Collection[Node]) -> set[Node]:

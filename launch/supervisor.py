@@ -370,7 +370,12 @@ class Supervisor:
         elif missing and (free := len(self._places.free())):
             crew = self._scaling.crew(self.crew.nodes + min(missing, free))
             assert crew is not None
-            for node in self._places.take(crew.nodes - self.crew.nodes, 0.0):
+            taken = self._places.take(crew.nodes - self.crew.nodes, 0.0)
+            if self._scaling.crew(self.crew.nodes + len(taken)) == self.crew:  # others were faster
+                for node in taken:
+                    self._places.give_back(node)
+                return
+            for node in taken:
                 self._coming.append(node)
                 for _ in range(crew.per_node - sum(spare.node == node for spare in self._spares)):
                     self._spares.append(self._new(node, own_gpu=crew.device == "cuda"))

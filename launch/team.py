@@ -138,7 +138,7 @@ class Team:
     def watch(self, show: Callable[[Event], None], tick: Callable[[], None]) -> bool:
         """Show events until all ranks have ended (True) or one has failed (False). `tick` is called in between."""
         while self._running and not self.failures:
-            ready, _ = ray.wait([self._poll, *self._running], timeout=POLL_S)
+            ready = _ready([self._poll, *self._running])
             tick()
             if self._poll in ready:
                 self._show(self._poll, show)
@@ -165,8 +165,7 @@ class Team:
             self.members[rank].control("abandon")
         deadline = time.monotonic() + LEAVE_S
         while self._running and time.monotonic() < deadline:
-            ready, _ = ray.wait(list(self._running), timeout=POLL_S)
-            self._collect(ready)
+            self._collect(_ready(list(self._running)))
             self._probe()
         for rank in self._running.values():
             cause = f"it did not stop within {LEAVE_S:g} s after others had failed, and was killed"
@@ -213,3 +212,11 @@ class Team:
                 show(event)
         except (RayError, GetTimeoutError):
             pass  # rank 0 is gone: its call to train says how
+
+
+def _ready(calls: list[Any]) -> list[Any]:
+    """All that have come to an end, after a wait of up to `POLL_S` for the first. (Ray returns no more than it is asked
+    for, in order: what is always ready would hide the rest.)"""
+    ray.wait(calls, timeout=POLL_S)
+    ready: list[Any] = ray.wait(calls, num_returns=len(calls), timeout=0)[0]
+    return ready

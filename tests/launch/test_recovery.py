@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.launch.supervised import SNAPSHOTS, running, undisturbed
@@ -28,6 +29,19 @@ def test_a_killed_worker_is_replaced_and_the_others_stay(tmp_path: Path, victim:
         assert (failure.world_before, failure.world_after) == (2, 2)
         assert run.losses == expected()
         assert not (run.folder / "team.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_worker_that_is_stopped_is_killed_and_replaced(tmp_path: Path) -> None:
+    with running(tmp_path, "launch.workers=2", SNAPSHOTS, "launch.collective_timeout_s=20") as run:
+        run.wait(lambda: run.steps >= 20)
+        before = run.pids
+        os.kill(before[1], signal.SIGSTOP)
+        run.wait(lambda: run.generation == 2 or len(run.failures) > 0)
+        assert run.pids[0] == before[0] and not psutil.pid_exists(before[1])
+        assert run.end() == 0, run.said
+        assert [(failure.cause, failure.rank) for failure in run.failures] == [("hang", 1)]
 
 
 @pytest.mark.timeout(300)

@@ -4,7 +4,7 @@ Not a test itself: the tests of the engines built on FSDP2 and DeepSpeed share i
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def train_plainly(world: int, steps: int, options: OptimizerOptions, *, decay_un
     return {"losses": torch.stack(losses), "norms": torch.stack(norms), "weights": weights}
 
 
-def train(engine: Any, steps: range) -> dict[str, Tensor]:
+def train(engine: Any, steps: Iterable[int], accept: Callable[[Tensor], bool] | None = None) -> dict[str, Tensor]:
     """The job on this rank of an engine: the global mean losses and the gradient norms."""
     rank, world = dist.get_rank(), dist.get_world_size()
     losses, norms = [], []
@@ -116,7 +116,7 @@ def train(engine: Any, steps: range) -> dict[str, Tensor]:
             first, last = micro == 0, micro == ACCUMULATION - 1
             loss += engine.forward_backward(*inputs, scale=1 / (world * ACCUMULATION), first=first, last=last)
         engine.evaluate(*batch(step, 0))
-        norms.append(engine.step(ADAMW.lr, CLIP).float())
+        norms.append(engine.step(ADAMW.lr, CLIP, accept).float())
         dist.all_reduce(loss)
         losses.append(loss / (world * ACCUMULATION))
     return {"losses": torch.stack(losses), "norms": torch.stack(norms)}

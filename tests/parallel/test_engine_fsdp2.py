@@ -84,6 +84,26 @@ def test_continues_identically_from_its_pieces(results: list[dict[str, Any]], ca
     torch.testing.assert_close(result["resumed_state"], result["state"], rtol=0, atol=0)
 
 
+def skip_a_step(rank: int, cases: dict[str, tuple[ParallelOptions, OptimizerOptions]]) -> dict[str, Any]:
+    """By case, the state after steps 0 and 2, with step 1 refused in between and without it."""
+    results = {}
+    for name, (parallel, optimizer) in cases.items():
+        skipping, without = build(parallel, optimizer), build(parallel, optimizer)
+        for step in range(3):
+            job.train(skipping, [step], lambda norm, step=step: step != 1)
+        job.train(without, [0, 2])
+        assert skipping.updates == without.updates == 2
+        results[name] = job.gather_state(skipping), job.gather_state(without)
+    return results
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_accepted_leaves_no_trace(tmp_path: Path) -> None:
+    for results in job.spawn(skip_a_step, 2, tmp_path, CASES):
+        for skipping, without in results.values():
+            torch.testing.assert_close(skipping, without, rtol=0, atol=0)
+
+
 def test_state_is_divided_between_the_ranks(results: list[dict[str, Any]]) -> None:
     numel = sum(param.numel() for param in job.awkward_on_meta().parameters())
     held = [rank["zero3"]["bytes"] for rank in results]
