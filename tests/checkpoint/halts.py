@@ -41,7 +41,8 @@ PHASES = {
 }
 BEFORE_PARITY = ("begun", "written", "sealed")
 """Where a node that dies has given no other its chunks: the version cannot be prepared any more."""
-PREPARED = ("prepared", "deciding", "hearing", "committed")
+COORDINATED = ("deciding", "hearing", "committed")
+PREPARED = ("prepared", *COORDINATED)
 """Where every node holds the version."""
 
 

@@ -21,12 +21,12 @@ import pytest
 
 from checkpoint.recovery import newest_snapshot
 from checkpoint.snapshot_reader import SnapshotReader
-from tests.checkpoint.halts import BEFORE_PARITY, PREPARED, Halts, halted_at, halting, phases
+from tests.checkpoint.halts import BEFORE_PARITY, COORDINATED, PREPARED, Halts, halted_at, halting, phases
 from tests.checkpoint.snapshot_nodes import Nodes, ThreadNodes, check_restored
 
 CODES = [(n, m) for n in range(4, 9) for m in range(1, 4)]
 QUICK = (4, 1)
-QUICK_KILLS = [("chunks", (2,)), ("prepared", (0,)), ("prepared", (1, 2))]
+QUICK_KILLS = [("chunks", (2,)), ("deciding", (0,)), ("prepared", (1, 2))]
 
 
 def some(quick: tuple[int, int]) -> list[object]:
@@ -77,13 +77,16 @@ def test_any_nodes_lost_while_all_are_at_a_phase(tmp_path: Path, halts: Halts, n
 
 
 def kills(n: int, m: int) -> list[tuple[str, tuple[int, ...]]]:
-    found = []
+    found: list[tuple[str, tuple[int, ...]]] = []
     for number, phase in enumerate(phases(m)):
+        # Neighbours, or every second node where that gives so many; where the coordinator acts it dies.
+        first, apart = (0 if phase in COORDINATED else number), 1 + number % 2
         for count in (m, m + 1):
             if count < n:
-                # Steps of 1 and 2 through the ring, the first node and so the coordinator in every fourth.
-                found.append((phase, tuple(sorted((number + place * (1 + number % 2)) % n for place in range(count)))))
-    return [(phase, lost) for phase, lost in found if len(set(lost)) == len(lost)]
+                lost = {(first + place * apart) % n for place in range(count)}
+                lost = lost if len(lost) == count else {(first + place) % n for place in range(count)}
+                found.append((phase, tuple(sorted(lost))))
+    return found
 
 
 def test_nodes_killed_at_a_phase(tmp_path: Path, halts: Halts):

@@ -270,7 +270,7 @@ def test_a_pickle_is_never_run_even_of_one_who_knows_the_token(four: Nodes, tmp_
         with Wire.connect(four.nodes[0], four.token) as wire:
             wire._write(content)
             wire._socket.shutdown(socket.SHUT_WR)
-            with pytest.raises(WireError, match="has closed the connection"):
+            with pytest.raises(WireError, match="closed the connection|broke off"):
                 wire.answer()
     assert not ran.exists()
     with Wire.connect(four.nodes[0], four.token) as wire:
