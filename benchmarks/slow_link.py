@@ -403,7 +403,9 @@ def summary(bench: Bench) -> Row:
                     ratios.setdefault(place, {}).setdefault(name, {})[baseline] = round(its / mine, 2)
     off = bytes_errors(rows)
     worst = max(off, key=lambda where: abs(off[where]), default="")
-    print(f"\nour bytes, {len(off)} figures by row and level, are within {abs(off.get(worst, 0)):.2%} of the cost model ({worst})")
+    print(
+        f"\nour bytes, {len(off)} figures by row and level, are within {abs(off.get(worst, 0)):.2%} of the cost model ({worst})"
+    )
     return {
         "rows": len(rows), "measured": len(times), "left_out": len([r for r in rows if "skipped" in r]),
         "bytes_off_the_model": round(off.get(worst, 0.0), 4),

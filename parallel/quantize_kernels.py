@@ -12,8 +12,15 @@ A subtraction leaves code * 2^shift, which is multiplied by scale / 2^shift. Tha
 scale is small enough for scale / 2^12 to be subnormal. Without this, summing four-bit chunks waits for instructions
 instead of memory.
 
-Every operation is one IEEE operation in fp32, and the kernels are compiled without fusing a product and a sum into one
-(`enable_fp_fusion=False`): that is what makes them equal the CPU's arithmetic bit by bit.
+[Note: a division by a constant]
+largest / qmax as three operations: q = largest * r with r the rounded 1 / qmax, the exact remainder e =
+largest - qmax * q by a fused operation, and q + e * r by another. Before its rounding the result is within 2^-46 of the
+quotient, and no quotient of a float by 7 or 127 is nearer than 2^-33 to the middle between two floats: so it is the
+rounded quotient, always (the tests go through every mantissa). A division takes ten instructions, in every thread of a
+block.
+
+Every other operation is one IEEE operation in fp32, and the kernels are compiled without fusing a product and a sum
+into one (`enable_fp_fusion=False`): that is what makes them equal the CPU's arithmetic bit by bit.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -47,9 +54,12 @@ SETTINGS = {
     "dequantize bf16": Setting(4096, 4, 8),
     "sum fp32": Setting(4096, 4, 16),  # most of what it moves is packed, so the loads are to be wide, not the stores
     "sum bf16": Setting(4096, 4, 16),
-    "fused": Setting(4096, 4, 16),
+    "fused few": Setting(2048, 2, 16),
+    "fused many": Setting(2048, 2, 4),
     "fused feedback": Setting(4096, 4, 4),
 }
+FEW = 4
+"""Chunks up to which packing the sum is most of a fused kernel's work, beyond it reading them."""
 EXPONENT = 0x4B000000
 """Of 2^23 as fp32. Given to kernels as an argument: the assembler makes two instructions of a mask and a constant."""
 
@@ -117,12 +127,12 @@ def _sum(
 
 
 @triton.jit
-def _code(x, inverse, good, BIAS: tl.constexpr):
-    """The code plus BIAS (even) in the last bits of an int32, and the code as fp32.
+def _code(x, inverse, BIAS: tl.constexpr):
+    """The code plus BIAS (even) in the last bits of an int32, and the code as fp32; anything where x is not finite.
 
     Next to 1.5 * 2^23 floats are whole numbers: adding it rounds half to even, and the sum's last bits are the result.
     """
-    shifted = tl.where(good, x * inverse, 0.0) + (12582912.0 + BIAS)
+    shifted = x * inverse + (12582912.0 + BIAS)
     return shifted.to(tl.int32, bitcast=True), shifted - (12582912.0 + BIAS)
 
 
@@ -145,7 +155,11 @@ def _pack(
         high += tl.load(residual_ptr + half)
 
     largest = tl.reduce(_max(tl.abs(low), tl.abs(high)), 1, _max)
-    scale = tl.div_rn(largest, tl.full(largest.shape, 127.0 if BITS == 8 else 7.0, tl.float32))
+    qmax: tl.constexpr = 127.0 if BITS == 8 else 7.0
+    rounded = tl.full(largest.shape, 0.007874015718698502 if BITS == 8 else 0.1428571492433548, tl.float32)
+    quotient = largest * rounded
+    remainder = tl.fma(tl.full(largest.shape, -qmax, tl.float32), quotient, largest)
+    scale = tl.fma(remainder, rounded, quotient)
     scale = tl.where(scale < 7.888609052210118e-31, 0.0, scale)
     good = scale < float("inf")  # false for NaN too
     scale = tl.where(good, scale, float("inf"))
@@ -157,16 +171,16 @@ def _pack(
 
     good, scale, inverse = good[:, None], scale[:, None], inverse[:, None]
     bias: tl.constexpr = 0 if BITS == 8 else 8
-    low_bits, low_code = _code(low, inverse, good, bias)
-    high_bits, high_code = _code(high, inverse, good, bias)
+    low_bits, low_code = _code(low, inverse, bias)
+    high_bits, high_code = _code(high, inverse, bias)
     if BITS == 8:
         out_ptr = tl.max_contiguous(out_ptr + row[:, None] * BLOCK + column, [1, VECTOR])
-        tl.store(out_ptr, low_bits.to(tl.uint8), inside)
-        tl.store(out_ptr + half, high_bits.to(tl.uint8), inside)
+        tl.store(out_ptr, tl.where(good, low_bits, 0).to(tl.uint8), inside)
+        tl.store(out_ptr + half, tl.where(good, high_bits, 0).to(tl.uint8), inside)
     else:
-        # low's last byte is 1..15 and needs no mask
+        # low's last byte is 1..15 and needs no mask; 136 is a pair of codes 0
         out_ptr = tl.max_contiguous(out_ptr + row[:, None] * half + column, [1, VECTOR])
-        tl.store(out_ptr, (low_bits + (high_bits << 4)).to(tl.uint8), inside)
+        tl.store(out_ptr, tl.where(good, low_bits + (high_bits << 4), 136).to(tl.uint8), inside)
     if HAS_RESIDUAL:
         tl.store(residual_ptr, tl.where(good, low - low_code * scale, 0.0), inside)
         tl.store(residual_ptr + half, tl.where(good, high - high_code * scale, 0.0), inside)
@@ -261,6 +275,11 @@ def dequantize(packed: Tensor, bits: int, block: int, out: Tensor, chunks: int, 
     )  # fmt: skip
 
 
+def fused_kind(chunks: int, feedback: bool) -> str:
+    """Which of `SETTINGS` the fused kernel has."""
+    return "fused feedback" if feedback else "fused few" if chunks <= FEW else "fused many"
+
+
 def dequantize_sum_quantize(
     packed: Tensor,
     in_bits: int,
@@ -275,7 +294,7 @@ def dequantize_sum_quantize(
 ) -> None:
     """As `parallel.quantize.dequantize_sum_quantize`, of arguments that it has checked; numel: of one input chunk."""
     out_numel = numel // out_chunks
-    setting = SETTINGS["fused" if residual is None else "fused feedback"]
+    setting = SETTINGS[fused_kind(chunks, residual is not None)]
     tile = max(setting.tile, in_block, block)
     tiles = triton.cdiv(triton.cdiv(out_numel // block, 4) * 4, tile // block)
     _dequantize_sum_quantize[(out_chunks * tiles,)](
