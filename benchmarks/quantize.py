@@ -39,7 +39,7 @@ TARGET = 0.8
 """On CUDA: the share of the copy's bandwidth."""
 SMALL = 1 << 22
 """Elements where bits are compared or kernels compiled."""
-TRIED = ((2048, 2, (4, 8, 16)), (2048, 4, (4, 8)), (4096, 4, (4, 8, 16)), (4096, 8, (4, 8)), (8192, 8, (8, 16)))
+TRIED = ((1024, 1, (4, 8)), (2048, 2, (4, 8, 16)), (4096, 2, (8, 16)), (4096, 4, (4, 16)), (8192, 4, (16,)))
 """Tile, warps and vectors."""
 
 
@@ -121,7 +121,8 @@ def _sums(fp32: Tensor, outs: dict[str, Tensor], residual: Tensor, fmt: Format, 
         name = f"sum {parts} x int{fmt.bits} -> int{out_bits}" + (", feedback" if feedback else "")
         size = received.nbytes + again.nbytes + (8 * few if feedback else 0)
         written = (again,) if lost is None else (again, lost)
-        found.append(Case(name, "fused feedback" if feedback else "fused", fused, size, written))
+        kind = "fused feedback" if feedback else "fused few" if parts <= 4 else "fused many"
+        found.append(Case(name, kind, fused, size, written))
     return found
 
 
@@ -199,7 +200,7 @@ def tune(all_cases: list[Case], copy: Callable[[], None], copy_bytes: int, below
     kinds = list(dict.fromkeys(case.kind for case in all_cases if first[case.name] < below))
     tried = [(tile, warps, vector) for tile, warps, vectors in TRIED for vector in vectors]
     started = time.perf_counter()
-    workers = max(1, min(12, (os.cpu_count() or 2) - 2))
+    workers = max(1, min(16, (os.cpu_count() or 2) - 2))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(compile_here, kind, *setting, block) for kind in kinds for setting in tried]
         for job in jobs:

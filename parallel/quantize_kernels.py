@@ -9,11 +9,18 @@ the same, so that there is one form. Only a fused kernel whose two formats diffe
 Codes are read as 32-bit words. 2^23 + c is a float whose last bits are c, so a mask that keeps a code where it is in
 its word and puts the exponent above it makes 2^23 + (code + bias) * 2^shift: one instruction, a conversion takes three.
 A subtraction leaves code * 2^shift, which is multiplied by scale / 2^shift. That is exactly code * scale, because no
-scale is small enough for scale / 2^12 to be subnormal. Without this, summing four-bit chunks waits for instructions
+scale is small enough for scale / 2^16 to be subnormal. Without this, summing four-bit chunks waits for instructions
 instead of memory.
 
-Every operation is one IEEE operation in fp32, and the kernels are compiled without fusing a product and a sum into one
-(`enable_fp_fusion=False`): that is what makes them equal the CPU's arithmetic bit by bit.
+[Note: a division by a constant]
+largest / qmax as three operations: q = largest * r with r the rounded 1 / qmax, the exact remainder e =
+largest - qmax * q by a fused operation, and q + e * r by another. Before its rounding the result is within 2^-46 of the
+quotient, and no quotient of a float by 7 or 127 is nearer than 2^-33 to the middle between two floats: so it is the
+rounded quotient, always (the tests go through every mantissa). A division takes ten instructions, in every thread of a
+block.
+
+Every other operation is one IEEE operation in fp32, and the kernels are compiled without fusing a product and a sum
+into one (`enable_fp_fusion=False`): that is what makes them equal the CPU's arithmetic bit by bit.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -46,10 +53,13 @@ SETTINGS = {
     "dequantize fp32": Setting(4096, 4, 4),
     "dequantize bf16": Setting(4096, 4, 8),
     "sum fp32": Setting(4096, 4, 16),  # most of what it moves is packed, so the loads are to be wide, not the stores
-    "sum bf16": Setting(4096, 4, 16),
-    "fused": Setting(4096, 4, 16),
+    "sum bf16": Setting(2048, 2, 4),
+    "fused few": Setting(4096, 2, 16),
+    "fused many": Setting(2048, 2, 16),
     "fused feedback": Setting(4096, 4, 4),
 }
+FEW = 4
+"""Chunks up to which packing the sum is most of a fused kernel's work, beyond it reading them."""
 EXPONENT = 0x4B000000
 """Of 2^23 as fp32. Given to kernels as an argument: the assembler makes two instructions of a mask and a constant."""
 
@@ -72,7 +82,11 @@ def _field(words, scale, exponent, SHIFT: tl.constexpr, BITS: tl.constexpr):
 def _bytes(words, scale, scale_8, exponent, SHIFT: tl.constexpr, BITS: tl.constexpr):
     """Of words (ROWS, n) the values (ROWS, 4 n) whose codes are at bit SHIFT of each byte."""
     upper = words >> 16
-    even = tl.join(_field(words, scale, exponent, SHIFT, BITS), _field(upper, scale, exponent, SHIFT, BITS))
+    if SHIFT + BITS == 4:  # fits below the exponent where it is: the compiler would shift and mask once more
+        third = _field(words, scale * 1.52587890625e-05, exponent, 16, BITS)
+    else:
+        third = _field(upper, scale, exponent, SHIFT, BITS)
+    even = tl.join(_field(words, scale, exponent, SHIFT, BITS), third)
     odd = tl.join(_field(words, scale_8, exponent, SHIFT + 8, BITS), _field(upper, scale_8, exponent, SHIFT + 8, BITS))
     return tl.join(even, odd).reshape(words.shape[0], 4 * words.shape[1])
 
@@ -117,12 +131,12 @@ def _sum(
 
 
 @triton.jit
-def _code(x, inverse, good, BIAS: tl.constexpr):
-    """The code plus BIAS (even) in the last bits of an int32, and the code as fp32.
+def _code(x, inverse, BIAS: tl.constexpr):
+    """The code plus BIAS (even) in the last bits of an int32, and the code as fp32; anything where x is not finite.
 
     Next to 1.5 * 2^23 floats are whole numbers: adding it rounds half to even, and the sum's last bits are the result.
     """
-    shifted = tl.where(good, x * inverse, 0.0) + (12582912.0 + BIAS)
+    shifted = x * inverse + (12582912.0 + BIAS)
     return shifted.to(tl.int32, bitcast=True), shifted - (12582912.0 + BIAS)
 
 
@@ -131,7 +145,7 @@ def _pack(
     low, high, out_ptr, scales_offset, residual_ptr, row, blocks,
     HAS_RESIDUAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Quantize halves into the blocks `row` (ROWS, int64) of one packed chunk of `blocks` blocks.
+    """Quantize halves into the blocks `row` (ROWS, int32) of one packed chunk of `blocks` blocks.
 
     low, high: fp32, the residual not yet added; residual_ptr: the chunk's part of it.
     """
@@ -139,13 +153,17 @@ def _pack(
     inside = (row < blocks)[:, None]
     column = tl.arange(0, half)[None, :]
     if HAS_RESIDUAL:
-        residual_ptr += tl.minimum(row, blocks - 1)[:, None] * BLOCK + column
+        residual_ptr += tl.minimum(row, blocks - 1).to(tl.int64)[:, None] * BLOCK + column
         residual_ptr = tl.max_contiguous(residual_ptr, [1, VECTOR])
         low += tl.load(residual_ptr)
         high += tl.load(residual_ptr + half)
 
     largest = tl.reduce(_max(tl.abs(low), tl.abs(high)), 1, _max)
-    scale = tl.div_rn(largest, tl.full(largest.shape, 127.0 if BITS == 8 else 7.0, tl.float32))
+    qmax: tl.constexpr = 127.0 if BITS == 8 else 7.0
+    rounded = tl.full(largest.shape, 0.007874015718698502 if BITS == 8 else 0.1428571492433548, tl.float32)
+    quotient = largest * rounded
+    remainder = tl.fma(tl.full(largest.shape, -qmax, tl.float32), quotient, largest)
+    scale = tl.fma(remainder, rounded, quotient)
     scale = tl.where(scale < 7.888609052210118e-31, 0.0, scale)
     good = scale < float("inf")  # false for NaN too
     scale = tl.where(good, scale, float("inf"))
@@ -157,16 +175,16 @@ def _pack(
 
     good, scale, inverse = good[:, None], scale[:, None], inverse[:, None]
     bias: tl.constexpr = 0 if BITS == 8 else 8
-    low_bits, low_code = _code(low, inverse, good, bias)
-    high_bits, high_code = _code(high, inverse, good, bias)
+    low_bits, low_code = _code(low, inverse, bias)
+    high_bits, high_code = _code(high, inverse, bias)
     if BITS == 8:
-        out_ptr = tl.max_contiguous(out_ptr + row[:, None] * BLOCK + column, [1, VECTOR])
-        tl.store(out_ptr, low_bits.to(tl.uint8), inside)
-        tl.store(out_ptr + half, high_bits.to(tl.uint8), inside)
+        out_ptr = tl.max_contiguous(out_ptr + row.to(tl.int64)[:, None] * BLOCK + column, [1, VECTOR])
+        tl.store(out_ptr, tl.where(good, low_bits, 0).to(tl.uint8), inside)
+        tl.store(out_ptr + half, tl.where(good, high_bits, 0).to(tl.uint8), inside)
     else:
-        # low's last byte is 1..15 and needs no mask
-        out_ptr = tl.max_contiguous(out_ptr + row[:, None] * half + column, [1, VECTOR])
-        tl.store(out_ptr, (low_bits + (high_bits << 4)).to(tl.uint8), inside)
+        # low's last byte is 1..15 and needs no mask; 136 is a pair of codes 0
+        out_ptr = tl.max_contiguous(out_ptr + row.to(tl.int64)[:, None] * half + column, [1, VECTOR])
+        tl.store(out_ptr, tl.where(good, low_bits + (high_bits << 4), 136).to(tl.uint8), inside)
     if HAS_RESIDUAL:
         tl.store(residual_ptr, tl.where(good, low - low_code * scale, 0.0), inside)
         tl.store(residual_ptr + half, tl.where(good, high - high_code * scale, 0.0), inside)
@@ -174,14 +192,14 @@ def _pack(
 
 @triton.jit
 def _quantize(
-    values_ptr, out_ptr, residual_ptr, blocks, chunk_bytes, scales_offset, tiles,
+    values_ptr, out_ptr, residual_ptr, blocks, chunk_bytes, scales_offset,
     HAS_RESIDUAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    chunk = (tl.program_id(0) // tiles).to(tl.int64)
-    row = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    chunk = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = chunk * blocks * BLOCK
     # rows past the end read the last block again instead of being masked: only stores need masks
-    values_ptr += start + tl.minimum(row, blocks - 1)[:, None] * BLOCK + tl.arange(0, BLOCK // 2)[None, :]
+    values_ptr += start + tl.minimum(row, blocks - 1).to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK // 2)[None, :]
     values_ptr = tl.max_contiguous(values_ptr, [1, VECTOR])
     low, high = tl.load(values_ptr).to(tl.float32), tl.load(values_ptr + BLOCK // 2).to(tl.float32)
     out_ptr += chunk * chunk_bytes
@@ -190,14 +208,14 @@ def _quantize(
 
 @triton.jit
 def _dequantize(
-    packed_ptr, out_ptr, blocks, chunk_bytes, scales_offset, tiles, exponent,
+    packed_ptr, out_ptr, blocks, chunk_bytes, scales_offset, exponent,
     PARTS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Each chunk to its place (PARTS = 1), or the sum of PARTS chunks (one chunk of programs)."""
-    chunk = (tl.program_id(0) // tiles).to(tl.int64)
-    row = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    chunk = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (row < blocks)[:, None]
-    row = tl.minimum(row, blocks - 1)
+    row = tl.minimum(row, blocks - 1).to(tl.int64)
     packed_ptr += chunk * chunk_bytes
     low, high = _sum(packed_ptr, chunk_bytes, scales_offset, exponent, row, PARTS, BITS, BLOCK, VECTOR)
     out_ptr += (chunk * blocks + row[:, None]) * BLOCK + tl.arange(0, BLOCK // 2)[None, :]
@@ -208,16 +226,15 @@ def _dequantize(
 @triton.jit
 def _dequantize_sum_quantize(
     packed_ptr, out_ptr, residual_ptr, in_blocks, in_chunk_bytes, in_scales_offset,
-    blocks, chunk_bytes, scales_offset, tiles, exponent,
+    blocks, chunk_bytes, scales_offset, exponent,
     PARTS: tl.constexpr, IN_BITS: tl.constexpr, IN_BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """in_blocks: in all of one input chunk; blocks: of one output chunk, a whole number of input blocks."""
     in_rows: tl.constexpr = ROWS * BLOCK // IN_BLOCK
-    chunk = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = (tl.program_id(0) % tiles).to(tl.int64)
+    tile, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start = chunk * blocks * BLOCK
-    in_row = tl.minimum(start // IN_BLOCK + tile * in_rows + tl.arange(0, in_rows), in_blocks - 1)
+    in_row = tl.minimum(chunk * (blocks * BLOCK // IN_BLOCK) + tile * in_rows + tl.arange(0, in_rows), in_blocks - 1)
     low, high = _sum(packed_ptr, in_chunk_bytes, in_scales_offset, exponent, in_row, PARTS, IN_BITS, IN_BLOCK, VECTOR)
     if IN_BLOCK != BLOCK:
         tile_in_order = tl.join(low, high).permute(0, 2, 1).reshape(ROWS, 2, BLOCK // 2)
@@ -240,9 +257,9 @@ def quantize(values: Tensor, bits: int, block: int, out: Tensor, chunks: int, re
     setting = SETTINGS[f"quantize {'feedback' if residual is not None else _NAMES[values.dtype]}"]
     rows = max(1, setting.tile // block)
     tiles = triton.cdiv(triton.cdiv(numel // block, 4) * 4, rows)
-    _quantize[(chunks * tiles,)](
+    _quantize[tiles, chunks](
         values, out, values if residual is None else residual,
-        numel // block, out.numel() // chunks, _scales_offset(numel, bits), tiles,
+        numel // block, out.numel() // chunks, _scales_offset(numel, bits),
         HAS_RESIDUAL=residual is not None, BITS=bits, BLOCK=block, ROWS=rows, VECTOR=setting.vector,
         num_warps=setting.warps, enable_fp_fusion=False,
     )  # fmt: skip
@@ -254,11 +271,16 @@ def dequantize(packed: Tensor, bits: int, block: int, out: Tensor, chunks: int, 
     setting = SETTINGS[f"{'sum' if add else 'dequantize'} {_NAMES[out.dtype]}"]
     rows = max(1, setting.tile // block)
     tiles = triton.cdiv(numel // block, rows)
-    _dequantize[(tiles if add else chunks * tiles,)](
-        packed, out, numel // block, packed.numel() // chunks, _scales_offset(numel, bits), tiles, EXPONENT,
+    _dequantize[tiles, 1 if add else chunks](
+        packed, out, numel // block, packed.numel() // chunks, _scales_offset(numel, bits), EXPONENT,
         PARTS=chunks if add else 1, BITS=bits, BLOCK=block, ROWS=rows, VECTOR=setting.vector,
         num_warps=setting.warps, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def fused_kind(chunks: int, feedback: bool) -> str:
+    """Which of `SETTINGS` the fused kernel has."""
+    return "fused feedback" if feedback else "fused few" if chunks <= FEW else "fused many"
 
 
 def dequantize_sum_quantize(
@@ -275,13 +297,13 @@ def dequantize_sum_quantize(
 ) -> None:
     """As `parallel.quantize.dequantize_sum_quantize`, of arguments that it has checked; numel: of one input chunk."""
     out_numel = numel // out_chunks
-    setting = SETTINGS["fused" if residual is None else "fused feedback"]
+    setting = SETTINGS[fused_kind(chunks, residual is not None)]
     tile = max(setting.tile, in_block, block)
     tiles = triton.cdiv(triton.cdiv(out_numel // block, 4) * 4, tile // block)
-    _dequantize_sum_quantize[(out_chunks * tiles,)](
+    _dequantize_sum_quantize[tiles, out_chunks](
         packed, out, packed if residual is None else residual,
         numel // in_block, packed.numel() // chunks, _scales_offset(numel, in_bits),
-        out_numel // block, out.numel() // out_chunks, _scales_offset(out_numel, bits), tiles, EXPONENT,
+        out_numel // block, out.numel() // out_chunks, _scales_offset(out_numel, bits), EXPONENT,
         PARTS=chunks, IN_BITS=in_bits, IN_BLOCK=in_block,
         HAS_RESIDUAL=residual is not None, BITS=bits, BLOCK=block, ROWS=tile // block,
         VECTOR=setting.vector, num_warps=setting.warps, enable_fp_fusion=False,

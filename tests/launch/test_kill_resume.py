@@ -39,7 +39,7 @@ def num_lines(file: Path) -> int:
 def kill_when(started: list[str], metrics: Path, step: int, delay_s: float) -> bool:
     """Start a run and kill all of it `delay_s` after it logged `step`; False where it ended before."""
     run = subprocess.Popen(started, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 150
     while num_lines(metrics) <= step and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(delay_s)
@@ -55,7 +55,7 @@ def kill_when(started: list[str], metrics: Path, step: int, delay_s: float) -> b
     return True
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("workers", "kills", "others"),
     [

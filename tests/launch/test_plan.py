@@ -87,13 +87,13 @@ def test_train_gets_a_placement_in_the_place_of_auto() -> None:
 
 
 def test_what_the_model_cannot_tell_apart_is_to_be_tried() -> None:
-    asked = (*BIG, "parallel=auto", "parallel.quantize=auto", "parallel.memory_gib=80", "machine=ethernet-25g")
-    tried, why = settle(composed(*asked), 512)
+    asked = ("parallel=auto", "parallel.quantize=auto", "machine=ethernet-25g", "launch.workers=16")
+    tried, why = settle(composed(*asked), 16)
     contenders = plan(composed(*asked), named_machine(tried)).choice.contenders
     assert 1 < len(tried.parallel.candidates) <= 4 and tried.parallel.auto_steps == 5
     assert tried.parallel.candidates == [one.name for one in contenders][:4] and tried.parallel.candidates[0] in why
     assert all(one.step_s <= 1.15 * contenders[0].step_s for one in contenders)
-    alone, _ = settle(composed(*asked, "parallel.auto_steps=0"), 512)
+    alone, _ = settle(composed(*asked, "parallel.auto_steps=0"), 16)
     assert not alone.parallel.candidates and alone.parallel.placement == tried.parallel.placement
 
 

@@ -308,3 +308,15 @@ def test_dequantize_refuses_what_it_cannot_do() -> None:
         dequantize_sum_quantize(bytes_of(144), fmt, bytes_of(160), Format(8, 128), chunks=1, out_chunks=2)
     with pytest.raises(ValueError, match="not a chunk of whole blocks"):
         dequantize_sum_quantize(bytes_of(150), fmt, bytes_of(144), fmt, chunks=1)
+
+
+@pytest.mark.parametrize("qmax", [7, 127])
+def test_three_operations_divide_by_qmax(qmax: int) -> None:
+    """[Note: a division by a constant] of the kernels, for every mantissa; a power of two more changes nothing."""
+    values = (np.arange(1 << 23, dtype=np.uint32) | np.float32(1).view(np.uint32)).view(np.float32)
+    rounded = np.float32(1 / qmax)
+    quotient = values * rounded
+    remainder = values.astype(np.longdouble) - np.longdouble(qmax) * quotient
+    assert np.array_equal(remainder.astype(np.float32), remainder)  # a fused operation gives it exactly
+    corrected = (quotient + remainder * np.longdouble(rounded)).astype(np.float32)
+    assert np.array_equal(corrected, values / np.float32(qmax))

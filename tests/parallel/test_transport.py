@@ -41,12 +41,12 @@ def test_every_placement_trains_one_model_near_the_exact_one() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("quantize", QUANTIZED)
 @pytest.mark.parametrize("feedback", [False, True])
-def test_matrix(quantize: str, feedback: bool) -> None:
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_matrix(quantize: str, feedback: bool, accumulation: int) -> None:
     """{placements} x {quantization} x {accumulation} x {clipping} x {tied}; frozen, odd and unused ones are in all."""
     cases = [
         case(preset, quantize=quantize, error_feedback=feedback, accumulation=accumulation, clip=clip, tied=tied)
         for preset in PRESETS
-        for accumulation in (1, 4)
         for clip in (0.5, 1e9)
         for tied in (True, False)
     ]
