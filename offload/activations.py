@@ -35,6 +35,7 @@ from offload.activations_memory import (
     Pools,
     elapsed_s,
     link_bytes_per_s,
+    longest_room,
     mark,
     now,
     on,
@@ -225,9 +226,8 @@ class Activations:
         """Copy a tape's sources to host memory; they are let go of once they are there."""
         sources = [source for source in tape.sources if source.flat is not None]
         num = sum(choice.mode == "swap" for choice in self._choices)
-        if self._most_tokens:
-            self.pools.growth = max(1.0, self._most_tokens / tape.num_tokens)
-        slot = self.pools.take_slot(room(sources, whole=False), num)
+        longest = longest_room(sources, self._growth(tape), tape.alpha, whole=False)
+        slot = self.pools.take_slot(room(sources, whole=False), num, longest)
         flats: list[Tensor] = []
         wait(self.device, self._out, mark(self.device, None), slot.free)
         with on(self._out):
@@ -241,6 +241,10 @@ class Activations:
         self._leases[tape] = lease
         weakref.finalize(tape, self._ended.append, lease).atexit = False
         tape.restore = self._restore
+
+    def _growth(self, tape: Tape) -> float:
+        """How many times its tokens may still come at once, see [Note: made for the longest]."""
+        return (self._most_tokens or 0) / tape.num_tokens
 
     def _settle(self, age: int) -> None:
         """Let go of what left in a forward `age` or more forwards ago, once it has been copied out."""
@@ -261,7 +265,8 @@ class Activations:
 
     def _fetch(self, tape: Tape, lease: _Lease) -> None:
         sources = [source for source in tape.sources if source.numel]
-        lease.buffer = self.pools.take_buffer(room(sources, whole=True))
+        longest = longest_room(sources, self._growth(tape), tape.alpha, whole=True)
+        lease.buffer = self.pools.take_buffer(room(sources, whole=True), longest)
         stored = places(lease.slot.data, sources, whole=False)
         wait(self.device, self._in, lease.left, lease.buffer.free)
         with on(self._in):
