@@ -24,17 +24,18 @@ from in_memory import preset  # noqa: E402
 from one_run import options as options_of  # noqa: E402
 
 from offload.activations import ActivationOptions, Activations, describe  # noqa: E402
-from offload.activations_memory import spare_bytes  # noqa: E402
-from offload.activations_plan import Choice  # noqa: E402
-from offload.device import peak_flops  # noqa: E402
+from offload.activations_memory import link_bytes_per_s, spare_bytes  # noqa: E402
+from offload.activations_plan import Choice, choose  # noqa: E402
+from offload.device import host_available_bytes, peak_flops  # noqa: E402
 from offload.options import OffloadOptions  # noqa: E402
 from trainer.models.attention import attention_backends  # noqa: E402
 
 Spec = dict[str, Any]
 
 
-def open_engine(spec: Spec, seq_len: int) -> tuple[Any, Any, torch.device]:
-    """Engine, model and device; ``layers`` and ``fields`` of the spec change the preset."""
+def open_engine(spec: Spec, seq_len: int, made_for: int) -> tuple[Any, Any, torch.device]:
+    """Engine, model and device; ``fields`` of the spec change the preset. seq_len: the longest that the model takes;
+    made_for: the longest that memory is made for at once."""
     from dataclasses import replace
 
     from parallel import OptimizerOptions
@@ -51,7 +52,7 @@ def open_engine(spec: Spec, seq_len: int) -> tuple[Any, Any, torch.device]:
     model = replace(preset(spec["model"]), **spec.get("fields", {}))
     job = Job(
         model=model,
-        train=TrainOptions(seq_len=seq_len, global_batch_size=1),
+        train=TrainOptions(seq_len=made_for, global_batch_size=1),
         optimizer=OptimizerOptions(lr=1e-5),
         offload=OffloadOptions(**chosen | {"activations": ActivationOptions(**chosen["activations"])}),
     )
@@ -90,7 +91,7 @@ def gib(size_bytes: float) -> float:
 
 def ladder(spec: Spec) -> None:
     deadline = time.perf_counter() + spec["budget_s"]
-    engine, llama, device = open_engine(spec, spec["to"])
+    engine, llama, device = open_engine(spec, spec["to"], spec["from"])
     peak = peak_flops(device, torch.bfloat16)
     rungs: list[Spec] = []
     found: Spec = {"model": spec["model"], "name": spec["name"], "rungs": rungs, "ended": "longest reached"}
@@ -102,9 +103,11 @@ def ladder(spec: Spec) -> None:
             if 3.8 * last_s > left_s:  # what attention makes of twice the tokens
                 found["ended"] = f"{num_tokens} tokens would not end within {left_s:.0f} s"
                 break
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             try:
+                engine.activations.most_tokens = num_tokens
+                step_s(engine, spec["from"], device)  # makes host memory and buffers, which is not to be timed
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
                 last_s = step_s(engine, num_tokens, device)
                 if 2 * last_s < deadline - time.perf_counter() and last_s < 10:
                     last_s = min(last_s, step_s(engine, num_tokens, device))
@@ -128,7 +131,7 @@ def ladder(spec: Spec) -> None:
 
 
 def sweep(spec: Spec) -> None:
-    """The best α by a sweep beside what `auto` chose; all after it, in the same blocks."""
+    """The best α by a sweep beside what `auto` would choose, in the same blocks and in turns."""
     from activations import Stack, kernel_limit_s
 
     options, num_layers, tokens = preset(spec["model"]), spec["layers"], spec["tokens"]
@@ -140,8 +143,7 @@ def sweep(spec: Spec) -> None:
     if device.type == "cuda":
         for block in stack.list:
             block.forward = torch.compile(block.forward)
-    said: list[str] = []
-    swap = Activations(ActivationOptions(mode="auto"), device, say=said.append)
+    swap = Activations(ActivationOptions(mode="swap", alpha=0.0), device)
     swap.wrap(list(stack.list))
 
     def once() -> float:
@@ -155,16 +157,19 @@ def sweep(spec: Spec) -> None:
 
     with attention_backends(device):
         limit_s = kernel_limit_s(options, num_layers, x, 2)
-        for _ in range(5):
+        swap.measure()
+        for _ in range(4):
             once()
-        auto = swap.choices
-        print(said, flush=True)
+        costs, kept = swap.costs(), [c for c in swap.choices if c.mode == "keep"]
+        rate, most = link_bytes_per_s(device), int(0.8 * host_available_bytes())
+        # what `auto` does where no memory is left over on the device, or it would keep all of so few blocks
+        auto = choose(costs, link_bytes_per_s=rate, host_bytes=most, keep_last=0) + kept
         found: Spec = {"model": spec["model"], "layers": num_layers, "tokens": tokens, "limit_s": round(limit_s, 4)}
-        found |= {"chosen": describe(auto), "said": said, "block": vars(swap.costs()[0]), "seconds": {}}
-        kept = [c for c in auto if c.mode == "keep"]
+        found |= {"chosen": describe(auto), "link_GB_s": round(rate / 1e9, 1), "block": vars(costs[0]), "seconds": {}}
+        print(found, flush=True)
         away = num_layers - len(kept)
         sweeps = {f"{alpha:g}": [Choice("swap", alpha)] * away + kept for alpha in sorted(spec["alphas"], reverse=True)}
-        sweeps |= {"recompute": [Choice("recompute")] * away + kept, "auto": list(auto)}
+        sweeps |= {"recompute": [Choice("recompute")] * away + kept, "auto": auto}
         taken: dict[str, list[float]] = {name: [] for name in sweeps}
         for turn in range(spec["steps"]):  # in turns: a machine that slows down slows all
             for name, choices in sweeps.items():
@@ -187,7 +192,7 @@ def sweep(spec: Spec) -> None:
 
 def vary(spec: Spec) -> None:
     deadline = time.perf_counter() + spec["budget_s"]
-    engine, _, device = open_engine(spec, spec["to"])
+    engine, _, device = open_engine(spec, spec["to"], spec["to"] if spec.get("longest_first") else 1)
     lengths = random.Random(0)
     done: list[int] = []
     cuda = device.type == "cuda"

@@ -35,6 +35,7 @@ from offload.activations_memory import (
     Pools,
     elapsed_s,
     link_bytes_per_s,
+    longest_room,
     mark,
     now,
     on,
@@ -93,7 +94,8 @@ class Activations:
         it is given back, to find who still reads it."""
         self.options, self.device, self._say, self._sharing = options, device, say, sharing
         self._hooks = {"pack": pack, "unpack": unpack}
-        self._most_tokens = most_tokens
+        self.most_tokens = most_tokens
+        """May be changed between steps."""
         self.pools = Pools(device, options.host_bytes, poison=poison)
         cuda = device.type == "cuda"
         self._out = torch.cuda.Stream(device) if cuda else None
@@ -114,6 +116,7 @@ class Activations:
         """Linears that tell of their products."""
         self._unwrap: list[tuple[weakref.ref[nn.Module], Any]] = []
         """Blocks, and the forward that each had of its own before."""
+        self._measuring = False
         self._num_forwards = 0
         self._times: dict[int, tuple[Any, Any]] = {}
         self._sizes: dict[int, dict[str, int]] = {}
@@ -160,7 +163,11 @@ class Activations:
         """Choose for each block; between a backward and the next forward. Not for ``keep``, which wraps nothing."""
         if len(choices) != len(self._choices) or self.options.mode == "keep":
             raise ValueError(f"{len(choices)} choices for {len(self._choices)} blocks of {self.options}")
-        self._choices, self._auto = list(choices), False
+        self._choices, self._auto, self._measuring = list(choices), False, False
+
+    def measure(self) -> None:
+        """Measure `costs` from the third forward on, as ``auto`` does by itself, and choose nothing."""
+        self._measuring = True
 
     def device_bytes(self) -> int:
         """On the device now: the buffers, and what is on its way out."""
@@ -208,7 +215,7 @@ class Activations:
         if choice.mode == "keep":
             out = forward(*args, **kwargs)
         else:
-            measured = self._auto and self._num_forwards > WARM_UP
+            measured = (self._auto or self._measuring) and self._num_forwards > WARM_UP
             tape = Tape(block, forward, args, kwargs, alpha=choice.alpha, measure=measured, **self._hooks)
             start = now(self.device) if measured else None
             out = tape.record()
@@ -225,9 +232,8 @@ class Activations:
         """Copy a tape's sources to host memory; they are let go of once they are there."""
         sources = [source for source in tape.sources if source.flat is not None]
         num = sum(choice.mode == "swap" for choice in self._choices)
-        if self._most_tokens:
-            self.pools.growth = max(1.0, self._most_tokens / tape.num_tokens)
-        slot = self.pools.take_slot(room(sources, whole=False), num)
+        longest = longest_room(sources, self._growth(tape), tape.alpha, whole=False)
+        slot = self.pools.take_slot(room(sources, whole=False), num, longest)
         flats: list[Tensor] = []
         wait(self.device, self._out, mark(self.device, None), slot.free)
         with on(self._out):
@@ -241,6 +247,10 @@ class Activations:
         self._leases[tape] = lease
         weakref.finalize(tape, self._ended.append, lease).atexit = False
         tape.restore = self._restore
+
+    def _growth(self, tape: Tape) -> float:
+        """How many times its tokens may still come at once, see [Note: made for the longest]."""
+        return (self.most_tokens or 0) / tape.num_tokens
 
     def _settle(self, age: int) -> None:
         """Let go of what left in a forward `age` or more forwards ago, once it has been copied out."""
@@ -261,7 +271,8 @@ class Activations:
 
     def _fetch(self, tape: Tape, lease: _Lease) -> None:
         sources = [source for source in tape.sources if source.numel]
-        lease.buffer = self.pools.take_buffer(room(sources, whole=True))
+        longest = longest_room(sources, self._growth(tape), tape.alpha, whole=True)
+        lease.buffer = self.pools.take_buffer(room(sources, whole=True), longest)
         stored = places(lease.slot.data, sources, whole=False)
         wait(self.device, self._in, lease.left, lease.buffer.free)
         with on(self._in):

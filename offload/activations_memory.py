@@ -66,8 +66,6 @@ class Pools:
     def __init__(self, device: torch.device, host_bytes: int | None, *, poison: bool) -> None:
         """host_bytes: the most for slots. poison: fill with NaN what is given back."""
         self.device, self.host_bytes, self.poison = device, host_bytes, poison
-        self.growth = 1.0
-        """How many times the tokens at hand are still to come at once, see [Note: made for the longest]."""
         self.num_buffers = 0
         self.buffer_bytes = 0
         """Of all buffers, free or not."""
@@ -81,9 +79,10 @@ class Pools:
             "host": self._slots.arena.size_bytes if self._slots else 0,
         }
 
-    def take_buffer(self, size_bytes: int) -> Memory:
-        """The buffer that has been free longest; a larger one in its place if it is too small."""
-        wanted = self._longest(size_bytes)
+    def take_buffer(self, size_bytes: int, longest_bytes: int = 0) -> Memory:
+        """The buffer that has been free longest; a larger one in its place if it is too small. longest_bytes: what a
+        new one is made for at least."""
+        wanted = max(size_bytes, longest_bytes)
         if self._buffers:
             memory = self._buffers.pop(0)
             if memory.data.numel() >= size_bytes:
@@ -95,9 +94,6 @@ class Pools:
         self.buffer_bytes += wanted
         return Memory(torch.empty(wanted, dtype=torch.uint8, device=self.device), mark(self.device, None))
 
-    def _longest(self, size_bytes: int) -> int:
-        return round_up(math.ceil(size_bytes * self.growth), ALIGN) if self.growth > 1 else size_bytes
-
     def give_buffer(self, memory: Memory) -> None:
         """What the current stream has to do so far may still use it."""
         if self.poison:
@@ -105,10 +101,11 @@ class Pools:
         memory.free = mark(self.device, None)
         self._buffers.append(memory)
 
-    def take_slot(self, size_bytes: int, num: int) -> Memory:
-        """One of `num` or more. ValueError where they are more than `host_bytes`, MemoryError when all are in use."""
+    def take_slot(self, size_bytes: int, num: int, longest_bytes: int = 0) -> Memory:
+        """One of `num` or more, new ones of at least `longest_bytes`. ValueError where they are more than `host_bytes`,
+        MemoryError when all are in use."""
         if self._slots is None or self._slots.slot_bytes < size_bytes or self._slots.most < num:
-            self._make_slots(num, max(self._longest(size_bytes), self._slots.slot_bytes if self._slots else 0))
+            self._make_slots(num, max(size_bytes, longest_bytes, self._slots.slot_bytes if self._slots else 0))
         slots = self._slots
         assert slots is not None
         if slots.free:
@@ -174,6 +171,16 @@ def places(memory: Tensor, sources: Sequence[Source], *, whole: bool) -> list[Te
 def room(sources: Sequence[Source], *, whole: bool) -> int:
     """Bytes that `places` needs."""
     return sum(round_up(source.nbytes if whole else source.stored_bytes, ALIGN) for source in sources)
+
+
+def longest_room(sources: Sequence[Source], growth: float, alpha: float, *, whole: bool) -> int:
+    """`room` of `growth` times the tokens, of which `alpha` are stored of products, or the `whole`."""
+
+    def size_bytes(source: Source) -> int:
+        stored = alpha if source.kind == "rest" and not whole else 1.0
+        return round_up(math.ceil(growth * stored * source.nbytes), ALIGN)
+
+    return sum(map(size_bytes, sources)) if growth > 1 else 0
 
 
 def link_bytes_per_s(device: torch.device, size_bytes: int = 128 << 20) -> float:

@@ -130,7 +130,7 @@ class Tape:
         self.regions: list[_Region] = []
         self.restore: Callable[[Tape], None] = Tape.replay
         """Called when the backward asks for the first tensor: brings the sources back and replays."""
-        self._forward, self._alpha, self._pack_other, self._unpack_other = forward, alpha, pack, unpack
+        self._forward, self.alpha, self._pack_other, self._unpack_other = forward, alpha, pack, unpack
         self._leaves, self._spec = tree_flatten((args, kwargs))
         self._like: dict[int, tuple[torch.Size, torch.dtype]] = {}
         self._region: _Region | None = None
@@ -252,7 +252,7 @@ class Tape:
             after = rng_state(self.device)
             region.rng = after if not same(rng, after) else None
             region.output = self._store(out, "attention")
-        elif region.kind == "linear" and (num_rows := int(self._alpha * (out.numel() // out.size(-1)))):
+        elif region.kind == "linear" and (num_rows := int(self.alpha * (out.numel() // out.size(-1)))):
             region.output = self._store(out, "rest", num_rows * out.size(-1))
         self.regions.append(region)
         return out

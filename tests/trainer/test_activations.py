@@ -8,20 +8,22 @@ import pytest
 from offload.options import ActivationOptions, OffloadOptions
 from trainer.job import Job
 from trainer.loop import Trainer
-from trainer.options import DataOptions, LlamaOptions, LoggerOptions, RunOptions, TrainOptions
+from trainer.options import DataOptions, HFOptions, LlamaOptions, LoggerOptions, RunOptions, TrainOptions
 
 MODEL = LlamaOptions(dim=64, ffn_dim=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16)
 
 
-def run(root: Path, name: str, data: Path, **activations: Any) -> tuple[list[float], str]:
+def run(
+    root: Path, name: str, data: Path, *, model: Any = MODEL, offload: dict[str, Any] | None = None, **activations: Any
+) -> tuple[list[float], str]:
     """The losses, and what else was told."""
     job = Job(
-        model=MODEL,
+        model=model,
         data=DataOptions(source="text", paths=[str(data)], valid_fraction=0, cache_dir=str(root / "cache")),
         train=TrainOptions(
             steps=6, seq_len=32, global_batch_size=4, micro_batch_size=2, eval_sequences=4, sample_tokens=0
         ),
-        offload=OffloadOptions(activations=ActivationOptions(**activations)),
+        offload=OffloadOptions(activations=ActivationOptions(**activations), **(offload or {})),
         logger=LoggerOptions(tensorboard=False, plot=False),
         run=RunOptions(root=str(root), name=name),
     )
@@ -59,6 +61,29 @@ def test_losses_are_bitwise_those_of_a_run_that_keeps_all(
     losses, text = run(tmp_path, "away", data, **options)
     assert losses == kept
     assert told in text
+
+
+@pytest.mark.parametrize("weights", ["host", pytest.param("device", marks=pytest.mark.slow)])
+def test_with_states_and_weights_in_host_memory_too(tmp_path: Path, data: Path, weights: str) -> None:
+    tier = {"states": "host", "weights": weights, "update": "speculate", "speculate_share": 0.5}
+    stay, _ = run(tmp_path, "stay", data, offload=tier)
+    leave, _ = run(tmp_path, "leave", data, offload=tier, mode="swap", alpha=1.0, keep_last=1)
+    assert leave == stay
+
+
+@pytest.mark.slow
+def test_a_model_of_hugging_face(tmp_path: Path, data: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3Config(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "hf")
+    model = HFOptions(path=str(tmp_path / "hf"), from_scratch=True)
+    stay, _ = run(tmp_path, "stay", data, model=model)
+    for alpha in (0.0, 1.0):
+        leave, _ = run(tmp_path, f"leave-{alpha:g}", data, model=model, mode="swap", alpha=alpha, keep_last=0)
+        assert leave == stay
 
 
 def test_mlps_run_by_tiles(tmp_path: Path, data: Path, kept: list[float]) -> None:

@@ -1,0 +1,59 @@
+"""Two processes share sequences of uneven parts, activations kept and leaving; prints name and losses as JSON lines."""
+
+import json
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from offload.options import ActivationOptions, OffloadOptions
+from parallel.options import ParallelOptions
+from trainer.job import Job
+from trainer.loop import Trainer
+from trainer.options import DataOptions, LlamaOptions, LoggerOptions, RunOptions, TrainOptions
+
+LEAVING: dict[str, dict[str, Any]] = {
+    "keep": {},
+    "swap 1": {"mode": "swap", "alpha": 1.0, "keep_last": 0},
+    "swap 0": {"mode": "swap", "alpha": 0.0, "keep_last": 1},
+}
+
+
+def losses(root: str, name: str, world: int, **act: Any) -> list[float]:
+    job = Job(
+        model=LlamaOptions(dim=64, ffn_dim=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16),
+        data=DataOptions(source="text", paths=[f"{root}/text.txt"], valid_fraction=0, cache_dir=f"{root}/cache"),
+        train=TrainOptions(
+            steps=3, seq_len=31, global_batch_size=2, micro_batch_size=2, eval_sequences=0, sample_tokens=0
+        ),
+        parallel=ParallelOptions(levels={"gpu": world}, sequence="gpu" if world > 1 else ""),
+        offload=OffloadOptions(activations=ActivationOptions(**act)),
+        logger=LoggerOptions(tensorboard=False, plot=False),
+        run=RunOptions(root=root, name=name),
+    )
+    events: list[dict[str, Any]] = []
+    Trainer(job, emit=events.append).train()
+    return [event["loss"] for event in events if event["type"] == "step"]
+
+
+def run(rank: int, world: int, root: str) -> None:
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=90)
+    dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=world, timeout=limit)
+    for name, options in LEAVING.items():
+        found = losses(root, name, world, **options)
+        if rank == 0:
+            print(json.dumps([name, found]), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as root:
+        text = "".join(f"{number} squared is {number * number}.\n" for number in range(3000))
+        Path(root, "text.txt").write_text(text)
+        torch.set_num_threads(1)
+        print(json.dumps(["alone", losses(root, "alone", 1)]), flush=True)
+        torch.multiprocessing.spawn(run, (2, root), nprocs=2)
