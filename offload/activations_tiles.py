@@ -25,7 +25,7 @@ from offload.activations_watch import unwatched
 def can_tile(module: nn.Module) -> bool:
     """Whether it surely looks at one token at a time and draws nothing at random: Linears, and what has no weights."""
     return any(isinstance(m, nn.Linear) for m in module.modules()) and all(
-        isinstance(m, nn.Linear) or not (list(m.parameters(recurse=False)) or getattr(m, "p", 0.0))
+        isinstance(m, nn.Linear) or not (list(m.parameters(recurse=False)) or bool(getattr(m, "p", None)))
         for m in module.modules()
     )
 
@@ -54,7 +54,7 @@ def _tile(module: nn.Module, num_tokens: int) -> None:
         out: Tensor = _Tiled.apply(module, num_tokens, x, *weights)  # type: ignore[no-untyped-call]
         return out
 
-    module.forward = torch.compiler.disable(forward)  # type: ignore[method-assign]
+    module.forward = torch.compiler.disable(forward)
 
 
 class _Tiled(torch.autograd.Function):
