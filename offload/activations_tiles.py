@@ -25,7 +25,7 @@ from offload.activations_watch import unwatched
 def can_tile(module: nn.Module) -> bool:
     """Whether it surely looks at one token at a time and draws nothing at random: Linears, and what has no weights."""
     return any(isinstance(m, nn.Linear) for m in module.modules()) and all(
-        isinstance(m, nn.Linear) or not (any(True for _ in m.parameters(recurse=False)) or bool(getattr(m, "p", 0.0)))
+        isinstance(m, nn.Linear) or not (list(m.parameters(recurse=False)) or bool(getattr(m, "p", None)))
         for m in module.modules()
     )
 
