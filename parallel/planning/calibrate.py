@@ -139,7 +139,7 @@ def _scaled_link(link: Link, factors: dict[str, float]) -> Link:
     alone = None if link.rank_bandwidth is None else link.rank_bandwidth * bandwidth
     return replace(
         link, bandwidth=link.bandwidth * bandwidth, latency=link.latency * latency, rank_bandwidth=alone, fits=fits,
-        core=min(1.0, link.core * core), burst=link.burst * factors.get(f"{link.name}.burst", 1.0),
+        core=min(1.0, link.core * core),
     )  # fmt: skip
 
 
@@ -160,7 +160,6 @@ def _names(machine: Machine, runs: Sequence[Run]) -> list[str]:
     names += [f"{link.name}.{what}" for link in machine.links for what in each]
     if machine.backend == "gloo":
         names += [f"{link.name}.skew" for link in machine.links if link.shared]
-        names += [f"{link.name}.burst" for link in machine.links if link.burst]
     return names
 
 
