@@ -160,7 +160,7 @@ class Worker:
         import trainer.loop
         from trainer.warm import warm_up
 
-        warm_up()  # torch, and what it imports at the first step: the long part of the start
+        warm_up(backward=device == "cpu")  # torch, and what it imports at the first step: the long part of the start
         self._device = device
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._trainer: trainer.loop.Trainer | None = None
@@ -331,7 +331,12 @@ def join(assignment: Assignment, store: "Store | None", interface: str | None) -
     on_gpu = assignment.device == "cuda"
     if on_gpu:
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")  # a dead peer must not end this process too
-        torch.cuda.set_device(0)  # Ray shows each worker its own GPU alone
+        torch.cuda.set_device(0)  # each worker sees its own GPU alone
+        if assignment.devices is not None and torch.cuda.device_count() != len(assignment.devices.split(",")):
+            raise RuntimeError(
+                f"CUDA was in use before this process was told its GPU ({assignment.devices}): it sees "
+                f"{torch.cuda.device_count()}"
+            )
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=assignment.rank, world_size=assignment.world, timeout=timeout)
 
