@@ -192,7 +192,7 @@ class RunFolder:
         assert self._lock is not None and self._metrics is None, "prepare() first, truncate() once"
         lost = [record for record in read_lines(self.path / "metrics.jsonl") if record["step"] >= step]
         if lost:
-            seconds = sum(record["step_s"] for record in lost)
+            seconds = sum(record.get("step_s", 0.0) for record in lost)
             self.note("lost", steps=len(lost), seconds=seconds, active=lost[-1].get("time"))
         kept = keep_steps(self.path / "metrics.jsonl", step)
         if kept < step:

@@ -58,7 +58,7 @@ def train(job: Job, *, break_after: int = STEPS) -> tuple[dict[int, float], list
             losses[event["step"]] = event["loss"]
             if len(losses) == break_after < STEPS:
                 raise Broken
-        elif event["type"] == "message":
+        elif event["type"] in ("message", "resumed"):
             said.append(event["text"])
 
     trainer = Trainer(job, emit=emit)
