@@ -54,8 +54,8 @@ SETTINGS = {
     "dequantize bf16": Setting(4096, 4, 8),
     "sum fp32": Setting(4096, 4, 16),  # most of what it moves is packed, so the loads are to be wide, not the stores
     "sum bf16": Setting(2048, 2, 4),
-    "fused few": Setting(4096, 2, 16),
-    "fused many": Setting(2048, 2, 16),
+    "fused few": Setting(2048, 2, 16),
+    "fused many": Setting(1024, 1, 4),
     "fused feedback": Setting(4096, 4, 4),
 }
 FEW = 4
