@@ -6,6 +6,8 @@
     timeline.jsonl   when it was started, trained, saved, lost steps and ended (`trainer/timeline.py`)
     loss.png  tensorboard/  logs/
     memory.json  memory.png   who held the device's memory in one step
+    profile.json  placement.json   what was measured and chosen, for a resume to choose the same
+    failures.jsonl  team.json  chaos.jsonl   `launch`'s: failures, the processes of now, faults made on purpose
     checkpoints/     unless checkpoint.url leads elsewhere
     run.id           tells its snapshots in memory from those of other runs
     run.lock         locked while a process trains here
