@@ -51,11 +51,11 @@ class Making:
     sealed: bool = False
     arrived: dict[int, list[int]] = field(default_factory=dict)
     """By number of a parity that others make, the CRCs of its pieces as they came."""
-    deserted: bool = False
-    """A rank has gone without having written: it never will be whole."""
     headers: list[FragmentHeader | None] = field(default_factory=list)
     """Of the k chunks and m parities on this node, in the layout's order."""
     thread: threading.Thread | None = None
+    ended: bool = False
+    """This node has prepared it, or cannot; what became of it may not be decided."""
 
     @property
     def step(self) -> int:
@@ -98,6 +98,8 @@ class Generation:
         self._changed = threading.Condition()
         self._announced = threading.Lock()
         self._making = self._new(plan.generation)
+        self._gone: set[int] = set()
+        """Ranks whose connections have ended. What they have not written will never be whole."""
         self._users = 0
         self._closed = False
         self._reports: dict[str, tuple[int, str]] = {}
@@ -160,9 +162,8 @@ class Generation:
     def left(self, rank: int) -> None:
         """A rank's connection has ended. Who waits for what it has not written need not."""
         with self._changed:
-            if rank in self.areas and rank not in self._making.written:
-                self._making.deserted = True
-                self._changed.notify_all()
+            self._gone.add(rank)
+            self._changed.notify_all()
 
     def _go_on(self, making: Making) -> None:
         if len(making.written) == len(self.areas) and making.thread is None:
@@ -188,6 +189,7 @@ class Generation:
             self._hang_up(self._wires)  # answers may be on their way that nobody waits for
         with self._changed:
             self._users -= 1
+            making.ended = True
             self._changed.notify_all()
         if self._closed:
             return
@@ -425,7 +427,7 @@ class Generation:
     def open(self, version: int, committed: list[int], problem: str) -> None:
         """The version before is decided; this node's ranks may write `version`."""
         with self._changed:
-            if version <= self._making.version:
+            if version <= self._making.version or self._closed:
                 return
             self.outcome = Outcome(version=version - 1, committed=version - 1 in committed, problem=problem)
             self._committed, self._reports = committed, {}
@@ -452,13 +454,14 @@ class Generation:
         return version >= self._making.version
 
     def settle(self, wait_s: float) -> None:
-        """Let a version whose ranks have all written come to its end."""
-        thread = self._making.thread
-        if thread is not None:
-            thread.join(wait_s)
+        """Let a version whose ranks have all written come to its end on this node. It is not waited for what others
+        say of it: some may be lost."""
+        with self._changed:
+            making = self._making
+            self._changed.wait_for(lambda: self._closed or making.thread is None or making.ended, wait_s)
 
     def close(self) -> None:
-        """Let go of the version being made."""
+        """Let go of the version being made. `version` stands still from here on."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -483,16 +486,20 @@ class Generation:
                 lambda: (
                     self._closed
                     or self._making.version > version
-                    or (self._making.version == version and (ready(self._making) or self._making.deserted))
+                    or (self._making.version == version and (ready(self._making) or self._is_deserted()))
                 ),
                 PATIENCE_S,
             )
             making = self._expect(version)
-            if not ready(making) and making.deserted:
+            if not ready(making) and self._is_deserted():
                 raise GivenUp(f"a rank of node {self.label} ended before it had written version {version}")
             if not ready(making):
                 raise GivenUp(f"node {self.label} has not written version {version} within {PATIENCE_S:g} s")
             return making
+
+    def _is_deserted(self) -> bool:
+        """Whether a rank has gone without having written the version being made."""
+        return any(rank in self._gone and rank not in self._making.written for rank in self.areas)
 
     def _expect(self, version: int) -> Making:
         self._check_open()
@@ -507,6 +514,7 @@ class Generation:
     def _wire(self, label: str, lane: int = 0) -> Wire:
         if (label, lane) not in self._wires:
             self._wires[label, lane] = self._connect(label)
+        self._check_open()  # `close` cuts those that it finds
         return self._wires[label, lane]
 
     @staticmethod

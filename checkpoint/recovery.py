@@ -1,7 +1,7 @@
 """Which snapshot can be restored: who answers is asked what it holds, and every byte is checked before it is trusted.
 
-See docs/commit-protocol.md, Restoring. Nothing is changed here: what was passed over is thrown away when the ranks
-start anew (`SnapshotNode`, configure).
+See docs/commit-protocol.md, Restoring. Nothing is changed here, but by `retire`: what was passed over is thrown away
+when the ranks start anew (`SnapshotNode`, configure).
 """
 
 import json
@@ -110,8 +110,16 @@ def newest_snapshot(roster: Roster, say: Say = lambda text: None) -> Found | Non
     return None
 
 
-def last_issued(found: Mapping[str, Message]) -> int:
-    return max((int(inventory["last_issued"]) for inventory in found.values()), default=0)
+def retire(roster: Roster) -> int:
+    """Before a start: every node ends what the start before was making. The newest number that any of them has issued.
+
+    WireError where a node is not there.
+    """
+    with ExitStack() as stack:
+        wires = [stack.enter_context(Wire.connect(node, roster.token)) for node in roster.nodes]
+        for wire in wires:  # all at once: they may be waiting for each other
+            wire.send({"do": "retire"})
+        return max(int(wire.answer()[0]["last_issued"]) for wire in wires)
 
 
 def _missing(plan: Plan, version: int, holders: Mapping[str, object]) -> str:

@@ -45,6 +45,7 @@ class SnapshotNode:
         self._lock = threading.RLock()  # of segments and generations; never held while waiting for another node
         self._segments: list[Segment] = []
         self._generation: Generation | None = None
+        self._starting = threading.Lock()  # what new starts ask for is done one after the other
         self._wires: set[Wire] = set()
         self._num_ranks, self._last_rank = 0, time.monotonic()
         self._ended = threading.Event()
@@ -70,9 +71,10 @@ class SnapshotNode:
         """End everything and remove the segments."""
         self._ended.set()
         self._listener.close()
-        generation, self._generation = self._generation, None
-        if generation is not None:
-            generation.close()
+        with self._starting:
+            generation, self._generation = self._generation, None
+            if generation is not None:
+                generation.close()
         with self._lock:
             for segment in self._segments:
                 segment.destroy()
@@ -110,9 +112,10 @@ class SnapshotNode:
             elif size:
                 raise CheckpointError(f"{what!r} has no payload")
             elif what == "attach":
+                generation, rank = self._running(int(message["generation"])), int(message["rank"])
                 with self._attached():
                     wire.send({})
-                    self._serve_rank(wire)
+                    self._serve_rank(wire, generation, rank)
                 return
             elif what == "read":
                 payload = self._read(int(message["version"]), int(message["offset"]), int(message["size"]))
@@ -129,17 +132,14 @@ class SnapshotNode:
         if message.get("do") == "drop":
             self._ended.set()
 
-    def _serve_rank(self, wire: Wire) -> None:
-        generation, rank = self._generation, -1
+    def _serve_rank(self, wire: Wire, generation: Generation, rank: int) -> None:
+        """Of this generation alone: the connection of a start before may end, or ask, when the next has begun."""
         try:
             while not self._ended.is_set():
                 message, size = wire.receive()
-                if message.get("do") == "grant":
-                    generation, rank = self._generation, int(message["rank"])
                 self._answer(wire, message, size)
         finally:
-            if generation is not None:
-                generation.left(rank)
+            generation.left(rank)
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
@@ -157,13 +157,18 @@ class SnapshotNode:
         if what == "inventory":
             return self._inventory()
         if what == "configure":
-            return self._configure(message)
+            with self._starting:
+                return self._configure(message)
+        if what == "retire":
+            with self._starting:
+                return self._retire()
         if what == "check":
             return {"bad": self._check(int(message["version"]))}
         if what == "headers":
             return {"headers": [raw.hex() for raw in load_meta(self._held(int(message["version"])).meta)[2]]}
         if what == "grant":
-            return self._running().grant(int(message["rank"]), int(message["after"]), float(message["wait_s"]))
+            generation = self._running(int(message["generation"]))
+            return generation.grant(int(message["rank"]), int(message["after"]), float(message["wait_s"]))
         if what == "begin":
             return {"slot": self._running().begin(int(message["version"]), int(message["step"]))}
         if what == "written":
@@ -204,8 +209,7 @@ class SnapshotNode:
                     _log.warning("version %d on node %s: %s", version.version, self.label, error)
                     continue
                 held[version.version] = {"step": version.step, "plan": plan.tree(), "label": label}
-            issued = max(0 if generation is None else generation.version, *held, 0)
-        return {"label": self.label, "pid": os.getpid(), "last_issued": issued, "held": held}
+        return {"label": self.label, "pid": os.getpid(), "held": held}
 
     def _versions(self) -> list[Version]:
         return [version for segment in self._segments for version in segment.committed()]
@@ -243,6 +247,18 @@ class SnapshotNode:
 
     # ------------------------------------------------------------------------------------------------ a new start
 
+    def _retire(self) -> Message:
+        """The ranks are starting again: end the generation of those before, and say the newest number it has issued.
+
+        What it was making is given up, so that the number stands still until the new plan, which begins above the
+        newest of all nodes, is there: `_configure` refuses it only where another start has come between.
+        """
+        generation = self._generation
+        if generation is None:
+            return {"last_issued": 0}
+        generation.close()
+        return {"last_issued": generation.version}
+
     def _configure(self, message: Message) -> Message:
         """The ranks have started (again): begin a generation. What is newer than `keep` goes; everything without it."""
         plan, keep = Plan.of(message["plan"]), message["keep"]
@@ -261,7 +277,7 @@ class SnapshotNode:
                     version.segment.discard(version.version)
             segment, note = self._segment(plan)
             committed = [] if keep is None else [int(keep)]
-            self._generation = Generation(
+            generation = Generation(
                 plan,
                 self.label,
                 self.run,
@@ -269,8 +285,9 @@ class SnapshotNode:
                 areas,
                 connector(addresses, self._token),
                 committed,
-                lambda: self._drop_others(segment),
+                lambda: self._drop_others(generation),
             )
+            self._generation = generation
         return {"path": str(segment.path), "note": note}
 
     def _segment(self, plan: Plan) -> tuple[Segment, str]:
@@ -300,18 +317,23 @@ class SnapshotNode:
             self._remove(segment)
         return create(), f"node {self.label}: no room beside the snapshots of the other number of ranks: dropped them"
 
-    def _drop_others(self, current: Segment) -> None:
+    def _drop_others(self, current: Generation) -> None:
         """Once there is a commit of this generation nobody will ask for older ones in other segments."""
         with self._lock:
-            for segment in [s for s in self._segments if s is not current]:
+            if self._generation is not current:  # the next has begun meanwhile, and may have a segment of its own
+                return
+            for segment in [s for s in self._segments if s is not current.segment]:
                 self._remove(segment)
 
     def _remove(self, segment: Segment) -> None:
         self._segments.remove(segment)
         segment.destroy()
 
-    def _running(self) -> Generation:
+    def _running(self, number: int | None = None) -> Generation:
+        """The generation; `number`: this one, and no other."""
         generation = self._generation
         if generation is None:
             raise GivenUp(f"node {self.label} takes part in no snapshots yet")
+        if number not in (None, generation.plan.generation):
+            raise GivenUp(f"another start of the run has taken node {self.label} over")
         return generation

@@ -167,7 +167,8 @@ class Snapshots:
         node = self._roster.rank_nodes[self._ranks.rank]
         self._start, self._size = answer["areas"][str(self._ranks.rank)]
         self._segment = Segment.open(answer["paths"][node])
-        self._last = answer["generation"] - 1
+        self._generation = int(answer["generation"])
+        self._last = self._generation - 1
         self.stats.segment_bytes = os.stat(self._segment.path).st_size
         self._slots = [self._segment.slot_memory(slot) for slot in range(self._segment.num_slots)]
         self._pinned = [slot for slot in self._slots if torch.cuda.is_available() and self._pin(slot)]
@@ -293,7 +294,7 @@ class Snapshots:
             with Wire.connect(
                 self._roster.nodes[self._roster.rank_nodes[self._ranks.rank]], self._roster.token
             ) as wire:
-                wire.ask({"do": "attach"})
+                wire.ask({"do": "attach", "generation": self._generation, "rank": self._ranks.rank})
                 while self._await_grant(wire):
                     job = self._await_job()
                     if job is None:
@@ -318,7 +319,8 @@ class Snapshots:
                 if self._closed:
                     return False
                 self._asking = wire
-            answer = wire.ask({"do": "grant", "rank": self._ranks.rank, "after": self._last, "wait_s": _POLL_S})
+            message = {"do": "grant", "generation": self._generation, "rank": self._ranks.rank}
+            answer = wire.ask(message | {"after": self._last, "wait_s": _POLL_S})
             with self._changed:
                 self._asking = None
             version, step = self._written
@@ -425,9 +427,8 @@ class Snapshots:
         ]
         groups = cut_groups([node.label for node in roster.nodes], self._group_sizes)
         firsts = list(itertools.accumulate(self._group_sizes, initial=0))
-        held = recovery.inventories(roster, self._report)
         plan = Plan(
-            generation=recovery.last_issued(held) + 1,
+            generation=recovery.retire(roster) + 1,
             world=self._ranks.world,
             parity=self._parity,
             groups=groups,

@@ -195,5 +195,4 @@ def halting(file: Path) -> Iterator[Halts]:
 
 def main() -> None:
     snapshot_node.Generation = HaltingGeneration  # type: ignore[misc]
-    snapshot_node.SETTLE_S = 1.0
     snapshot_process.main()

@@ -162,11 +162,11 @@ def test_a_bit_that_flips_after_the_rank_has_sealed_it_costs_the_version(tmp_pat
         halts.arm("sealed", 1)
         with nodes.saving(0, parity=1):
             halts.wait({node.label for node in nodes.nodes})
-            making = nodes.generation(2)._making
-            assert making.draft is not None
+            making, deciding = nodes.generation(2)._making, nodes.generation(0)._making.thread
+            assert making.draft is not None and deciding is not None
             making.draft.payload[2 << 20] ^= 4
             halts.release()
-            nodes.generation(0).settle(30)
+            deciding.join(30)
             assert restore(nodes, (), 1) == 0
             assert any("came with a wrong CRC-32C; training goes on" in text for text in nodes.said), nodes.said
     finally:

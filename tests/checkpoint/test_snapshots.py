@@ -15,11 +15,11 @@ import torch
 
 from checkpoint.crc import crc32c
 from checkpoint.errors import CheckpointError
-from checkpoint.recovery import newest_snapshot
+from checkpoint.recovery import newest_snapshot, retire
 from checkpoint.shared import Segment
 from checkpoint.snapshot_process import drop
 from checkpoint.snapshot_reader import SnapshotReader
-from checkpoint.wire import Wire, WireError
+from checkpoint.wire import Refused, Wire, WireError
 from tests.checkpoint.snapshot_nodes import Nodes, check_restored, pieces
 
 SHM = Path("/dev/shm")
@@ -186,6 +186,37 @@ def test_what_was_passed_over_does_not_come_back(four: Nodes):
     four.save(4, [1, 2], parity=1)
     four.ranks(4, lambda snapshots, rank: snapshots.start(pieces(rank, 4, 0), {}, {}), parity=1)  # from storage
     assert newest_snapshot(four.roster([])) is None
+
+
+def test_no_number_is_issued_between_the_question_for_the_newest_and_the_start(four: Nodes):
+    """What the start before was making may be decided meanwhile: its coordinator's word comes too late."""
+    four.save(4, [1, 2], parity=1)
+    assert retire(four.roster([])) == 3
+    for node in four.nodes:
+        with Wire.connect(node, four.token) as wire:
+            wire.ask({"do": "open", "version": 4, "committed": [3], "problem": ""})
+    assert retire(four.roster([])) == 3
+    four.save(4, [3], parity=1)
+
+
+def test_the_connection_of_a_start_before_has_no_part_in_the_next(four: Nodes):
+    """It may ask, and end, when the next has begun: no rank of that has gone then."""
+    four.save(4, [1], parity=1)
+    with Wire.connect(four.nodes[2], four.token) as old:
+        before = {"generation": 1, "rank": 2}
+        old.ask({"do": "attach"} | before)
+
+        def act(snapshots, rank: int) -> None:
+            snapshots.start(pieces(rank, 4, 0), {"rank": rank}, {"step": 0})
+            if rank == 2:
+                with pytest.raises(Refused, match="another start of the run has taken node n2 over"):
+                    old.ask({"do": "grant", "after": 1, "wait_s": 1.0} | before)
+                old.close()
+            snapshots.save(2, pieces(rank, 4, 2), {"rank": rank, "step": 2}, {"step": 2})
+            snapshots.wait()
+            assert snapshots.error() is None, snapshots.error()
+
+        four.ranks(4, act, parity=1)
 
 
 def test_a_state_that_is_copied_before_save_returns(four: Nodes):
