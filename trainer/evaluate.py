@@ -37,6 +37,8 @@ def validate(
     total = min(num_sequences, split.num_sequences)
     loss, stride = torch.zeros((), device=where.device), sequence.count * batch_size
     for start in range(sequence.number * batch_size, -(-total // stride) * stride, stride):
+        if not go_on():
+            return None
         stop = min(start + batch_size, total)
         first = max(0, min(start, split.num_sequences - batch_size))
         rows = split.sequential(first, min(batch_size, split.num_sequences))

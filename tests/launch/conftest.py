@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 COMMAND = Path(sys.executable).with_name("atoll")
@@ -28,11 +29,13 @@ def atoll(tmp_path: Path) -> Atoll:
 
 
 @pytest.fixture
-def atoll_started(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
-    """Start ``atoll`` as the leader of its own process group; what it prints comes through one pipe."""
+def atoll_started(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Start ``atoll`` as the leader of its own process group; what it prints comes through one pipe. What a test that
+    failed has left running is killed."""
+    started: list[subprocess.Popen[str]] = []
 
     def start(*args: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
+        run = subprocess.Popen(
             [COMMAND, *args],
             cwd=tmp_path,
             stdout=subprocess.PIPE,
@@ -40,5 +43,13 @@ def atoll_started(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
             text=True,
             start_new_session=True,
         )
+        started.append(run)
+        return run
 
-    return start
+    yield start
+    for run in started:
+        if run.poll() is None:
+            family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+            for process in family:
+                process.kill()
+            run.wait(20)

@@ -61,7 +61,6 @@ def kill_when(started: list[str], metrics: Path, step: int, delay_s: float) -> b
     [
         (1, 1, ()),
         pytest.param(1, 5, (), marks=pytest.mark.slow),
-        pytest.param(2, 1, (), marks=pytest.mark.ray),
         pytest.param(2, 5, (), marks=[pytest.mark.ray, pytest.mark.slow]),
         pytest.param(2, 2, FEEDBACK, marks=[pytest.mark.ray, pytest.mark.slow], id="2-2-error feedback"),
     ],
@@ -86,14 +85,15 @@ AWAY = "offload.threads=1 offload.predict=false offload.nvme_direct=false".split
 SPECULATE = ["offload.weights=host", "offload.update=speculate", "offload.speculate_share=0.7"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("tier", "more", "kills"),
     [
         ("nvme", [*SPECULATE[:2], "offload.speculate_share=1.0", "offload.host_bytes=7200000"], 1),
-        pytest.param("host", [], 3, marks=pytest.mark.slow),
-        pytest.param("host", SPECULATE, 3, marks=pytest.mark.slow),
-        pytest.param("nvme", [], 3, marks=pytest.mark.slow),
+        ("host", [], 3),
+        ("host", SPECULATE, 3),
+        ("nvme", [], 3),
     ],
 )
 def test_killed_run_with_states_away_goes_on_to_the_last_bit(

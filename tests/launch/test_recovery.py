@@ -44,6 +44,7 @@ def test_a_worker_that_is_stopped_is_killed_and_replaced(tmp_path: Path) -> None
         assert [(failure.cause, failure.rank) for failure in run.failures] == [("hang", 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xff" * 1000)

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from trainer import timeline
+
 SMALL = (
     "launch.device=cpu model.dim=32 model.num_heads=2 model.ffn_dim=64 model.num_layers=1 train.seq_len=64 "
     "train.sample_tokens=0 logger=none run.name=it"
@@ -50,6 +52,20 @@ def in_session(session: int) -> list[str]:
     return found
 
 
+def events(folder: Path) -> list[str]:
+    """Of the run's timeline, oldest first."""
+    return [line["event"] for line in timeline.read(folder / "runs" / "it")]
+
+
+def wait_for_validation(run, folder: Path) -> None:
+    """Until the first one is under way: it follows at once where the loop begins."""
+    deadline = time.monotonic() + 60
+    while "train" not in events(folder):
+        assert run.poll() is None and time.monotonic() < deadline, "it has not begun to train"
+        time.sleep(0.01)
+    time.sleep(0.3)  # a small part of what it takes
+
+
 def steps_logged(folder: Path) -> list[int]:
     file = folder / "runs" / "it" / "metrics.jsonl"
     return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
@@ -67,9 +83,10 @@ def test_at_the_start(atoll_started: Callable[..., object], num: int, after_s: f
 @workers
 def test_in_a_validation(atoll_started: Callable[..., object], atoll, num: int, tmp_path: Path) -> None:
     run = atoll_started("train", *LONG_EVAL, f"launch.workers={num}")
-    wait_for(run, " dtype ")  # the last line before the first validation, which takes minutes
+    wait_for_validation(run, tmp_path)
     ends_resumable(run)
     assert steps_logged(tmp_path) == []
+    assert "eval" in events(tmp_path), "it was stopped before the validation, not in it"
     evals = tmp_path / "runs" / "it" / "evals.jsonl"
     assert not evals.exists() or not evals.read_text()
 
@@ -79,7 +96,7 @@ def test_in_a_validation(atoll_started: Callable[..., object], atoll, num: int, 
 def test_a_validation_that_was_cut_is_made_good(atoll_started, atoll, num: int, tmp_path: Path) -> None:
     options = [*SMALL, "train.steps=4", "train.eval_every_steps=2", f"launch.workers={num}"]
     run = atoll_started("train", *options, "train.eval_sequences=100000", "train.micro_batch_size=1")
-    wait_for(run, " dtype ")
+    wait_for_validation(run, tmp_path)
     ends_resumable(run)
     done = atoll("train", *options, "train.eval_sequences=8")
     assert done.returncode == 0, done.stderr
