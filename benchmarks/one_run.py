@@ -112,7 +112,8 @@ def ours(spec: dict) -> None:
         optimizer=OptimizerOptions(lr=1e-5),
         parallel=ParallelOptions(),
         offload=OffloadOptions(
-            **spec["offload"] | {"activations": ActivationOptions(**spec["offload"]["activations"])}
+            **spec["offload"] | {"activations": ActivationOptions(**spec["offload"]["activations"])},
+            predict=spec.get("predict", True),
         ),
     )
     if spec["offload"].get("states") == "auto" and spec["cap"]:
