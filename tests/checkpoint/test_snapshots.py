@@ -3,9 +3,9 @@
 import itertools
 import os
 import pickle
+import signal
 import socket
 import stat
-import signal
 import struct
 import threading
 import time
