@@ -29,7 +29,11 @@ _HELLO = b"ATOLLHI1"
 _NONCE_BYTES = 16
 _PROOF_BYTES = 32
 _MAX_JSON_BYTES = 64 << 20
-_HANDSHAKE_S = 5.0
+_REACH_S = 5.0
+"""Longest wait for a connection, which the other host's kernel makes: a host that is gone makes none."""
+_HANDSHAKE_S = 30.0
+"""Longest silence of the process behind it, which runs at a low priority: while the workers of a start import all they
+need on all cores it may not run for seconds. What a node holds must not count as lost for that."""
 IO_TIMEOUT_S = 60.0
 """Longest silence of the other side within a frame or before an answer."""
 
@@ -60,7 +64,7 @@ class Wire:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     @classmethod
-    def connect(cls, address: NodeAddress, token: bytes, timeout_s: float = _HANDSHAKE_S) -> "Wire":
+    def connect(cls, address: NodeAddress, token: bytes, timeout_s: float = _REACH_S) -> "Wire":
         name = f"the snapshot process of node {address.label} at {address.host}:{address.port}"
         try:
             connection = socket.create_connection((address.host, address.port), timeout=timeout_s)

@@ -3,9 +3,11 @@
 import itertools
 import os
 import pickle
+import signal
 import socket
 import stat
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +74,17 @@ def test_every_subset_of_at_most_m_nodes_lost_is_restored_bitwise(saved: tuple[N
             check_restored(reader, 3, readers=3)
             reader.verify()
             reader.close()
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_run_for_some_seconds_is_not_lost(saved: tuple[Nodes, int]):
+    nodes, _ = saved
+    os.kill(nodes.pids["n1"], signal.SIGSTOP)
+    wake = threading.Timer(8, os.kill, (nodes.pids["n1"], signal.SIGCONT))
+    wake.start()
+    found = newest_snapshot(nodes.roster([]))
+    wake.join()
+    assert found is not None and not found.lost
 
 
 def test_more_than_m_nodes_lost_is_refused_and_says_which(saved: tuple[Nodes, int]):
