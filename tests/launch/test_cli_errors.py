@@ -43,7 +43,7 @@ def test_names_what_was_meant(atoll, args: list[str], words: list[str]) -> None:
     assert "Traceback" not in done.stderr and done.stderr.startswith("atoll: ") and done.stderr.count("\n") == 1
     for word in words:
         assert word in done.stderr
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20  # 3 s where nothing else runs
 
 
 def test_a_gpu_that_is_not_there(atoll) -> None:
