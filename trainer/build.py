@@ -56,6 +56,11 @@ def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.bfloat16, "the GPU has bf16; fp32 master weights"
 
 
+def compiles(job: Job, device: torch.device) -> bool:
+    """Whether the model's blocks are compiled."""
+    return device.type == "cuda" if job.model.compile is None else job.model.compile
+
+
 def build_engine(
     job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, say: Callable[[str], None] = log.info
 ) -> Engine:
@@ -65,7 +70,6 @@ def build_engine(
     """
     if job.offload.activations.tile_tokens is not None:
         tile(model.tiles(), job.offload.activations.tile_tokens)
-    compiles = where.device.type == "cuda" if job.model.compile is None else job.model.compile
     common: dict[str, Any] = {
         "units": model.units(),
         "initial": model.initial(job.train.seed, where.device),
@@ -74,7 +78,7 @@ def build_engine(
         "dtype": dtype,
         "device": where.device,
         "recompute": model.blocks() if job.offload.activations.mode == "checkpoint" else [],
-        "compile": model.blocks() if compiles else [],
+        "compile": model.blocks() if compiles(job, where.device) else [],
     }
     if job.engine == "fsdp2":
         from parallel.fsdp2 import FSDP2Engine

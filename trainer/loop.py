@@ -30,7 +30,7 @@ from checkpoint.snapshots import NoSnapshots, Snapshots
 from offload.device import DeviceReader, peak_flops
 from parallel.options import ParallelOptions
 from trainer import trial
-from trainer.build import Rank, build_engine, check_same_data, choose_dtype, open_snapshots, share_sequences
+from trainer.build import Rank, build_engine, check_same_data, choose_dtype, compiles, open_snapshots, share_sequences
 from trainer.data import open_corpus
 from trainer.evaluate import sample, validate
 from trainer.forecast import settle
@@ -211,16 +211,15 @@ class Trainer:
             self.job = replace(self.job, parallel=found)
         model = self._make_engine(cleanup)
         self._event({"type": "plan", "text": describe(self.job, self.where, self.corpus, model, self.engine)})
-        on_gpu = self.where.device.type == "cuda"
-        compiles = on_gpu if self.job.model.compile is None else self.job.model.compile
-        self._picture = Picture(self.engine, model.units(), self.where.device, counted=not compiles)
+        device = self.where.device
+        self._picture = Picture(self.engine, model.units(), device, counted=not compiles(self.job, device))
         self._num_steps = 0
         self.step = 0
         self._saved_step = self._snapshot_step = -1
         self._stopping = self._owes_eval = False
         self._pausing = 0.0
         self._reports: deque[Running] = deque()
-        self._lag = int(on_gpu)
+        self._lag = 1 if device.type == "cuda" else 0
 
     def _make_engine(self, cleanup: ExitStack) -> LanguageModel:
         """The engine, as the job says, around a fresh model; the model."""
