@@ -17,6 +17,8 @@ from trainer.loggers import read_lines
 from trainer.progress import duration
 
 WHAT_COLUMNS = 90
+WORDS = {"numbers": "bad numbers"}
+"""What a cause is called where its name alone says too little."""
 USAGE = "atoll report [run.name=<run>] [run.root=runs]"
 
 
@@ -175,7 +177,7 @@ def _row(record: FailureRecord) -> tuple[str, ...]:
     where = f"rank {record.rank}" if record.rank is not None else f"node {record.node}"
     return (
         when,
-        record.cause,
+        WORDS.get(record.cause, record.cause),
         f"after {_time(record.found_s)}",
         record.restored_from or "-",
         str(record.step),

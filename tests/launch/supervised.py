@@ -143,9 +143,9 @@ def running(root: Path, *overrides: str) -> Iterator[Run]:
 
 
 @contextmanager
-def undisturbed(world: int, root: Path) -> Iterator[Callable[[], dict[int, float]]]:
+def undisturbed(world: int, root: Path, *overrides: str) -> Iterator[Callable[[], dict[int, float]]]:
     """Starts the undisturbed job; the call waits for its losses."""
-    job = subprocess.Popen([sys.executable, __file__, str(world), str(root)])
+    job = subprocess.Popen([sys.executable, __file__, str(world), str(root), *overrides])
 
     def wait() -> dict[int, float]:
         assert job.wait(120) == 0

@@ -42,6 +42,14 @@ def test_what_would_come_again_is_not_tried_again() -> None:
     assert not policy.give_up(replace(DIED), 0, False), "a process may die at any time"
 
 
+def test_rewinds_have_a_budget_of_their_own_and_go_on_with_other_data() -> None:
+    policy = FailurePolicy(max_failures=0, max_preemptions=0, max_rewinds=2)
+    numbers = Failure(cause="Rewind: step 4 is bad", kind="numbers", next_batch=5)
+    assert not policy.give_up(numbers, 4, False), "a start may come upon them at once"
+    assert not policy.give_up(numbers, 4, True), "another batch of the same step"
+    assert policy.give_up(numbers, 4, True) == "train.rewinds=2 is used up"
+
+
 def scaling(workers: int, nodes: int, batch: int, **parallel: object) -> ScalingPolicy:
     config = Config(
         train=TrainOptions(global_batch_size=batch, micro_batch_size=1),
