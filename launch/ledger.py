@@ -87,6 +87,10 @@ class Ledger:
             )
         )
 
+    def ended(self) -> None:
+        """The ranks have stopped. They may have gone on for some steps after what was found, as with a preemption."""
+        self._records = [replace(record, step=max(record.step, self.watched.step)) for record in self._records]
+
     def give_up(self) -> None:
         """What has failed since the last step is not recovered from."""
         for record in self._records:

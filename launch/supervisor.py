@@ -163,6 +163,7 @@ class Supervisor:
         self._outcome = self._team.results[0]
         if self._outcome["status"] != "paused":
             return State.FINISH
+        self._ledger.ended()
         self._ledger.watched.times["out"] = time.time()
         if self._spent:
             self._ledger.give_up()
@@ -177,6 +178,7 @@ class Supervisor:
         last_sign = watched.last_sign
         team.leave(self._see)
         watched.step = max(watched.step, _logged_steps(self._folder / "metrics.jsonl"))
+        self._ledger.ended()
         watched.times["out"] = time.time()
         for rank, failure in team.failures.items():
             if failure.kind in DEAD and not failure.symptom:
