@@ -403,6 +403,7 @@ class Trainer:
         """BadNumbers, or a Rewind once all versions before this step are there: which is the newest is no matter of
         chance then."""
         if self._judge.rewinds:
+            self.pulse.beat("checkpoint", step)
             self.snapshots.wait()
             self.checkpoints.wait()
             raise Rewind(f"step {step} is bad: {fault}", next_batch=self._batches(step) + 1)
