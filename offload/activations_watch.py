@@ -34,15 +34,25 @@ def intercept(module: nn.Module) -> bool:
     return True
 
 
-def _tell_of_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    attention = _thread.attention
-    out: Tensor = _thread.watcher(
-        "attention", (query, key, value), lambda: attention(query, key, value, *args, **kwargs)
-    )
+def told(attention: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    """`attention` of these, told to this thread's watcher if there is one."""
+    watcher = getattr(_thread, "watcher", None)
+    if watcher is None:
+        return attention(query, key, value, **kwargs)
+    out: Tensor = watcher("attention", (query, key, value), lambda: attention(query, key, value, **kwargs))
     return out
 
 
-_watched_attention = torch.compiler.disable(_tell_of_attention)
+def _stand_in(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    attention = _thread.attention
+    if getattr(attention, "tells", False):
+        out: Tensor = attention(query, key, value, *args, **kwargs)
+        return out
+    names = ("attn_mask", "dropout_p", "is_causal")
+    return told(attention, query, key, value, **dict(zip(names, args, strict=False)), **kwargs)
+
+
+_watched_attention = torch.compiler.disable(_stand_in)
 
 
 @contextmanager
@@ -50,7 +60,8 @@ def watched(watcher: Watcher) -> Iterator[None]:
     """Tell `watcher` of Linears and attention on this thread.
 
     Models call attention by its name in torch.nn.functional, so that is where ours has to stand meanwhile. It is one
-    function for ever, so that blocks compiled while it stands there are not compiled again.
+    function for ever, so that blocks compiled while it stands there are not compiled again. What stands there already
+    and has the attribute ``tells`` calls `told` itself, with what it makes of query, key and value.
     """
     before, attention = getattr(_thread, "watcher", None), F.scaled_dot_product_attention
     _thread.watcher, _thread.attention = watcher, attention

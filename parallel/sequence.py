@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from offload.activations_watch import told
 from parallel.mesh import Mesh
 
 
@@ -39,6 +40,7 @@ class SequenceParallel:
         self._kernel: Any = None
         self._num_tokens = 0
         self._stand_in = torch.compiler.disable(self._attend)  # one for ever, or compiled blocks are compiled again
+        self._stand_in.tells = True
 
     @classmethod
     def of(cls, mesh: Mesh, level: str) -> "SequenceParallel":
@@ -134,7 +136,8 @@ class SequenceParallel:
         ]
         whole: Tensor = _ToHeads.apply(torch.cat(shares, dim=3), lengths, self.group)  # type: ignore[no-untyped-call]
         q, k, v = (t.transpose(1, 2) for t in whole.split(counts, dim=2))
-        out = kernel(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=counts[0] != counts[1])
+        # whoever stores activations stores what the kernel makes; what is sent to make its inputs is sent again
+        out = told(kernel, q, k, v, is_causal=is_causal, scale=scale, enable_gqa=counts[0] != counts[1])
         back: Tensor = _ToTokens.apply(  # type: ignore[no-untyped-call]
             out.transpose(1, 2), lengths, self.group, self.rank
         )
