@@ -249,8 +249,7 @@ def kill(ranks: int, device: str, root: Path, deadline: float) -> dict[str, Any]
     if device == "cuda":
         overrides += ["model.dim=1024", "model.ffn_dim=2816", "model.num_layers=12", "model.num_heads=16"]
         overrides += ["model.num_kv_heads=8", "model.head_dim=64", "train.seq_len=1024", "train.steps=200"]
-        # compiled reductions are chosen by timing them: another process, other bits
-        overrides += ["model.compile=false"]
+        overrides += ["train.deterministic=true"]
     undisturbed, broken = Run("undisturbed", root, overrides), None
     try:
         undisturbed.finish(deadline)

@@ -24,6 +24,7 @@ HARMLESS = (
     "train.micro_batch_size",
     "train.on_bad_numbers",
     "train.rewinds",
+    "train.deterministic",
     "train.loss_spike",
     "train.eval_every_steps",
     "train.eval_sequences",

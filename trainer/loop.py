@@ -32,6 +32,7 @@ from parallel.options import ParallelOptions
 from trainer import trial
 from trainer.build import Rank, build_engine, check_same_data, choose_dtype, compiles, open_snapshots, share_sequences
 from trainer.data import open_corpus
+from trainer.determinism import deterministic
 from trainer.evaluate import sample, validate
 from trainer.forecast import settle
 from trainer.job import Job
@@ -91,7 +92,12 @@ class Trainer:
     def train(self) -> Event:
         """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished``, ``stopped`` or
         ``paused``. BadNumbers, or Rewind, on every rank where ``train.on_bad_numbers`` says so."""
-        with self._opened(), attention_backends(self.where.device), self._out_of_memory_explained():
+        with (
+            deterministic(self.job.train.deterministic),
+            self._opened(),
+            attention_backends(self.where.device),
+            self._out_of_memory_explained(),
+        ):
             self.run.note("train", step=self.step)
             self._stopping = self._any(bool(self._stop_reason))
             if not self._stopping and self._any(self.where.rank == 0 and self.run.lacks_eval(self.step)):

@@ -115,6 +115,9 @@ class TrainOptions:
     """Of the initial weights, the order of the data and every other random choice."""
     dtype: str = "auto"
     """Of compute: ``bf16`` (fp32 master weights), ``fp32``, or ``auto``: bf16 on a GPU that has it, fp32 on CPU."""
+    deterministic: bool = False
+    """The same bits in every run on the same kind of GPU, also after a recovery, by kernels that take longer:
+    attention's backward adds in any order otherwise. On CPU the bits are the same without it."""
     eval_every_steps: int = 100
     """Validate after every so many steps, and at the end; 0: only at the end."""
     eval_sequences: int = 128
