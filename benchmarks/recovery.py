@@ -37,7 +37,7 @@ from report import write_report  # noqa: E402
 
 from tests.launch.supervised import SNAPSHOTS, Raylets, Run, losses  # noqa: E402
 
-PARTS = ("found", "out", "joined", "restored", "first step")
+PARTS = ("found", "out", "loaded", "joined", "restored", "first step")
 RECOVERED = re.compile(r"recovered in [\d.]+ s from \w+, step \d+: (.*)")
 ENDLESS = 1_000_000
 

@@ -151,7 +151,7 @@ class Supervisor:
         for rank, member in enumerate(ranks):
             if member.devices:
                 self._devices[self._place(rank)] = member.devices
-        self._ledger.watched.times["joined"] = time.time()
+        self._ledger.watched.times |= {"loaded": team.loaded_at, "joined": time.time()}
         self._write_team(ranks)
         return State.TRAIN
 

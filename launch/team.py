@@ -40,6 +40,8 @@ class Team:
         self.failures: dict[int, Failure] = {}
         self.results: dict[int, dict[str, Any]] = {}
         self._running: dict[Any, int] = {}
+        self.loaded_at = time.time()
+        """Unix time at which all had imported what they need."""
         self._deadline = time.monotonic() + options.start_timeout_s
         self._poll: Any = None
         self._probed = 0.0
@@ -67,6 +69,7 @@ class Team:
             self.failures[0] = Failure(cause=str(error), user=True)
         if self.failures or self._gather([member.loaded for member in self.members], "import torch") is None:
             return False
+        self.loaded_at = time.time()
         return self._join(job, overrides, known, left_behind)
 
     def _join(self, job: Job, overrides: tuple[str, ...], roster: Roster | None, left_behind: LeftBehind) -> bool:

@@ -13,6 +13,7 @@ import os
 import queue
 import signal
 import threading
+import time
 import traceback
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -327,7 +328,7 @@ def join(assignment: Assignment, store: "Store | None", interface: str | None) -
 
     if interface := interface or _interface(assignment.address):
         os.environ["GLOO_SOCKET_IFNAME"] = interface  # else gloo resolves the host's name, which may lead nowhere
-    timeout = timedelta(seconds=assignment.collective_timeout_s)
+    timeout, begin = timedelta(seconds=assignment.collective_timeout_s), time.perf_counter()
     if store is None:
         store = dist.TCPStore(assignment.host, assignment.port, is_master=False, timeout=timeout)
     on_gpu = assignment.device == "cuda"
@@ -339,8 +340,13 @@ def join(assignment: Assignment, store: "Store | None", interface: str | None) -
                 f"CUDA was in use before this process was told its GPU ({assignment.devices}): it sees "
                 f"{torch.cuda.device_count()}"
             )
+    own_s = time.perf_counter() - begin
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=assignment.rank, world_size=assignment.world, timeout=timeout)
+    whole_s = time.perf_counter() - begin
+    print(
+        f"joined as rank {assignment.rank} of {assignment.world} in {whole_s:.2f} s, {own_s:.2f} s of them for itself"
+    )
 
 
 def _interface(address: str) -> str | None:
