@@ -62,7 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif command in ("--version", "version"):
         print(f"atoll {__version__}")
     elif command in commands:
-        sys.exit(commands[command](rest))
+        try:
+            sys.exit(commands[command](rest))
+        except BrokenPipeError:  # who reads has seen enough: atoll train --help | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(1)
     else:
         sys.exit(_complain(f"there is no command {command!r}\n{USAGE}"))
 
@@ -80,7 +84,7 @@ def plan(args: list[str]) -> int:
 
 def _composed(args: list[str], act: "Act") -> int:
     """Let `act` have the config that `args` compose (or each of a sweep); what was typed wrong is one sentence."""
-    from launch.answers import explain, reject_flags, spell_out
+    from launch.answers import explain, flags_first, reject_flags, spell_out
     from launch.config import register, reject_hidden_presets
 
     if "--help" in args or "-h" in args:
@@ -90,7 +94,7 @@ def _composed(args: list[str], act: "Act") -> int:
         return 0
     try:
         reject_flags(args)
-        args = spell_out(args)
+        args = spell_out(flags_first(args))
         reject_hidden_presets(_user_folders(args))
         register()
         return _run_hydra(args, act)

@@ -191,6 +191,8 @@ def _noted(config: Config) -> Iterator[None]:
 
 
 def _ended(result: dict[str, Any], stop: Stop) -> Report:
+    if result.get("unsaved") and stop.signal != signal.SIGTERM:
+        return Report(status="failed", exit_code=1, result=result)
     if result.get("status") != "stopped":
         return Report(status="finished", exit_code=0, result=result)
     return Report(status="stopped", exit_code=EXIT_RESUMABLE if stop.signal == signal.SIGTERM else 0, result=result)

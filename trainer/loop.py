@@ -350,7 +350,8 @@ class Trainer:
             self.snapshots.close(dropped=True)
         if error := self.checkpoints.error():
             text += f"\nits last steps are lost: {error}"
-        end = {"type": "end", "status": "finished" if finished else "stopped", "step": self.step, "text": text}
+        status, unsaved = "finished" if finished else "stopped", error is not None
+        end = {"type": "end", "status": status, "step": self.step, "unsaved": unsaved, "text": text}
         self.run.note("end", status=end["status"], step=self.step)
         self._event(end)
         self.run.draw()
