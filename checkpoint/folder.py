@@ -49,12 +49,12 @@ class Folder:
             return
         try:
             os.makedirs(self.path, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
+            with tempfile.TemporaryFile(dir=self.path, buffering=0) as file:
+                file.write(bytes(PAGE_BYTES))
         except OSError as error:
             raise ValueError(
-                f"checkpoint.url={self.path}: cannot be written there ({error.strerror}: {error.filename}); choose "
-                f"another folder or URL"
+                f"checkpoint.url={self.path}: cannot be written there ({error.strerror}: "
+                f"{error.filename or self.path}); choose another folder or URL"
             ) from error
 
     @property

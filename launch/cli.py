@@ -87,7 +87,7 @@ def _composed(args: list[str], act: "Act") -> int:
     from launch.answers import explain, flags_first, reject_flags, spell_out
     from launch.config import register, reject_hidden_presets
 
-    if "--help" in args or "-h" in args:
+    if _asks_help(args):
         from launch.keys import describe
 
         print(describe())
@@ -168,6 +168,9 @@ def _name_in_sweep(config: "Config") -> "Config":
 
 def export(args: list[str]) -> int:
     """Write a run's checkpoint as safetensors; the exit code."""
+    if _asks_help(args):
+        print(EXPORT_USAGE)
+        return 0
     given = {key.lstrip("-"): value for key, _, value in (arg.partition("=") for arg in args)}
     unknown = given.keys() - {"run", "to", "step", "dtype"}
     if unknown or not given.get("run") or not given.get("to") or not given.get("step", "0").isdigit():
@@ -196,9 +199,10 @@ def submit(args: list[str]) -> int:
 
 def report(args: list[str]) -> int:
     """Print what became of a run; the exit code."""
+    from launch.report import USAGE as usage
     from launch.report import report as make
 
-    return _printed(make, args)
+    return _printed(make, args, usage)
 
 
 def chaos(args: list[str]) -> int:
@@ -206,18 +210,19 @@ def chaos(args: list[str]) -> int:
     from launch.chaos import USAGE as usage
     from launch.chaos import chaos as act
 
-    if not args or "--help" in args or "-h" in args:
-        print(usage)
-        return 0
-    return _printed(act, args)
+    return _printed(act, args or ["--help"], usage)
 
 
-def _printed(act: Callable[[list[str]], str], args: list[str]) -> int:
+def _printed(act: Callable[[list[str]], str], args: list[str], usage: str) -> int:
     try:
-        print(act(args))
+        print(usage if _asks_help(args) else act(args))
     except ValueError as error:
         return _complain(str(error))
     return 0
+
+
+def _asks_help(args: list[str]) -> bool:
+    return "--help" in args or "-h" in args
 
 
 def _user_folders(args: list[str]) -> list[Path]:

@@ -26,7 +26,7 @@ from launch.failures import FILE, FailureRecord
 from launch.report import show_failures
 from launch.worker import Failed, Failure, check_device, describe, take_cores
 from trainer import timeline
-from trainer.run import run_path
+from trainer.run import check_free, run_path
 
 if TYPE_CHECKING:
     from launch.policy import ScalingPolicy
@@ -109,6 +109,7 @@ def run(config: Config, overrides: Sequence[str] = (), stream: TextIO | None = N
 
 
 def _run(config: Config, overrides: tuple[str, ...], stream: TextIO, stop: Stop) -> Report:
+    check_free(config)
     if config.launch.address is not None:
         probe(config.launch.address, config.launch.start_timeout_s)
         from launch.cluster import connected, machines

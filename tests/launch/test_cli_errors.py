@@ -69,6 +69,12 @@ def test_help_lists_presets_and_keys(atoll) -> None:
     assert "Sequences in one forward" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["plan", "export", "submit", "report", "chaos"])
+def test_help_of_a_command(atoll, command: str) -> None:
+    done = atoll(command, "--help")
+    assert done.returncode == 0 and f"atoll {command}" in done.stdout
+
+
 def test_version(atoll) -> None:
     assert atoll("--version").stdout.startswith("atoll 0.")
 
