@@ -321,7 +321,7 @@ class Supervisor:
 
     def _see(self, event: Event) -> None:
         self._watched.see(event)
-        if event["type"] in ("step", "end") and not self._stepped:  # or it was stopped before its next step
+        if event["type"] == "step" and not self._stepped:
             self._stepped = True
             self._watched.times["first step"] = time.time()
             self._finish_records(time.time())
