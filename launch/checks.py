@@ -92,11 +92,10 @@ def check(config: Config, crew: Crew) -> Config:
     """Everything that can be known before the start. Returns the config with ``parallel.levels`` filled in."""
     from trainer.run import check_run
 
-    parallel = _check_levels(config, crew)
-    config = replace(config, parallel=parallel)
+    _check_engine(config)
+    config = replace(config, parallel=_check_levels(config, crew))
     config.micro_batches(crew.workers)
     _check_numbers(config)
-    _check_engine(config, config.parallel)
     _check_offload(config)
     _check_checkpoint(config.checkpoint, crew)
     if config.launch.address is None:
@@ -168,8 +167,9 @@ def _check_sequence(config: Config, size: int) -> None:
         )
 
 
-def _check_engine(job: Job, parallel: ParallelOptions) -> None:
+def _check_engine(job: Job) -> None:
     """A setting that an engine cannot express would be ignored, and that is an error."""
+    parallel = job.parallel
     if job.engine == "native":
         return
     possible = BASELINE_PLACEMENTS[job.engine]

@@ -43,6 +43,7 @@ from trainer.out_of_memory import explained
 from trainer.plan import describe
 from trainer.progress import Progress
 from trainer.pulse import Pulse
+from trainer.resume import check_source
 from trainer.run import RunFolder
 from trainer.schedule import learning_rate
 
@@ -233,6 +234,7 @@ class Trainer:
             dtype=dtype,
             device=where.device,
         )
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._flops_per_token = model.flops_per_token(job.train.seq_len)
         self._peak_flops = peak_flops(where.device, dtype)
         self.sequence = share_sequences(job, model, where)
@@ -294,11 +296,7 @@ class Trainer:
 
     def _load(self, reader: CheckpointReader | SnapshotReader) -> None:
         job, where = self.job, self.where
-        if reader.meta["data"] != self.corpus.fingerprint and job.run.on_change == "refuse":
-            raise ValueError(
-                f"the data is not what the run {job.run_name} was trained on until step {reader.step}: files behind "
-                f"data.source={job.data.source} have changed; bring them back, or go on with run.on_change=accept"
-            )
+        check_source(reader, self.run, self.corpus.fingerprint, self._shapes)
         self.engine.load(reader.read, moments=True)
         self.step = reader.meta["step"]
         self.engine.updates = reader.meta.get("updates", self.step)

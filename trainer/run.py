@@ -176,6 +176,10 @@ class RunFolder:
         header = f"# overrides: {' '.join(self.overrides)}\n" if self.overrides else ""
         replace_file(self.path / "config.yaml", header + OmegaConf.to_yaml(OmegaConf.create(as_plain(self.job))))
 
+    def in_use(self) -> bool:
+        """Whether anything was done in it, by this process or one before."""
+        return _in_use(self.path)
+
     def resume_step(self, steps: Sequence[int]) -> int | None:
         """Which of the committed checkpoints to go on from, as ``run.resume`` says; None: from the beginning."""
         asked, there = self.job.run.resume, ", ".join(str(step) for step in sorted(steps)) or "none"

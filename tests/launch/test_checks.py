@@ -199,3 +199,17 @@ def test_what_would_be_ignored_or_refused_by_the_ranks(change: dict, words: str,
     config = replace(Config(run=RunOptions(root=str(tmp_path))), **change)
     with pytest.raises(ValueError, match=words):
         check(config, Crew(2, 1, "cpu"))
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
+def test_another_engine_with_what_it_has(engine: str, tmp_path: Path) -> None:
+    config = Config(engine=engine, run=RunOptions(root=str(tmp_path)))
+    assert check(config, Crew(2, 1, "cpu")).engine == engine
+
+
+def test_levels_that_an_engine_does_not_read(tmp_path: Path) -> None:
+    config = Config(
+        engine="deepspeed", parallel=ParallelOptions(levels={"node": 2}), run=RunOptions(root=str(tmp_path))
+    )
+    with pytest.raises(ValueError, match="parallel.levels is not read by engine=deepspeed"):
+        check(config, Crew(2, 1, "cpu"))

@@ -1,0 +1,52 @@
+"""Whether a run may go on from what was saved: it must be of the same model, training and data."""
+
+from collections.abc import Mapping
+
+from checkpoint import CheckpointReader
+from checkpoint.snapshot_reader import SnapshotReader
+from offload.state import MASTER
+from trainer.changes import as_plain, changes, show
+from trainer.run import RunFolder
+
+
+def check_source(
+    reader: CheckpointReader | SnapshotReader, run: RunFolder, data: str, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """ValueError where `run` cannot go on from `reader`, or may not without ``run.on_change=accept``.
+
+    data: the corpus' fingerprint. shapes: of the model's parameters, by name.
+    """
+    job = run.job
+    _check_shapes(reader, run, shapes)
+    if job.run.on_change == "accept":
+        return
+    if reader.meta["data"] != data:
+        raise ValueError(
+            f"the data is not what the run {job.run_name} was trained on until step {reader.step}: files behind "
+            f"data.source={job.data.source} have changed; bring them back, or go on with run.on_change=accept"
+        )
+    training, _ = ([], []) if run.in_use() else changes(reader.meta["config"], as_plain(job))
+    if training:
+        raise ValueError(
+            f"the checkpoints in {run.checkpoint_url} are of a run that was started with other options (then -> now):\n"
+            f"{show(training)}\n"
+            f"choose another checkpoint.url=, or go on from them with the new options by run.on_change=accept"
+        )
+
+
+def _check_shapes(
+    reader: CheckpointReader | SnapshotReader, run: RunFolder, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """State is read by ranges of elements: those of a tensor of another shape would be taken for the parameter's."""
+    there = {name: reader.shape(name, MASTER) for name in reader.names() if MASTER in reader.kinds(name)}
+    for name in sorted({*shapes, *there}):
+        if there.get(name) != shapes.get(name):
+            raise ValueError(
+                f"step {reader.step} of {run.checkpoint_url} is of another model, whose {name} is "
+                f"{_size(there.get(name))}, where model.* asks for {_size(shapes.get(name))}; set the options of the "
+                f"model as they were, or choose another run.name= or checkpoint.url="
+            )
+
+
+def _size(shape: tuple[int, ...] | None) -> str:
+    return "not there" if shape is None else " x ".join(map(str, shape))
