@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 BASELINE_PLACEMENTS = {"fsdp2": ("ddp", "zero2", "zero3", "hsdp"), "deepspeed": ("zero1", "zero2", "zero3")}
 """What one sharding for parameters, gradients and optimizer states (FSDP2), or a ZeRO stage, can express."""
 
+UNREAD = {"fsdp2": ("overlap",), "deepspeed": ("overlap", "prefetch_units")}
+"""Options that would change nothing."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -187,6 +190,11 @@ def _check_engine(job: Job) -> None:
         raise ValueError(
             f"offload.states and offload.weights need engine=native; engine={job.engine} does not read them"
         )
+    for key in UNREAD[job.engine]:
+        if getattr(parallel, key) != getattr(ParallelOptions, key):
+            raise ValueError(
+                f"parallel.{key}={getattr(parallel, key)} needs engine=native; engine={job.engine} does not read it"
+            )
     if parallel.candidates:
         raise ValueError(f"parallel.candidates need engine=native; engine={job.engine} does not try placements")
     if parallel.sequence:

@@ -207,6 +207,12 @@ def test_another_engine_with_what_it_has(engine: str, tmp_path: Path) -> None:
     assert check(config, Crew(2, 1, "cpu")).engine == engine
 
 
+def test_overlap_of_an_engine_that_has_its_own(tmp_path: Path) -> None:
+    config = Config(engine="fsdp2", parallel=ParallelOptions(overlap=False), run=RunOptions(root=str(tmp_path)))
+    with pytest.raises(ValueError, match="parallel.overlap=False needs engine=native"):
+        check(config, Crew(2, 1, "cpu"))
+
+
 def test_levels_that_an_engine_does_not_read(tmp_path: Path) -> None:
     config = Config(
         engine="deepspeed", parallel=ParallelOptions(levels={"node": 2}), run=RunOptions(root=str(tmp_path))
