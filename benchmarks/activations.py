@@ -114,40 +114,39 @@ def measure(mode: str, make: Callable[[], Stack], x: Tensor, grad: Tensor, args:
 
 
 def kernel_limit_s(options: LlamaOptions, num_layers: int, x: Tensor, repeats: int) -> float:
-    """Seconds of the products and attention of `num_layers` blocks alone, forward and backward."""
+    """Seconds of the products and attention of `num_layers` blocks alone, forward and backward, one block after the
+    other: a GPU has another clock in a short burst."""
     tokens, device, o = x.size(1), x.device, options
     width = (o.num_heads + 2 * o.num_kv_heads) * o.head_dim
     shapes = [(o.dim, width), (o.num_heads * o.head_dim, o.dim), (o.dim, 2 * o.ffn_dim), (o.ffn_dim, o.dim)]
 
-    def seconds(call: Callable[[], Any]) -> float:
-        taken = []
-        for _ in range(repeats + 1):
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - start)
-        return min(taken[1:])
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=torch.bfloat16)
 
-    total = 0.0
-    for rows, columns in shapes:
-        weight = torch.randn(columns, rows, device=device, dtype=torch.bfloat16) * 0.02
-        a = torch.randn(tokens, rows, device=device, dtype=torch.bfloat16)
-        g = torch.randn(tokens, columns, device=device, dtype=torch.bfloat16)
-        total += seconds(lambda a=a, w=weight, g=g: (a @ w.t(), g @ w, g.t() @ a))  # type: ignore[misc]
-        del weight, a, g
-    q, k, v = (
-        torch.randn(1, tokens, n, o.head_dim, device=device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
-        for n in (o.num_heads, o.num_kv_heads, o.num_kv_heads)
-    )
+    products = [
+        (random(tokens, rows), random(columns, rows) * 0.02, random(tokens, columns)) for rows, columns in shapes
+    ]
+    heads = (o.num_heads, o.num_kv_heads, o.num_kv_heads)
+    q, k, v = (random(1, tokens, n, o.head_dim).transpose(1, 2).requires_grad_() for n in heads)
 
-    def attend() -> None:
+    def block() -> None:
+        for a, weight, grad in products:
+            _ = a @ weight.t(), grad @ weight, grad.t() @ a
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=o.num_heads != o.num_kv_heads)
         torch.autograd.grad(out, (q, k, v), out.detach())
 
-    return num_layers * (total + seconds(attend))
+    def seconds(num: int) -> float:
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(num):
+            block()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds(1)
+    return statistics.median(seconds(num_layers) for _ in range(repeats))
 
 
 def main() -> None:
@@ -171,7 +170,7 @@ def main() -> None:
     modes = args.only or ["keep", "checkpoint", "save_on_cpu", "recompute", *swaps, "auto"]
     rows: list[dict[str, Any]] = []
     with attention_backends(device):
-        limit_s = kernel_limit_s(options, num_layers, x, args.steps)
+        limit_s = kernel_limit_s(options, num_layers, x, 2)
         for mode in modes:
             torch._dynamo.reset()
             make = partial(Stack, options, num_layers, args.tokens, device)

@@ -26,7 +26,8 @@ from one_run import options as options_of  # noqa: E402
 from offload.activations import ActivationOptions, Activations, describe  # noqa: E402
 from offload.activations_memory import link_bytes_per_s, spare_bytes  # noqa: E402
 from offload.activations_plan import Choice, choose  # noqa: E402
-from offload.device import host_available_bytes, peak_flops  # noqa: E402
+from offload.arena import capacity_bytes  # noqa: E402
+from offload.device import peak_flops  # noqa: E402
 from offload.options import OffloadOptions  # noqa: E402
 from trainer.models.attention import attention_backends  # noqa: E402
 
@@ -161,7 +162,7 @@ def sweep(spec: Spec) -> None:
         for _ in range(4):
             once()
         costs, kept = swap.costs(), [c for c in swap.choices if c.mode == "keep"]
-        rate, most = link_bytes_per_s(device), int(0.8 * host_available_bytes())
+        rate, most = link_bytes_per_s(device), int(0.8 * capacity_bytes())
         # what `auto` does where no memory is left over on the device, or it would keep all of so few blocks
         auto = choose(costs, link_bytes_per_s=rate, host_bytes=most, keep_last=0) + kept
         found: Spec = {"model": spec["model"], "layers": num_layers, "tokens": tokens, "limit_s": round(limit_s, 4)}

@@ -249,9 +249,8 @@ def kill(ranks: int, device: str, root: Path, deadline: float) -> dict[str, Any]
     if device == "cuda":
         overrides += ["model.dim=1024", "model.ffn_dim=2816", "model.num_layers=12", "model.num_heads=16"]
         overrides += ["model.num_kv_heads=8", "model.head_dim=64", "train.seq_len=1024", "train.steps=200"]
-        overrides += [
-            "model.compile=false"
-        ]  # compiled reductions are chosen by timing them: another process, other bits
+        # compiled reductions are chosen by timing them: another process, other bits
+        overrides += ["model.compile=false"]
     undisturbed, broken = Run("undisturbed", root, overrides), None
     try:
         undisturbed.finish(deadline)
@@ -282,6 +281,7 @@ def _killed(undisturbed: Run, broken: Run, deadline: float) -> dict[str, Any]:
         "name": f"rank {victim['rank']} killed after step {before}",
         "next_step_after_s": back_s,
         "failures": [json.loads(record) for record in records],
+        "took": next((line for line in broken.log.read_text().splitlines() if line.startswith("recovered in")), None),
         "bitwise": losses[0] == losses[1],
         "steps": len(losses[1]),
         "ok": losses[0] == losses[1] and len(losses[0]) > 20,
@@ -297,10 +297,11 @@ def long(ranks: int, root: Path, deadline: float, model: str, first: int) -> Ite
             f"{model}-{seq_len}", root,
             [
                 f"model={model}", f"launch.workers={ranks}", "launch.device=cuda", "parallel=zero3", "offload=host",
-                f"parallel.levels={{gpu: {ranks}}}", "parallel.sequence=gpu", "offload.activations=auto",
-                f"train.seq_len={seq_len}", "train.steps=3", "train.global_batch_size=1", "train.eval_every_steps=0",
-                "train.sample_tokens=0", "train.eval_sequences=1", "train.dtype=bf16", "data.valid_fraction=0.02",
-                "logger.tensorboard=false", "logger.plot=false",
+                f"parallel.levels={{gpu: {ranks}}}", "parallel.sequence=gpu", "offload.predict=false",
+                "offload.activations=swap", "offload.activations.alpha=0", f"train.seq_len={seq_len}", "train.steps=3",
+                "train.global_batch_size=1", "train.eval_every_steps=0", "train.sample_tokens=0",
+                "train.eval_sequences=0", "train.dtype=bf16", "data.valid_fraction=0.02", "logger.tensorboard=false",
+                "logger.plot=false",
             ],
         )  # fmt: skip
         try:
@@ -353,7 +354,7 @@ def show(row: dict[str, Any]) -> str:
         verdict = "ok" if row["ok"] else "WRONG"
         return f"{head} {verdict:6} loss {row['loss_error']:.1e} weights {row['weights_error']:.1e}"
     if row["section"] == "kill":
-        return f"{head} next step after {row['next_step_after_s']:.2f} s, bitwise {row['bitwise']}"
+        return f"{head} next step after {row['next_step_after_s']:.2f} s, bitwise {row['bitwise']}; {row['took']}"
     figures = f"{row['step_s']:8.3f} s {row['tokens_per_s_a_gpu']:8.0f} tokens/s a GPU"
     figures += f"  MFU {100 * row['mfu']:.1f}%" if row.get("mfu") else ""
     if "exposed_s" in row:

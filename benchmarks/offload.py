@@ -27,6 +27,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from in_memory import run  # noqa: E402
 from one_run import baseline, command  # noqa: E402
+from report import gpu_watched, write_report  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,6 @@ def main() -> None:
         print("\n".join(f"{item.key:36} {item.steps:3} steps, at most {item.limit_s:.0f} s" for item in chosen(args)))
         return
     import torch
-    from report import write_report
 
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     begin = time.perf_counter()
@@ -177,7 +177,11 @@ def main() -> None:
         left_s = args.budget_s - (time.perf_counter() - begin)
         limit_s = min(args.timeout_s or item.limit_s, left_s)
         started_s = time.perf_counter()
-        found = start(item, args, limit_s) if left_s >= LEAST_S else {"skipped": f"{left_s:.0f} s of the budget left"}
+        with gpu_watched() as clock:
+            found = (
+                start(item, args, limit_s) if left_s >= LEAST_S else {"skipped": f"{left_s:.0f} s of the budget left"}
+            )
+        found |= clock
         row = {"case": item.case, "name": item.name, **found, "run_s": round(time.perf_counter() - started_s, 1)}
         rows.append(row)
         print(f"{item.key:36} {row['run_s']:5.0f} s  {json.dumps(found)}", flush=True)

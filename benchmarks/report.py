@@ -2,7 +2,11 @@
 
 import json
 import platform
+import statistics
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,3 +24,29 @@ def write_report(path: str, hardware: str, rows: list[dict[str, Any]]) -> None:
         "rows": rows,
     }
     Path(path).write_text(json.dumps(report, indent=1) + "\n")
+
+
+@contextmanager
+def gpu_watched() -> Iterator[dict[str, float]]:
+    """A dict that has, when the context ends, the clock and the power of GPU 0 while it was busy: medians of a sample a
+    second by nvidia-smi. A GPU that is hot or short of power slows down by itself, and figures are to say so. Empty
+    where there is no nvidia-smi."""
+    found: dict[str, float] = {}
+    query = ["nvidia-smi", "-i", "0", "--query-gpu=utilization.gpu,clocks.sm,power.draw"]
+    try:
+        watch = subprocess.Popen(
+            [*query, "--format=csv,noheader,nounits", "-lms", "1000"], stdout=subprocess.PIPE, text=True
+        )
+    except FileNotFoundError:
+        yield found
+        return
+    try:
+        yield found
+    finally:
+        watch.terminate()
+        lines, _ = watch.communicate()
+        samples = [line.split(",") for line in lines.splitlines() if line.count(",") == 2]
+        busy = [(float(mhz), float(watts)) for load, mhz, watts in samples if float(load) >= 50]
+        if busy:
+            found["sm_MHz"] = statistics.median(mhz for mhz, _ in busy)
+            found["gpu_W"] = statistics.median(watts for _, watts in busy)

@@ -214,7 +214,12 @@ def _check_engine(job: Job) -> None:
 
 
 def _check_numbers(job: Job) -> None:
-    """What cannot be undone before a step is accepted."""
+    """What a bad step needs: to be undone before it is accepted, or a version before it to go back to."""
+    if job.train.on_bad_numbers == "rewind" and not (job.checkpoint.every_steps or job.checkpoint.snapshots):
+        raise ValueError(
+            "train.on_bad_numbers=rewind needs something to go back to: set checkpoint.snapshot_every_steps or "
+            "checkpoint.every_steps"
+        )
     if job.train.on_bad_numbers != "skip":
         return
     if job.engine == "deepspeed":

@@ -1,10 +1,9 @@
 """Runs a job: in this process when it has one worker, else on Ray, under a `Supervisor` that recovers from failures.
 
-The driver holds no state of the training. One worker in this process needs no supervisor: what ends it ends the driver,
-and the same command goes on from what is in memory or storage. Threads: all here is the main thread's. The
-first SIGINT or SIGTERM asks every rank to stop after the step at hand, which the ranks agree on among themselves; the
-second ends everything at once. A SIGTERM is always answered by a resumable end: at once where no training has begun,
-so that nothing can be lost, and at the latest after ``launch.notice_s``.
+The driver holds no state of the training. Threads: all here is the main thread's. The first SIGINT or SIGTERM asks
+every rank to stop after the step at hand, which the ranks agree on among themselves; the second ends everything at
+once. A SIGTERM is always answered by a resumable end: at once where no training has begun, so that nothing can be lost,
+and at the latest after ``launch.notice_s``.
 """
 
 import os
@@ -149,19 +148,21 @@ def _run_here(config: Config, crew: Crew, overrides: tuple[str, ...], stream: Te
     threads = take_cores(crew.device, config.launch.threads, 1)
     import torch
 
-    from trainer.loop import Trainer
+    from launch.alone import WHERE, Alone
     from trainer.progress import Progress
 
     torch.set_num_threads(threads)
     show = Progress(config.train.steps, stream, config.logger.every_steps).show
     try:
         check_device(crew.device)
-        trainer = Trainer(config.job(), emit=show, overrides=overrides)
-        stop.act = trainer.request_stop
-        with _noted(config):
-            return _ended(trainer.train(), stop)
-    except Exception as error:
-        return _failed(0, "this machine", describe(error))
+    except ValueError as error:
+        return _failed(0, WHERE, describe(error))
+    alone = Alone(config, overrides, show)
+    stop.act = alone.request_stop
+    with _noted(config):
+        outcome = alone.run()
+        _show_failures(config, stream)
+    return _failed(0, WHERE, outcome) if isinstance(outcome, Failure) else _ended(outcome, stop)
 
 
 def _run_on_ray(scaling: "ScalingPolicy", overrides: tuple[str, ...], stream: TextIO, stop: Stop) -> Report:
@@ -173,11 +174,15 @@ def _run_on_ray(scaling: "ScalingPolicy", overrides: tuple[str, ...], stream: Te
     show = Progress(config.train.steps, stream, config.logger.every_steps).show
     with _noted(config), Supervisor(scaling, config.launch, overrides, show) as supervisor:
         outcome = supervisor.run(lambda: setattr(stop, "act", supervisor.request_stop))
-        if failures := FailureRecord.read(run_path(config) / FILE):
-            print(show_failures(failures), file=stream)
+        _show_failures(config, stream)
         if isinstance(outcome, Failed):
             return _failed(outcome.rank, f"node {outcome.node}", outcome.failure)
         return _ended(outcome, stop)
+
+
+def _show_failures(config: Config, stream: TextIO) -> None:
+    if failures := FailureRecord.read(run_path(config) / FILE):
+        print(show_failures(failures), file=stream)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ class FailureRecord:
     restored_from: Source | None
     """None where it was given up."""
     step: int
-    """Steps that were done when it failed."""
+    """Steps that were done when the ranks stopped for it."""
     resumed_step: int | None
     steps_lost: int | None
     recover_s: float | None

@@ -97,14 +97,19 @@ def _listens(each: socket.socket) -> bool:
 
 def leave() -> None:
     """Destroy all groups of this process, and let go of what was bound to them."""
+    from torch import distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        free_memory()
+
+
+def free_memory() -> None:
+    """Of a trainer that has ended."""
     import gc
 
     import torch
-    from torch import distributed as dist
 
-    if not dist.is_initialized():
-        return
-    dist.destroy_process_group()
     gc.collect()  # models and their hooks hold each other
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

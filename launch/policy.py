@@ -13,12 +13,14 @@ RESET_STEPS = 100
 
 @dataclass
 class FailurePolicy:
-    """Two budgets: failures, and preemptions, which are not the job's fault."""
+    """Three budgets: failures, preemptions, which are not the job's fault, and ways back from bad numbers."""
 
     max_failures: int
     max_preemptions: int
+    max_rewinds: int
     _failures: int = 0
     _preemptions: int = 0
+    _rewinds: int = 0
     _last: tuple[str, int] = ("", -1)
     _last_step: int = 0
 
@@ -27,16 +29,21 @@ class FailurePolicy:
 
         step: how many are done. moved: whether one of them was done since the driver started.
         """
-        own = failure.kind in ("error", "numbers") and not failure.symptom
+        rewinds = failure.next_batch is not None  # it goes on with other data
+        own = failure.kind in ("error", "numbers") and not failure.symptom and not rewinds
         if own and not moved:
             return "it came before the first step, and would come again"
         if own and (failure.cause, step) == self._last:
             return f"the same came twice after {step} steps"
         self._last = failure.cause, step
         if step - self._last_step >= RESET_STEPS:
-            self._failures = self._preemptions = 0
+            self._failures = self._preemptions = self._rewinds = 0
         self._last_step = step
-        if failure.kind == "preemption":
+        if rewinds:
+            self._rewinds += 1
+            if self._rewinds > self.max_rewinds:
+                return _spent("rewind", "train.rewinds", self.max_rewinds)
+        elif failure.kind == "preemption":
             self._preemptions += 1
             if self._preemptions > self.max_preemptions:
                 return _spent("preemption", "launch.max_preemptions", self.max_preemptions)

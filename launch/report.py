@@ -6,6 +6,7 @@ standing for checkpoints, and the time in which nothing ran at all.
 """
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from trainer.loggers import read_lines
 from trainer.progress import duration
 
 WHAT_COLUMNS = 90
+WORDS = {"numbers": "bad numbers"}
+"""What a cause is called where its name alone says too little."""
 USAGE = "atoll report [run.name=<run>] [run.root=runs]"
 
 
@@ -160,7 +163,8 @@ def show_failures(failures: list[FailureRecord], num_broken: int = 0) -> str:
     head = ("when", "cause", "found", "from", "step", "lost", "next step", "world", "what")
     table = [head, *(_row(record) for record in failures)]
     widths = [max(len(row[column]) for row in table) for column in range(len(head) - 1)]
-    lines = [f"failures {len(failures)}{broken}"]
+    causes = Counter(WORDS.get(record.cause, record.cause) for record in failures)
+    lines = [f"failures {len(failures)} ({', '.join(f'{cause} {count}' for cause, count in causes.items())}){broken}"]
     for row in table:
         cells = [cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)]
         lines.append("  " + "  ".join(cells).rstrip())
@@ -175,7 +179,7 @@ def _row(record: FailureRecord) -> tuple[str, ...]:
     where = f"rank {record.rank}" if record.rank is not None else f"node {record.node}"
     return (
         when,
-        record.cause,
+        WORDS.get(record.cause, record.cause),
         f"after {_time(record.found_s)}",
         record.restored_from or "-",
         str(record.step),

@@ -24,7 +24,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,7 +33,8 @@ import ray
 from checkpoint.roster import Roster
 from launch import member as members
 from launch.checks import Crew
-from launch.failures import FILE, TEAM_FILE, Cause, FailureRecord, Source
+from launch.failures import TEAM_FILE, Cause
+from launch.ledger import Ledger
 from launch.member import Member
 from launch.options import LaunchOptions
 from launch.places import Node, Places, draining, gone, is_there
@@ -42,7 +43,7 @@ from launch.team import Team
 from launch.worker import Event, Failed, Failure
 from trainer.job import Job
 from trainer.loggers import replace_file
-from trainer.run import run_id, run_path
+from trainer.run import LeftBehind, run_id, run_path
 
 REPLACE_S = 1.0
 """How long a node that takes the place of a lost one is waited for; then the job goes on with fewer."""
@@ -64,41 +65,6 @@ class State(enum.Enum):
     FINISH = "finish"
 
 
-@dataclass
-class Watched:
-    """What the events say of the run."""
-
-    step: int = 0
-    """Steps that are done."""
-    moved: bool = False
-    """Whether one was done since the driver started."""
-    last_sign: float = field(default_factory=time.time)
-    """Unix time of the last event."""
-    restored: tuple[Source, int] = ("start", 0)
-    """Where the ranks of this start have their state from, and of which step."""
-    restored_once: bool = False
-    times: dict[str, float] = field(default_factory=dict)
-    """Of the last recovery: Unix times of what was reached."""
-
-    def see(self, event: Event) -> None:
-        self.last_sign = time.time()
-        if event["type"] == "resumed":
-            self.restored, self.step = (event["from"], event["step"]), event["step"]
-            self.restored_once = True
-            self.times["restored"] = self.last_sign
-        elif event["type"] == "step":
-            self.step, self.moved = event["step"] + 1, True
-
-    def breakdown(self) -> str:
-        """``out 0.4 s, joined 0.9 s, …``: how long each part of the recovery took, in order."""
-        parts, before = [], self.times["found"]
-        for name, at in self.times.items():
-            if name != "found":
-                parts.append(f"{name} {at - before:.2f} s")
-            before = at
-        return ", ".join(parts)
-
-
 class Supervisor:
     """Leaving the context ends all processes and gives the nodes back."""
 
@@ -106,10 +72,11 @@ class Supervisor:
         self, scaling: ScalingPolicy, options: LaunchOptions, overrides: tuple[str, ...], show: Callable[[Event], None]
     ) -> None:
         self._scaling, self._options, self._overrides, self._show = scaling, options, overrides, show
-        self._budget = FailurePolicy(options.max_failures, options.max_preemptions)
         self.crew: Crew = scaling.wanted
         self._job: Job = scaling.config(self.crew).job()
+        self._budget = FailurePolicy(options.max_failures, options.max_preemptions, self._job.train.rewinds)
         self._folder = run_path(self._job)
+        self._ledger = Ledger(self._folder, self._say)
         self._places = Places(self.crew)
         self._nodes: list[Node] = []
         self._ranks: list[Member | None] = []
@@ -122,13 +89,10 @@ class Supervisor:
         self._leaving: set[Node] = set()
         self._team: Team | None = None
         self._generation = 0
-        self._newest_stored: int | None = None
-        self._watched = Watched()
-        self._records: list[FailureRecord] = []
-        """Of failures that are not recovered from yet."""
+        self._left_behind = LeftBehind()
         self._looked = 0.0
         self._stop_reason: str | None = None
-        self._stop_told = self._stepped = self._pausing = False
+        self._stop_told = self._pausing = False
         self._spent: Failed | None = None
         """Why the job ends at the pause that was asked for."""
         self._outcome: dict[str, Any] | Failed | None = None
@@ -175,19 +139,19 @@ class Supervisor:
 
     def _start(self) -> State:
         self._generation += 1
-        self._stop_told = self._stepped = self._pausing = False
-        self._watched.restored = "start", 0
+        self._stop_told = self._pausing = False
+        self._ledger.watched.starts()
         ranks = [member or self._fill(rank) for rank, member in enumerate(self._ranks)]
         self._ranks = list(ranks)
         self._team = team = Team(ranks, self.crew, self._options)
-        if not team.assemble(self._job, self._overrides, self._roster, self._newest_stored):
+        if not team.assemble(self._job, self._overrides, self._roster, self._left_behind):
             if self._generation == 1:
                 _complain(team)
             return State.DIAGNOSE
         for rank, member in enumerate(ranks):
             if member.devices:
                 self._devices[self._place(rank)] = member.devices
-        self._watched.times["joined"] = time.time()
+        self._ledger.watched.times["joined"] = time.time()
         self._write_team(ranks)
         return State.TRAIN
 
@@ -199,20 +163,22 @@ class Supervisor:
         self._outcome = self._team.results[0]
         if self._outcome["status"] != "paused":
             return State.FINISH
-        self._watched.times["out"] = time.time()
+        self._ledger.ended()
+        self._ledger.watched.times["out"] = time.time()
         if self._spent:
-            self._finish_records(None)
+            self._ledger.give_up()
             self._outcome = self._spent
             return State.FINISH
         return State.RECOVER
 
     def _diagnose(self) -> State:
-        team, watched = self._team, self._watched
+        team, watched = self._team, self._ledger.watched
         assert team is not None
         watched.times = {"found": time.time()}
         last_sign = watched.last_sign
         team.leave(self._see)
         watched.step = max(watched.step, _logged_steps(self._folder / "metrics.jsonl"))
+        self._ledger.ended()
         watched.times["out"] = time.time()
         for rank, failure in team.failures.items():
             if failure.kind in DEAD and not failure.symptom:
@@ -221,9 +187,11 @@ class Supervisor:
                     members.end(team.members[rank])
         rank = min(team.failures, key=lambda rank: _precedence(team.failures[rank]))  # of equals the first found
         failure, node = team.failures[rank], team.members[rank].node
-        self._record(failure, rank, node, found_s=watched.times["found"] - last_sign)
+        self._ledger.failed(failure, rank, node.address, self.crew.workers, found_s=watched.times["found"] - last_sign)
+        if failure.next_batch is not None:
+            self._left_behind = replace(self._left_behind, batches_before=failure.next_batch)
         if why := self._budget.give_up(failure, watched.step, watched.moved):
-            self._finish_records(None)
+            self._ledger.give_up()
             self._outcome = Failed(rank=rank, node=node.address, failure=_with(failure, why))
             return State.FINISH
         if failure.kind == "hang" and failure.trace:
@@ -248,7 +216,7 @@ class Supervisor:
             self._say(f"no nodes are left to go on with: waiting {wait_s:g} s for others (launch.start_timeout_s)")
             there += self._places.take(self._scaling.wanted.nodes - len(there), wait_s)
             if (crew := self._scaling.crew(len(there))) is None:
-                self._finish_records(None)
+                self._ledger.give_up()
                 self._outcome = Failed(rank=0, node="none", failure=Failure(cause="no nodes are left", kind="node"))
                 return State.FINISH
         keep = there[: crew.nodes]
@@ -301,8 +269,8 @@ class Supervisor:
         """What the user said of where to begin has been done: from now on it is the newest step of this run. Where he
         went back to an earlier one, later ones that are still in storage are none of it."""
         asked = self._scaling.config(self._scaling.wanted).run.resume
-        if asked.isdigit() and self._watched.restored_once:
-            self._newest_stored = self._watched.step
+        if asked.isdigit() and self._ledger.watched.restored_once:
+            self._left_behind = replace(self._left_behind, steps_after=self._ledger.watched.step)
         elif asked.isdigit():
             return replace(job, run=replace(job.run, resume=asked))
         return replace(job, run=replace(job.run, resume="auto"))
@@ -320,11 +288,9 @@ class Supervisor:
     # ------------------------------------------------------------------------------------------------ between whiles
 
     def _see(self, event: Event) -> None:
-        self._watched.see(event)
-        if event["type"] == "step" and not self._stepped:
-            self._stepped = True
-            self._watched.times["first step"] = time.time()
-            self._finish_records(time.time())
+        self._ledger.see(event, self.crew.workers)
+        if event["type"] == "step":  # the snapshot taken before it has it
+            self._left_behind = replace(self._left_behind, batches_before=None)
         self._show(event)
 
     def _tick(self) -> None:
@@ -332,7 +298,7 @@ class Supervisor:
         if self._stop_reason and not self._stop_told:
             self._stop_told = True
             self._team.request_stop(self._stop_reason)
-        if time.monotonic() < self._looked + LOOK_S or not self._stepped:
+        if time.monotonic() < self._looked + LOOK_S or not self._ledger.watched.stepped:
             return  # a start is not slowed down by the imports of others
         self._looked = time.monotonic()
         if self._options.address is not None and not self._pausing:
@@ -347,12 +313,12 @@ class Supervisor:
         if not self._leaving:
             return
         self._pausing = True
-        self._watched.times = {"found": time.time()}
+        self._ledger.watched.times = {"found": time.time()}
         for node in self._leaving:
             failure = Failure(cause=f"node {node} is to be taken away", kind="preemption")
-            self._record(failure, None, node, found_s=0.0)
+            self._ledger.failed(failure, None, node.address, self.crew.workers, found_s=0.0)
             self._say(failure.cause)
-            if why := self._budget.give_up(failure, self._watched.step, True):
+            if why := self._budget.give_up(failure, self._ledger.watched.step, True):
                 self._spent = Failed(rank=0, node=node.address, failure=_with(failure, why))
         parity = self._job.checkpoint.parity
         self._team.request_pause(persist=len(self._leaving) > (1 if parity is None else parity))
@@ -365,7 +331,7 @@ class Supervisor:
             waiting = [spare.loaded for spare in self._spares if spare.node in self._coming]
             if waiting and len(ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]) == len(waiting):
                 self._pausing = True
-                self._watched.times = {"found": time.time()}
+                self._ledger.watched.times = {"found": time.time()}
                 self._team.request_pause()
         elif missing and (free := len(self._places.free())):
             crew = self._scaling.crew(self.crew.nodes + min(missing, free))
@@ -401,44 +367,6 @@ class Supervisor:
 
     def _say(self, text: str) -> None:
         self._show({"type": "message", "text": text})
-
-    def _record(self, failure: Failure, rank: int | None, node: Node, *, found_s: float) -> None:
-        self._records.append(
-            FailureRecord(
-                time=self._watched.times["found"],
-                cause=failure.kind,
-                what=failure.cause,
-                rank=rank,
-                node=node.address,
-                found_s=found_s,
-                restored_from=None,
-                step=self._watched.step,
-                resumed_step=None,
-                steps_lost=None,
-                recover_s=None,
-                world_before=self.crew.workers,
-                world_after=None,
-            )
-        )
-
-    def _finish_records(self, recovered_at: float | None) -> None:
-        """Write down the failures since the last step. recovered_at: Unix time; None: they are given up."""
-        source, resumed = self._watched.restored
-        for record in self._records:
-            if recovered_at is not None:
-                record = replace(
-                    record,
-                    restored_from=source,
-                    resumed_step=resumed,
-                    steps_lost=record.step - resumed,
-                    recover_s=recovered_at - record.time,
-                    world_after=self.crew.workers,
-                )
-            record.append(self._folder / FILE)
-        if self._records and recovered_at is not None:
-            whole_s = recovered_at - self._watched.times["found"]
-            self._say(f"recovered in {whole_s:.2f} s from {source}, step {resumed}: {self._watched.breakdown()}")
-        self._records = []
 
     def _write_team(self, ranks: list[Member]) -> None:
         tree = {

@@ -18,10 +18,10 @@ from launch.checks import Crew
 from launch.member import Member, failure_of
 from launch.options import LaunchOptions
 from launch.places import Node, gone
-from launch.watchdog import Watchdog, Watched
+from launch.watchdog import Limits, Watchdog, Watched
 from launch.worker import Assignment, Event, Failure, log_file
 from trainer.job import Job
-from trainer.run import run_path
+from trainer.run import LeftBehind, run_path
 
 LEAVE_S = 5.0
 POLL_S = 0.1
@@ -47,11 +47,11 @@ class Team:
     # ------------------------------------------------------------------------------------------------ start
 
     def assemble(
-        self, job: Job, overrides: tuple[str, ...], roster: Callable[[], Roster | None], newest_stored: int | None
+        self, job: Job, overrides: tuple[str, ...], roster: Callable[[], Roster | None], left_behind: LeftBehind
     ) -> bool:
         """Assemble the ranks in one process group and let them train; False where some have failed.
 
-        roster: gives the nodes' snapshot processes, asked while the workers import. newest_stored: see `Trainer`.
+        roster: gives the nodes' snapshot processes, asked while the workers import. left_behind: see `Trainer`.
         """
         entered = self._gather([member.entered for member in self.members], "start")
         if entered is None:
@@ -67,9 +67,9 @@ class Team:
             self.failures[0] = Failure(cause=str(error), user=True)
         if self.failures or self._gather([member.loaded for member in self.members], "import torch") is None:
             return False
-        return self._join(job, overrides, known, newest_stored)
+        return self._join(job, overrides, known, left_behind)
 
-    def _join(self, job: Job, overrides: tuple[str, ...], roster: Roster | None, newest_stored: int | None) -> bool:
+    def _join(self, job: Job, overrides: tuple[str, ...], roster: Roster | None, left_behind: LeftBehind) -> bool:
         addresses = [LOOPBACK if self.crew.nodes == 1 else member.node.address for member in self.members]
         timeout_s = self._options.collective_timeout_s
         ports = self._gather([self.members[0].actor.listen.remote(addresses[0], timeout_s)], "open a port")
@@ -89,7 +89,7 @@ class Team:
                     collective_timeout_s=timeout_s,
                     devices=member.devices,
                     roster=roster,
-                    newest_stored=newest_stored,
+                    left_behind=left_behind,
                 )
             )
             for rank, member in enumerate(self.members)
@@ -110,7 +110,7 @@ class Team:
             )
             for rank, m in enumerate(self.members)
         ]
-        return Watchdog(watched, self._options.hang_timeout_s, self._options.collective_timeout_s)
+        return Watchdog(watched, Limits(self._options.hang_timeout_s, self._options.collective_timeout_s))
 
     def _gather(self, calls: list[Any], doing: str) -> list[Any] | None:
         """The results of one call per rank, within ``launch.start_timeout_s`` of the beginning; None, and `failures`

@@ -58,17 +58,42 @@ class Watched:
     """Its process has ended: others find out why."""
 
 
-class Watchdog:
-    """Watches one start of a team. hang_timeout_s: 0 for none; long_s: for what may take longer, see above."""
+@dataclass(frozen=True)
+class Limits:
+    """How long a rank may stand still. hang_timeout_s: 0 for ever; long_s: for what may take longer, see above."""
 
-    def __init__(self, watched: Sequence[Watched], hang_timeout_s: float, long_s: float) -> None:
+    hang_timeout_s: float
+    long_s: float
+
+    @property
+    def every_s(self) -> float:
+        """Between two looks; ``inf``: none is needed."""
+        return min(5.0, max(0.1, self.hang_timeout_s / 10)) if self.hang_timeout_s else float("inf")
+
+    def of(self, beat: Beat) -> float:
+        """Seconds that what `beat` says may take."""
+        known = {"usual": self.hang_timeout_s, "long": max(self.hang_timeout_s, self.long_s), "none": float("inf")}
+        return known[beat.limit]
+
+    def __str__(self) -> str:
+        return f"(launch.hang_timeout_s={self.hang_timeout_s:g})"
+
+
+def stands_still(rank: int, look: Look, limits: Limits) -> Failure:
+    """The hang of a rank that answers, and that nobody waits for."""
+    cause = f"a hang: it stands still in {look.beat} for {look.age_s:.1f} s{_waits(look)} {limits}"
+    return Failure(cause=cause, trace=f"stack of rank {rank}:\n{look.stack}", kind="hang")
+
+
+class Watchdog:
+    """Watches one start of a team."""
+
+    def __init__(self, watched: Sequence[Watched], limits: Limits) -> None:
         import ray
 
         self._ray: Any = ray
         self._watched = list(watched)
-        self._limits_s = {"usual": hang_timeout_s, "long": max(hang_timeout_s, long_s), "none": float("inf")}
-        self._silence_s = hang_timeout_s or float("inf")
-        self._every_s = min(5.0, max(0.1, hang_timeout_s / 10)) if hang_timeout_s else float("inf")
+        self._limits, self._every_s = limits, limits.every_s
         now = time.monotonic()
         for each in self._watched:
             each.moved_at_s = each.answered_at_s = now
@@ -88,8 +113,8 @@ class Watchdog:
         return self._examine() if late else {}
 
     def _is_late(self, each: Watched, now: float) -> bool:
-        silent = now - each.answered_at_s > self._silence_s
-        return silent or now - each.moved_at_s > self._limits_s[each.beat.limit]
+        silent = now - each.answered_at_s > self._limits.hang_timeout_s
+        return silent or now - each.moved_at_s > self._limits.of(each.beat)
 
     def _collect(self, wait_s: float) -> None:
         calls = {each.call: each for each in self._watched if each.call is not None}
@@ -154,8 +179,7 @@ class Watchdog:
         for each in others[:1]:
             if each.rank in looks:
                 trace += f"stack of rank {each.rank}, which waits:\n{looks[each.rank].stack}"
-        hint = f" (launch.hang_timeout_s={self._silence_s:g})"
-        failure = Failure(cause=f"a hang: {what}{hint}", trace=trace, kind="hang")
+        failure = Failure(cause=f"a hang: {what} {self._limits}", trace=trace, kind="hang")
         return {each.rank: failure for each in culprits or [first]}
 
     def _see_process(self, each: Watched) -> tuple[str, str]:

@@ -24,8 +24,9 @@ import psutil
 from launch.devices import count_cores
 from launch.failures import Cause
 from launch.leave import WayOut, leave
+from trainer.numbers import Rewind
 from trainer.pulse import Beat, Look, Pulse
-from trainer.run import run_path
+from trainer.run import LeftBehind, run_path
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -58,8 +59,7 @@ class Assignment:
     """``CUDA_VISIBLE_DEVICES`` of the rank whose place this is. None: what Ray gave."""
     roster: "Roster | None" = None
     """The nodes' snapshot processes; None: the ranks start their own."""
-    newest_stored: int | None = None
-    """Checkpoints of later steps are not to be used; None: all may."""
+    left_behind: LeftBehind = LeftBehind()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,8 @@ class Failure:
     """A broken or timed out connection: some other rank probably failed first."""
     kind: Cause = "error"
     """What sort of failure it is; the supervisor goes by it."""
+    next_batch: int | None = None
+    """Of bad numbers that are to be recovered from: the batch that the newest version is to go on with."""
     user: bool = False
     """What was asked for is wrong, as far as its type tells: trying again would not help."""
 
@@ -214,7 +216,7 @@ class Worker:
                 emit=self._events.put,
                 overrides=told.overrides,
                 roster=told.roster,
-                newest_stored=told.newest_stored,
+                left_behind=told.left_behind,
             )
             if self._stop_reason:
                 self._trainer.request_stop(self._stop_reason)
@@ -353,6 +355,7 @@ def describe(error: BaseException) -> Failure:
         trace="".join(traceback.format_exception(error)),
         symptom=is_symptom(error),
         kind=kind_of(error),
+        next_batch=error.next_batch if isinstance(error, Rewind) else None,
         user=isinstance(error, ValueError | TypeError),
     )
 

@@ -47,7 +47,7 @@ from offload.activations_memory import (
 from offload.activations_plan import BlockCost, Choice, choose
 from offload.activations_tape import Tape
 from offload.activations_watch import intercept
-from offload.device import host_available_bytes
+from offload.arena import capacity_bytes
 from offload.options import ActivationOptions
 
 log = logging.getLogger(__name__)
@@ -232,7 +232,8 @@ class Activations:
         """Copy a tape's sources to host memory; they are let go of once they are there."""
         sources = [source for source in tape.sources if source.flat is not None]
         num = sum(choice.mode == "swap" for choice in self._choices)
-        longest = longest_room(sources, self._growth(tape), tape.alpha, whole=False)
+        alpha = max(choice.alpha for choice in self._choices)  # slots are equal, so they are made for the largest
+        longest = longest_room(sources, self._growth(tape), alpha, whole=False)
         slot = self.pools.take_slot(room(sources, whole=False), num, longest)
         flats: list[Tensor] = []
         wait(self.device, self._out, mark(self.device, None), slot.free)
@@ -308,7 +309,7 @@ class Activations:
         self._auto = False
         rate, most, spare = link_bytes_per_s(self.device), self.options.host_bytes, spare_bytes(self.device)
         if most is None:
-            most = int(HOST_SHARE / self._sharing * (host_available_bytes() + self.pools.size_bytes()["host"]))
+            most = int(HOST_SHARE / self._sharing * (capacity_bytes() + self.pools.size_bytes()["host"]))
         chosen = choose(self.costs(), link_bytes_per_s=rate, host_bytes=most, gpu_bytes=spare, keep_last=0)
         for position, choice in zip(sorted(self._sizes), chosen, strict=True):
             self._choices[position] = choice

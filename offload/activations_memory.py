@@ -174,13 +174,15 @@ def room(sources: Sequence[Source], *, whole: bool) -> int:
 
 
 def longest_room(sources: Sequence[Source], growth: float, alpha: float, *, whole: bool) -> int:
-    """`room` of `growth` times the tokens, of which `alpha` are stored of products, or the `whole`."""
+    """`room` of `growth` times the tokens, or these where that is less, of which `alpha` are stored of products, or
+    the `whole`."""
+    growth = max(1.0, growth)
 
     def size_bytes(source: Source) -> int:
         stored = alpha if source.kind == "rest" and not whole else 1.0
         return round_up(math.ceil(growth * stored * source.nbytes), ALIGN)
 
-    return sum(map(size_bytes, sources)) if growth > 1 else 0
+    return sum(map(size_bytes, sources))
 
 
 def link_bytes_per_s(device: torch.device, size_bytes: int = 128 << 20) -> float:

@@ -5,6 +5,9 @@ n blocks, α is the largest for which
 
     (S_in + S_attn + α S_rest) / B <= T_fwd   and   n (S_in + S_attn + α S_rest) <= M_host
 
+It is one α for all blocks, from the sums of their times and bytes: what one block takes longer than it was measured to
+another takes less, and slots of host memory are equal, so that the largest α alone would set their size.
+
 Source: arXiv 2407.12117, section 4.2. What GPU memory is left over keeps blocks first (arXiv 2403.06504): the last
 ones, whose backward comes first, so that what they keep is soonest free again.
 
@@ -50,17 +53,22 @@ class BlockCost:
         return self.least_bytes + self.rest_bytes if self.kept_bytes is None else self.kept_bytes
 
 
-def choose_alpha(cost: BlockCost, *, link_bytes_per_s: float, host_bytes: float) -> float | None:
-    """The α of one block that may take `host_bytes` of host memory; None where not even α = 0 fits there.
+def choose_alpha(costs: Sequence[BlockCost], *, link_bytes_per_s: float, host_bytes: float) -> float:
+    """The α of blocks that may take `host_bytes` of host memory together, of which α = 0 takes no more.
 
     Where α = 0 does not hide behind the forward it is 0 all the same: the copy is waited for.
     """
-    if cost.least_bytes > host_bytes:
-        return None
-    if not cost.rest_bytes:
+    least, rest = sum(cost.least_bytes for cost in costs), sum(cost.rest_bytes for cost in costs)
+    if not rest:
         return 1.0
-    most = min(link_bytes_per_s * cost.forward_s, host_bytes)
-    return min(1.0, max(0.0, (most - cost.least_bytes) / cost.rest_bytes))
+    hides = (link_bytes_per_s * sum(cost.forward_s for cost in costs) - least) / rest
+    fits = (host_bytes / len(costs) - _largest(costs)) / max(cost.rest_bytes for cost in costs)
+    return min(1.0, max(0.0, min(hides, fits)))
+
+
+def _largest(costs: Sequence[BlockCost]) -> int:
+    """Bytes of a slot for α = 0."""
+    return max((cost.least_bytes for cost in costs), default=0)
 
 
 def choose(
@@ -75,8 +83,9 @@ def choose(
 
     host_bytes: for all of them together; None: no limit. gpu_bytes: what is left over on the device beside α = 0
     ([Note: what swapping takes on the device]), where as many of the last blocks as fit keep everything; None: not
-    known, none but `keep_last` do, and α is not bound by it. A block whose share of host memory is less than its input
-    and attention is recomputed. ValueError for rates or sizes below zero.
+    known, none but `keep_last` do, and α is not bound by it. Blocks whose input and attention host memory has no room
+    for are recomputed: the last of those, since what they leave on the device is soonest free again. ValueError for
+    rates or sizes below zero.
     """
     if link_bytes_per_s <= 0 or min(gpu_bytes or 0, host_bytes or 0, keep_last) < 0:
         raise ValueError(
@@ -93,13 +102,11 @@ def choose(
             break
         kept += 1
     away = costs[: len(costs) - kept]
-    choices = []
-    left = float("inf") if host_bytes is None else float(host_bytes)
-    for number, cost in enumerate(away):
-        share = left / (len(away) - number)
-        alpha = choose_alpha(cost, link_bytes_per_s=link_bytes_per_s, host_bytes=share)
-        if alpha is not None:
-            alpha = math.floor(STEP * alpha) / STEP if room else 0.0
-        choices.append(Choice("recompute") if alpha is None else Choice("swap", alpha))
-        left -= 0 if alpha is None else cost.least_bytes + alpha * cost.rest_bytes
-    return choices + [Choice("keep")] * kept
+    slot_bytes = _largest(away)
+    num = len(away) if host_bytes is None or not slot_bytes else min(len(away), host_bytes // slot_bytes)
+    alpha = 0.0
+    if num and room:
+        most = math.inf if host_bytes is None else host_bytes
+        alpha = choose_alpha(away[:num], link_bytes_per_s=link_bytes_per_s, host_bytes=most)
+    swapped = [Choice("swap", math.floor(STEP * alpha) / STEP)] * num
+    return swapped + [Choice("recompute")] * (len(away) - num) + [Choice("keep")] * kept

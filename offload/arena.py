@@ -247,6 +247,13 @@ def address_of(memory: mmap.mmap) -> int:
     return int(torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr())
 
 
+def capacity_bytes(folder: Path = SHARED) -> int:
+    """The largest slab that there is memory for now, in the tmpfs at `folder` and on the machine."""
+    stat = os.statvfs(folder)
+    available = host_available_bytes()
+    return min(available, stat.f_bavail * stat.f_frsize) if stat.f_blocks else available
+
+
 def check_capacity(size_bytes: int, folder: Path = SHARED) -> None:
     """ArenaError (ENOSPC, ENOMEM) unless a slab of `size_bytes` fits in the tmpfs at `folder` and in memory; ValueError
     if `folder` is no tmpfs."""

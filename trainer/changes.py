@@ -23,6 +23,7 @@ HARMLESS = (
     "data.cache_dir",
     "train.micro_batch_size",
     "train.on_bad_numbers",
+    "train.rewinds",
     "train.loss_spike",
     "train.eval_every_steps",
     "train.eval_sequences",

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from offload.arena import SHARED
+from offload.arena import capacity_bytes
 from offload.choose import Chosen, Room, choose, overrides
 from offload.cost import Layer, Prediction, Rates, predict, seconds
 from offload.device import host_available_bytes
@@ -237,15 +237,13 @@ class _Reckoning:
 
 def _room(options: OffloadOptions, device: torch.device, ranks: int) -> Room:
     """What this rank may use. ranks: of this machine, which share it."""
-    available = host_available_bytes()
-    shared, _ = _space(SHARED)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         allowed = torch.cuda.get_per_process_memory_fraction(device) * total
         device_bytes = min(free + torch.cuda.memory_reserved(device), allowed)
     else:
-        device_bytes = available / ranks
-    host_bytes = FREE_HOST * min(available, shared) / ranks
+        device_bytes = host_available_bytes() / ranks
+    host_bytes = FREE_HOST * capacity_bytes() / ranks
     drives = FREE_NVME * sum(_space(Path(path))[0] for path in options.nvme_path) / ranks
     return Room(
         device_bytes=device_bytes if options.device_bytes is None else options.device_bytes,

@@ -16,8 +16,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -38,13 +38,14 @@ from trainer.job import Job
 from trainer.memory import Picture
 from trainer.models import LanguageModel, build_model
 from trainer.models.attention import attention_backends
-from trainer.numbers import BadNumbers, Judge
+from trainer.numbers import BadNumbers, Judge, Rewind
 from trainer.out_of_memory import explained
 from trainer.plan import describe
 from trainer.progress import Progress
 from trainer.pulse import Pulse
 from trainer.resume import check_source
-from trainer.run import RunFolder
+from trainer.run import LeftBehind, RunFolder
+from trainer.running import Running, to_host
 from trainer.schedule import learning_rate
 
 Event = dict[str, Any]
@@ -52,22 +53,6 @@ PICTURED = 5
 """Which step of this process the picture of the memory is of."""
 PERSIST = 1 << 16
 """More than there are ranks."""
-
-
-@dataclass(frozen=True)
-class Running:
-    """A step that the device may still be computing."""
-
-    step: int
-    lr: float
-    values: Tensor
-    """(4,) fp32 on the host once `ready`: the mean loss, how many ranks were asked to stop, how many to pause (each
-    that is to persist counts `PERSIST`), the gradient norm."""
-    ready: torch.cuda.Event | None
-    issue_s: float
-    """What the host spent on it; the device may have taken longer."""
-    fault: str
-    """Why it was skipped; empty where it was not."""
 
 
 class Trainer:
@@ -80,13 +65,12 @@ class Trainer:
         emit: Callable[[Event], None] | None = None,
         overrides: Sequence[str] = (),
         roster: Roster | None = None,
-        newest_stored: int | None = None,
+        left_behind: LeftBehind | None = None,
     ) -> None:
         """emit: gets each event of rank 0 (docs/architecture.md). None: they are shown on the terminal.
         overrides: what the user typed, kept beside the config. roster: the nodes' snapshot processes. None: one is
-        started here where snapshots are wanted and all ranks are on this machine. newest_stored: checkpoints of later
-        steps are not gone on from: they are of what this run has turned its back on."""
-        self._roster, self._newest_stored = roster, newest_stored
+        started here where snapshots are wanted and all ranks are on this machine."""
+        self._roster, self._left_behind = roster, left_behind or LeftBehind()
         self.job, self.overrides = job, tuple(overrides)
         self.where = Rank.current()
         self._emit = emit or Progress(job.train.steps, every_steps=job.logger.every_steps).show
@@ -94,6 +78,7 @@ class Trainer:
         self.step = -1
         self.pulse = Pulse()
         self._pause_wished = 0
+        self._num_passed = 0
 
     def request_stop(self, reason: str) -> None:
         """Ask all ranks to end after the step at hand, with a checkpoint. From any thread, or a signal handler."""
@@ -106,7 +91,7 @@ class Trainer:
 
     def train(self) -> Event:
         """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished``, ``stopped`` or
-        ``paused``."""
+        ``paused``. BadNumbers, or Rewind, on every rank where ``train.on_bad_numbers`` says so."""
         with self._opened(), attention_backends(self.where.device), self._out_of_memory_explained():
             self.run.note("train", step=self.step)
             self._stopping = self._any(bool(self._stop_reason))
@@ -122,14 +107,14 @@ class Trainer:
                     self._save()
                 if self.snapshots.due(self.step):
                     self._snapshot()
-            pausing = self._pausing and not self._stopping and self.step < self.job.train.steps
-            return self._pause() if pausing else self._conclude()
+            done = self.step == self.job.train.steps and not self._owes_eval
+            return self._pause() if self._pausing and not (self._stopping or done) else self._conclude()
 
     def train_step(self, step: int) -> Running:
         """One optimizer step: a forward and a backward of each of this rank's micro-batches, then the update."""
         start, job, sequence = time.perf_counter(), self.job, self.sequence
         micro, count = job.micro_batches(self.where.world)
-        first_sample = step * job.train.global_batch_size + sequence.number * micro * count
+        first_sample = self._batches(step) * job.train.global_batch_size + sequence.number * micro * count
         part, seq_len = sequence.part(job.train.seq_len), job.train.seq_len
         weight = sequence.share(seq_len) / (sequence.count * count)
         lr = learning_rate(job.optimizer, step, job.train.steps)
@@ -145,8 +130,7 @@ class Trainer:
                 )
         self.pulse.beat("update", step)
         self.snapshots.wait_copied()
-        wishes = [torch.full_like(loss, wish) for wish in (bool(self._stop_reason), self._pause_wished)]
-        told = torch.stack((loss * weight, *wishes))
+        told = torch.stack((loss * weight, *(torch.full_like(loss, wish) for wish in self._wishes())))
         if self.where.world > 1:
             dist.all_reduce(told)
         fault = ""
@@ -159,6 +143,14 @@ class Trainer:
         grad_norm = self.engine.step(lr, job.train.clip_norm, accept if self._judge.skips else None)
         values = torch.cat((told, grad_norm.view(1)))
         return Running(step, lr, *to_host(values), issue_s=time.perf_counter() - start, fault=fault)
+
+    def _batches(self, step: int) -> int:
+        """How many batches of the data lie behind a run that has done so many steps."""
+        return step + self._num_passed
+
+    def _wishes(self) -> tuple[int, int]:
+        """Of this rank alone: to stop, and to pause."""
+        return int(bool(self._stop_reason)), self._pause_wished
 
     def _batch(self, first_sample: int, count: int, part: slice) -> tuple[Tensor, Tensor]:
         """Tokens and targets, each (count, S of this rank) int64 on the device."""
@@ -253,11 +245,11 @@ class Trainer:
         with ExitStack() as cleanup:
             self._make_engine(cleanup)
             for step in range(2):  # they compile, allocate and connect
-                _wait(self.train_step(step % total))
+                self.train_step(step % total).wait()
             start = time.perf_counter()
             for step in range(2, 2 + count):
                 last = self.train_step(step % total)
-            _wait(last)
+            last.wait()
             taken = torch.tensor((time.perf_counter() - start) / count, device=self.where.device)
         if self.where.world > 1:
             dist.all_reduce(taken, op=dist.ReduceOp.MAX)
@@ -281,7 +273,7 @@ class Trainer:
         chosen, in_memory = torch.full((2,), -1)
         if where.rank == 0:
             memory = self.snapshots.steps()
-            newest = math.inf if self._newest_stored is None else self._newest_stored
+            newest = math.inf if self._left_behind.steps_after is None else self._left_behind.steps_after
             stored = [step for step in self.checkpoints.steps() if step <= newest]
             if (step := self.run.resume_step(sorted({*memory, *stored}))) is not None:
                 chosen, in_memory = torch.tensor([step, step in memory])
@@ -290,8 +282,11 @@ class Trainer:
             dist.broadcast(in_memory, src=0)
         if chosen >= 0:
             self._load(self.snapshots.open(int(chosen)) if in_memory else self.checkpoints.open(int(chosen)))
+        if (batch := self._left_behind.batches_before) is not None:
+            self._num_passed = batch - self.step
+            self._tell(f"step {self.step} is done with batch {batch}: {self._num_passed} are passed over in all")
         self.snapshots.start(self.engine.pieces(), rng_state(), self._meta())
-        if chosen >= 0:
+        if chosen >= 0 or self._num_passed:
             self._snapshot()  # at once: what was restored may stand on fewer nodes, and lie otherwise for other ranks
 
     def _load(self, reader: CheckpointReader | SnapshotReader) -> None:
@@ -299,6 +294,7 @@ class Trainer:
         check_source(reader, self.run, self.corpus.fingerprint, self._shapes)
         self.engine.load(reader.read, moments=True)
         self.step = reader.meta["step"]
+        self._num_passed = reader.meta.get("passed", 0)
         self.engine.updates = reader.meta.get("updates", self.step)
         self._judge.load(**reader.meta.get("judge", {"losses": [], "in_a_row": 0}))
         if isinstance(reader, CheckpointReader):
@@ -369,18 +365,14 @@ class Trainer:
     def _log(self, done: Running) -> None:
         """Wait for a step and say what came of it. BadNumbers where they are and are not skipped, on every rank."""
         self.pulse.beat("report", done.step)
-        _wait(done)
+        done.wait()
         loss, stops, pauses, grad_norm = done.values.tolist()
         now = time.perf_counter()
         step_s, self._clock = max(now - self._clock, done.issue_s), now
         self._stopping = self._stopping or stops > 0
         self._pausing = self._pausing or pauses
         if not self._judge.skips and (fault := self._judge.fault(loss, grad_norm)):
-            raise BadNumbers(
-                f"step {done.step} is bad: {fault}; lower optimizer.lr={self.job.optimizer.lr}, set train.clip_norm, "
-                f"or leave such steps out with train.on_bad_numbers=skip; checkpoints: "
-                f"{self.checkpoints.steps() or 'none'}"
-            )
+            self._raise(done.step, fault)
         if self.where.rank:
             return
         step_tokens = self.job.train.global_batch_size * self.job.train.seq_len
@@ -405,6 +397,20 @@ class Trainer:
         self._emit({"type": "step", **metrics})
         if self.forecast and (compared := self.forecast.seen(step_s, grad_norm)):
             self._tell(compared)
+
+    def _raise(self, step: int, fault: str) -> NoReturn:
+        """BadNumbers, or a Rewind once all versions before this step are there: which is the newest is no matter of
+        chance then."""
+        if self._judge.rewinds:
+            self.pulse.beat("checkpoint", step)
+            self.snapshots.wait()
+            self.checkpoints.wait()
+            raise Rewind(f"step {step} is bad: {fault}", next_batch=self._batches(step) + 1)
+        raise BadNumbers(
+            f"step {step} is bad: {fault}; lower optimizer.lr={self.job.optimizer.lr}, set train.clip_norm, "
+            f"or leave such steps out with train.on_bad_numbers=skip or rewind; checkpoints: "
+            f"{self.checkpoints.steps() or 'none'}"
+        )
 
     @contextmanager
     def _aside(self, event: str) -> Iterator[None]:
@@ -433,18 +439,24 @@ class Trainer:
             self._emit({"type": "eval", **found})
 
     def _go_on_validating(self) -> bool:
-        """Whether no rank was asked to stop: a validation is given up then, and made good when the run goes on."""
+        """Whether no rank was asked to stop or to pause: a validation is given up then, and made good when the run goes
+        on."""
         self.pulse.beat("evaluation", self.step)
-        self._stopping = self._stopping or self._any(bool(self._stop_reason))
-        self._owes_eval = self._stopping
-        return not self._stopping
+        stops, pauses = self._sum(*self._wishes())
+        self._stopping, self._pausing = self._stopping or stops > 0, self._pausing or pauses
+        self._owes_eval = self._stopping or self._pausing > 0
+        return not self._owes_eval
 
     def _any(self, here: bool) -> bool:
         """Whether it is so on any rank. Collective, on the hosts alone."""
-        anywhere = torch.tensor(float(here))
+        return self._sum(here)[0] > 0
+
+    def _sum(self, *here: float) -> list[float]:
+        """Each over all ranks. Collective, on the hosts alone."""
+        everywhere = torch.tensor(here, dtype=torch.float32)
         if self.where.world > 1:
-            dist.all_reduce(anywhere)
-        return bool(anywhere)
+            dist.all_reduce(everywhere)
+        return everywhere.tolist()
 
     def _save(self) -> None:
         """Save the state, while training goes on unless much of it is away from the device: then no copy is made."""
@@ -458,6 +470,8 @@ class Trainer:
         """The same into the nodes' memory; `wait_copied` comes before the next update. States in host memory stand
         still between two updates as those on the device do, once the one under way has ended: nobody waits for that
         here."""
+        if self._judge.rewinds:
+            self._flush()  # no version is of a step that was not judged
         self.pulse.beat("snapshot", self.step)
         states = self.job.offload.states
         pieces = self.engine.pieces if states == "host" else self.engine.pieces()
@@ -466,11 +480,12 @@ class Trainer:
 
     def _meta(self) -> dict[str, Any]:
         """What is saved beside the state, once for all ranks."""
-        samples = self.step * self.job.train.global_batch_size
+        samples = self._batches(self.step) * self.job.train.global_batch_size
         judged = {"updates": self.engine.updates, "judge": self._judge.dump()}
         return {
             "step": self.step,
             "samples": samples,
+            "passed": self._num_passed,
             "data": self.corpus.fingerprint,
             **judged,
             **self.run.provenance(),
@@ -482,19 +497,3 @@ class Trainer:
     def _event(self, event: Event) -> None:
         if self.where.rank == 0:
             self._emit(event)
-
-
-def _wait(running: Running) -> None:
-    """Until the device has computed the step."""
-    if running.ready:
-        running.ready.synchronize()
-
-
-def to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """`values` on the host, and the event after which they are there. Reading a CUDA tensor would wait for all that was
-    issued since; this waits for what came before alone."""
-    if values.device.type == "cpu":
-        return values, None
-    host = torch.empty_like(values, device="cpu", pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    return host, torch.cuda.current_stream().record_event()

@@ -2,7 +2,9 @@
 
 With ``train.on_bad_numbers=fail`` a bad step ends the training once it is reported, which costs nothing. With ``skip``
 every step is judged before its update: the host waits for the loss and the gradient norm, and the update of a bad one
-does not happen. Weights, moments and the number of updates are then what they would be without that batch.
+does not happen. Weights, moments and the number of updates are then what they would be without that batch. With
+``rewind`` a bad step ends this start of the training by a `Rewind`; whoever started it starts it again from the newest
+version, with the data after the bad step.
 
 Every rank judges the same numbers and has the same history, which goes into every checkpoint: a run that is resumed
 judges the steps after it as it did before.
@@ -27,6 +29,15 @@ class BadNumbers(FloatingPointError):
     """Training cannot go on with these numbers."""
 
 
+class Rewind(BadNumbers):
+    """Training is to go back to its newest version, all of which are from before these numbers, and on from there with
+    the batch `next_batch`: those from there to the bad one are passed over."""
+
+    def __init__(self, why: str, next_batch: int) -> None:
+        super().__init__(why)
+        self.next_batch = next_batch
+
+
 class Judge:
     """Judges the steps of one run, in order."""
 
@@ -38,6 +49,10 @@ class Judge:
     @property
     def skips(self) -> bool:
         return self._options.on_bad_numbers == "skip"
+
+    @property
+    def rewinds(self) -> bool:
+        return self._options.on_bad_numbers == "rewind"
 
     def fault(self, loss: float, grad_norm: float) -> str:
         """What is wrong with a step; empty where nothing is, and then its loss counts for those to come.

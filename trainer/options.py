@@ -125,7 +125,10 @@ class TrainOptions:
     """Gradients are scaled to at most this global 2-norm; None: not at all."""
     on_bad_numbers: str = "fail"
     """Of a step whose loss or gradient is no number, or a spike: ``fail`` ends the run; ``skip`` leaves its update out,
-    for which every step waits until its numbers are known."""
+    for which every step waits until its numbers are known; ``rewind`` goes back to the newest snapshot or checkpoint,
+    and on with the data after it."""
+    rewinds: int = 3
+    """How often ``on_bad_numbers=rewind`` goes back; the count starts anew after 100 steps without a failure."""
     loss_spike: float | None = None
     """A loss over so many times the median of the 64 before it is a bad one; None: no finite loss is."""
     seed: int = 0
@@ -149,8 +152,10 @@ class TrainOptions:
             raise ValueError(f"train.micro_batch_size={self.micro_batch_size}: must be at least 1")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"train.clip_norm={self.clip_norm}: must be positive, or null for no clipping")
-        if self.on_bad_numbers not in ("fail", "skip"):
-            raise ValueError(f"train.on_bad_numbers={self.on_bad_numbers!r}: choose fail or skip")
+        if self.on_bad_numbers not in ("fail", "skip", "rewind"):
+            raise ValueError(f"train.on_bad_numbers={self.on_bad_numbers!r}: choose fail, skip or rewind")
+        if self.rewinds < 1:
+            raise ValueError(f"train.rewinds={self.rewinds}: at least 1, or set train.on_bad_numbers=fail")
         if self.loss_spike is not None and self.loss_spike <= 1:
             raise ValueError(f"train.loss_spike={self.loss_spike:g}: must be above 1, or null for none")
         if self.dtype not in ("auto", "fp32", "bf16"):

@@ -26,6 +26,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
@@ -126,6 +127,16 @@ def run_id(job: Job) -> bytes:
         finally:
             fresh.unlink()
     return bytes.fromhex(path.read_text())
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftBehind:
+    """What this run has turned its back on, and does not take up again."""
+
+    steps_after: int | None = None
+    """Checkpoints in storage of later steps than this. None: all may be gone on from."""
+    batches_before: int | None = None
+    """Batches that led to bad numbers. None: the data goes on where the version that is restored says."""
 
 
 class RunFolder:

@@ -129,6 +129,16 @@ class Raylets:
             except psutil.NoSuchProcess:
                 continue
 
+    def drain(self, node_id: str, notice_s: float = 300) -> None:
+        """Tell the cluster that the machine is claimed back, as a cloud's notice of preemption does (``ray drain-node``
+        makes this call). Ray gives the node no more work; it goes when it is killed."""
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        reason, deadline_ms = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), (time.time() + notice_s) * 1000
+        taken, why = GcsClient(address=self.address).drain_node(node_id, reason, "claimed back", int(deadline_ms))
+        assert taken, why
+
     def close(self) -> None:
         self._cluster.shutdown()
 
@@ -143,9 +153,9 @@ def running(root: Path, *overrides: str) -> Iterator[Run]:
 
 
 @contextmanager
-def undisturbed(world: int, root: Path) -> Iterator[Callable[[], dict[int, float]]]:
+def undisturbed(world: int, root: Path, *overrides: str) -> Iterator[Callable[[], dict[int, float]]]:
     """Starts the undisturbed job; the call waits for its losses."""
-    job = subprocess.Popen([sys.executable, __file__, str(world), str(root)])
+    job = subprocess.Popen([sys.executable, __file__, str(world), str(root), *overrides])
 
     def wait() -> dict[int, float]:
         assert job.wait(120) == 0

@@ -108,5 +108,5 @@ def test_each_kind_is_recovered_from_and_reported(tmp_path: Path, atoll, raylets
         assert sorted(found) == list(range(len(found)))
         assert all(found[step] == whole[step] for step in whole.keys() & found.keys())
         text = show(summarize(run.folder))
-        assert "stopped" in text and "failures 3, 5 made by atoll chaos" in text, text
+        assert "stopped" in text and "failures 3 (" in text and "), 5 made by atoll chaos" in text, text
         assert "failures 3" in run.said and "recovery" in text

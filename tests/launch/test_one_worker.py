@@ -1,12 +1,18 @@
 """One worker trains in the driver's own process: ends, exit codes, and what it leaves."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from launch.failures import FILE, FailureRecord
+from tests.launch.conftest import COMMAND
 
 SMALL = (
     "launch.workers=1 launch.device=cpu model.dim=32 model.num_heads=2 model.ffn_dim=64 model.num_layers=1 "
@@ -66,6 +72,52 @@ def test_a_last_checkpoint_that_is_lost_is_a_failure(atoll_started, tmp_path: Pa
     run.send_signal(signal.SIGINT)
     assert any(line.startswith("its last steps are lost") for line in run.stdout)
     assert run.wait(30) == 1
+
+
+def test_a_hang_ends_it_with_its_stack_and_a_stop_by_the_shell_does_not(tmp_path: Path) -> None:
+    """Who reads what it prints stops reading, and the pipe is full."""
+    reading, writing = os.pipe()
+    hang_s, errors = 3, tmp_path / "errors.txt"
+    command = [COMMAND, "train", *ENDLESS, f"launch.hang_timeout_s={hang_s}", "launch.collective_timeout_s=20"]
+    with errors.open("wb") as stderr:
+        run = subprocess.Popen(command, cwd=tmp_path, stdout=writing, stderr=stderr)
+    try:
+        read_until_a_step(reading)
+        run.send_signal(signal.SIGSTOP)
+        time.sleep(2 * hang_s)
+        run.send_signal(signal.SIGCONT)
+        read_until_a_step(reading)
+        fill(writing)
+        began = time.monotonic()
+        assert run.wait(60) == 1
+        assert time.monotonic() - began > hang_s
+    finally:
+        run.kill()
+        run.wait(20)
+        os.close(reading)
+        os.close(writing)
+    said = errors.read_text()
+    assert said.startswith("atoll: rank 0 on this machine: a hang: it stands still in "), said
+    assert f"launch.hang_timeout_s={hang_s}" in said and "progress.py" in said, said
+    [failure] = FailureRecord.read(tmp_path / "runs" / "tiny-stdlib" / FILE)
+    assert (failure.cause, failure.restored_from) == ("hang", None)
+
+
+def read_until_a_step(pipe: int) -> None:
+    read = b""
+    while not read.rpartition(b"step ")[2].partition(b"/1000000  loss ")[2]:
+        more = os.read(pipe, 1 << 16)
+        assert more, read
+        read += more
+
+
+def fill(pipe: int) -> None:
+    """Until nobody can write into it without waiting."""
+    own = os.open(f"/proc/self/fd/{pipe}", os.O_WRONLY | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(own, b" ")
+    os.close(own)
 
 
 @pytest.mark.slow

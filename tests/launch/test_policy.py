@@ -17,7 +17,7 @@ DIED = Failure(cause="its process died", kind="process")
 
 
 def test_each_budget_is_its_own_and_is_used_up() -> None:
-    policy = FailurePolicy(max_failures=2, max_preemptions=1)
+    policy = FailurePolicy(max_failures=2, max_preemptions=1, max_rewinds=2)
     assert not policy.give_up(DIED, 5, True)
     assert not policy.give_up(Failure(cause="claimed", kind="preemption"), 6, True)
     assert not policy.give_up(DIED, 7, True)
@@ -26,20 +26,28 @@ def test_each_budget_is_its_own_and_is_used_up() -> None:
 
 
 def test_a_long_time_without_failures_fills_the_budget() -> None:
-    policy = FailurePolicy(max_failures=1, max_preemptions=0)
+    policy = FailurePolicy(max_failures=1, max_preemptions=0, max_rewinds=2)
     assert not policy.give_up(DIED, 10, True)
     assert not policy.give_up(DIED, 10 + RESET_STEPS, True)
     assert policy.give_up(DIED, 10 + RESET_STEPS + 1, True)
 
 
 def test_what_would_come_again_is_not_tried_again() -> None:
-    policy = FailurePolicy(max_failures=9, max_preemptions=9)
+    policy = FailurePolicy(max_failures=9, max_preemptions=9, max_rewinds=2)
     mistake = Failure(cause="ValueError: no such file", user=True)
     assert "before the first step" in policy.give_up(mistake, 0, False)
     numbers = Failure(cause="FloatingPointError: the loss is nan", kind="numbers")
     assert not policy.give_up(numbers, 40, True)
     assert "twice" in policy.give_up(numbers, 40, True)
     assert not policy.give_up(replace(DIED), 0, False), "a process may die at any time"
+
+
+def test_rewinds_have_a_budget_of_their_own_and_go_on_with_other_data() -> None:
+    policy = FailurePolicy(max_failures=0, max_preemptions=0, max_rewinds=2)
+    numbers = Failure(cause="Rewind: step 4 is bad", kind="numbers", next_batch=5)
+    assert not policy.give_up(numbers, 4, False), "a start may come upon them at once"
+    assert not policy.give_up(numbers, 4, True), "another batch of the same step"
+    assert policy.give_up(numbers, 4, True) == "train.rewinds=2 is used up"
 
 
 def scaling(workers: int, nodes: int, batch: int, **parallel: object) -> ScalingPolicy:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.watchdog import Watchdog, Watched, find_culprits
+from launch.watchdog import Limits, Watchdog, Watched, find_culprits
 from trainer.pulse import Beat, Look, Pulse, Wait
 
 
@@ -143,7 +143,7 @@ def test_a_stopped_process_and_one_that_stands_still_are_found_in_time(tmp_path:
         ]
 
         def find(timeout_s: float) -> tuple[dict, float]:
-            watchdog, began = Watchdog(watched, timeout_s, 60), time.monotonic()
+            watchdog, began = Watchdog(watched, Limits(timeout_s, 60)), time.monotonic()
             while not (found := watchdog.look()) and time.monotonic() < began + 30:
                 time.sleep(0.05)
             return found, time.monotonic() - began
@@ -157,7 +157,7 @@ def test_a_stopped_process_and_one_that_stands_still_are_found_in_time(tmp_path:
         found, took_s = find(1.0)
         assert list(found) == [1] and took_s < 10
         assert "it stands still in reading data of step 1" in found[1].cause, found[1].cause
-        assert Watchdog(watched, 0, 60).look() == {}
+        assert Watchdog(watched, Limits(0, 60)).look() == {}
     finally:
         ray.shutdown()
     assert not psutil.pid_exists(pids[1])

@@ -14,8 +14,9 @@ from launch.config import Config
 from parallel.options import OptimizerOptions, ParallelOptions
 from trainer.job import Job
 from trainer.loop import Trainer
-from trainer.numbers import FEWEST_STEPS, MOST_IN_A_ROW, BadNumbers, Judge
+from trainer.numbers import FEWEST_STEPS, MOST_IN_A_ROW, BadNumbers, Judge, Rewind
 from trainer.options import DataOptions, LlamaOptions, LoggerOptions, RunOptions, TrainOptions
+from trainer.run import LeftBehind
 
 
 def test_what_is_bad() -> None:
@@ -92,6 +93,28 @@ def test_a_spike_is_skipped_and_skipped_again_after_a_resume(tmp_path: Path) -> 
 def test_a_spike_ends_the_run_where_it_is_not_to_be_skipped(tmp_path: Path) -> None:
     with pytest.raises(BadNumbers, match="train.on_bad_numbers=skip"):
         Trainer(spiky_job(tmp_path, "ended", loss_spike=4.0), emit=lambda event: None).train()
+
+
+class Late(Trainer):
+    """Reports a step while the next one runs, as on a GPU."""
+
+    def _build(self, *args: object) -> None:
+        super()._build(*args)
+        self._lag = 1
+
+
+def test_no_version_is_of_a_step_that_was_not_judged(tmp_path: Path) -> None:
+    job = spiky_job(tmp_path, "late", on_bad_numbers="rewind", loss_spike=4.0)
+    job = replace(job, checkpoint=CheckpointOptions(snapshot_every_steps="1", snapshot_hold_s=60))
+    with pytest.raises(Rewind) as bad:
+        Late(job, emit=lambda event: None).train()
+    good = len(records(tmp_path, "late"))
+    assert bad.value.next_batch == good + 1
+    events: list[dict] = []
+    left_behind = LeftBehind(batches_before=bad.value.next_batch)
+    Trainer(job, emit=events.append, left_behind=left_behind).train()
+    [resumed] = [event for event in events if event["type"] == "resumed"]
+    assert (resumed["from"], resumed["step"]) == ("memory", good)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""A pause that is asked for in a validation cuts it short; who goes on makes it good."""
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel.options import OptimizerOptions
+from trainer.job import Job
+from trainer.loop import Trainer
+from trainer.options import LlamaOptions, LoggerOptions, RunOptions, TrainOptions
+
+ENDLESS = 1_000_000
+"""Sequences to validate on: more than the split has."""
+
+
+def job(root: Path, eval_sequences: int, eval_every_steps: int = 2) -> Job:
+    return Job(
+        model=LlamaOptions(name="small", dim=32, ffn_dim=64, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16),
+        train=TrainOptions(
+            steps=4, seq_len=32, global_batch_size=4, micro_batch_size=1, sample_tokens=0,
+            eval_every_steps=eval_every_steps, eval_sequences=eval_sequences,
+        ),  # fmt: skip
+        optimizer=OptimizerOptions(lr=1e-2),
+        logger=LoggerOptions(tensorboard=False, plot=False),
+        run=RunOptions(root=str(root), name="it"),
+    )  # fmt: skip
+
+
+def paused_in_validation(job: Job, step: int) -> dict[str, Any]:
+    """The end of a run that is asked to pause in its validation after `step` steps."""
+    trainer = Trainer(job, emit=lambda event: None)
+
+    def ask() -> None:
+        while (trainer.pulse.read()[0].doing, trainer.step) != ("evaluation", step):
+            time.sleep(0.001)
+        trainer.request_pause()
+
+    threading.Thread(target=ask, daemon=True).start()
+    return trainer.train()
+
+
+@pytest.mark.timeout(60)
+def test_a_pause_cuts_a_validation_and_it_is_made_good(tmp_path: Path) -> None:
+    evals = tmp_path / "it" / "evals.jsonl"
+
+    def validated() -> list[int]:
+        return [json.loads(line)["step"] for line in evals.read_text().splitlines()]
+
+    begun = Trainer(job(tmp_path, 4), emit=lambda event: begun.request_pause() if event["type"] == "step" else None)
+    assert (begun.train()["step"], validated()) == (2, [0])  # asked after step 0, heard with step 1
+    end = paused_in_validation(job(tmp_path, ENDLESS), 2)
+    assert (end["status"], end["step"], validated()) == ("paused", 2, [0])
+    end = paused_in_validation(job(tmp_path, ENDLESS, eval_every_steps=0), 4)
+    assert (end["status"], end["step"], validated()) == ("paused", 4, [0])  # all steps are done, but not all is
+    end = Trainer(job(tmp_path, 4), emit=lambda event: None).train()
+    assert (end["status"], end["step"], validated()) == ("finished", 4, [0, 4])
