@@ -11,7 +11,6 @@ for the device.
 """
 
 import gc
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +42,7 @@ from trainer.out_of_memory import explained
 from trainer.plan import describe
 from trainer.progress import Progress
 from trainer.pulse import Pulse
-from trainer.resume import check_source
+from trainer.resume import check_source, find_source
 from trainer.run import LeftBehind, RunFolder
 from trainer.running import Running, to_host
 from trainer.schedule import learning_rate
@@ -261,7 +260,7 @@ class Trainer:
         return float(taken)
 
     def _resume(self, cleanup: ExitStack) -> None:
-        """Load what ``run.resume`` names, if there is any, from memory or storage. Rank 0 chooses it for all."""
+        """Load what ``run.resume`` names, if there is any, from memory or storage."""
         job, where = self.job, self.where
         writers = dist.new_group(backend="gloo") if where.world > 1 else None
         self.checkpoints = Checkpoints(
@@ -270,23 +269,14 @@ class Trainer:
         cleanup.callback(self.checkpoints.cancel)
         self.snapshots = open_snapshots(job, where, self.run, self._roster, writers, self._tell)
         cleanup.callback(self.snapshots.close)
-        chosen, in_memory = torch.full((2,), -1)
-        if where.rank == 0:
-            memory = self.snapshots.steps()
-            newest = math.inf if self._left_behind.steps_after is None else self._left_behind.steps_after
-            stored = [step for step in self.checkpoints.steps() if step <= newest]
-            if (step := self.run.resume_step(sorted({*memory, *stored}))) is not None:
-                chosen, in_memory = torch.tensor([step, step in memory])
-        if where.world > 1:
-            dist.broadcast(chosen, src=0)
-            dist.broadcast(in_memory, src=0)
-        if chosen >= 0:
-            self._load(self.snapshots.open(int(chosen)) if in_memory else self.checkpoints.open(int(chosen)))
+        source = find_source(self.run, self.checkpoints, self.snapshots, where, self._left_behind.steps_after)
+        if source is not None:
+            self._load(source)
         if (batch := self._left_behind.batches_before) is not None:
             self._num_passed = batch - self.step
             self._tell(f"step {self.step} is done with batch {batch}: {self._num_passed} are passed over in all")
         self.snapshots.start(self.engine.pieces(), rng_state(), self._meta())
-        if chosen >= 0 or self._num_passed:
+        if source is not None or self._num_passed:
             self._snapshot()  # at once: what was restored may stand on fewer nodes, and lie otherwise for other ranks
 
     def _load(self, reader: CheckpointReader | SnapshotReader) -> None:

@@ -1,17 +1,49 @@
-"""Whether a run may go on from what was saved: it must be of the same model, training and data."""
+"""What a run goes on from, and whether it may: it must be of the same model, training and data."""
 
+import math
 from collections.abc import Mapping
 
-from checkpoint import CheckpointReader
+import torch
+import torch.distributed as dist
+
+from checkpoint import CheckpointReader, Checkpoints
 from checkpoint.snapshot_reader import SnapshotReader
+from checkpoint.snapshots import NoSnapshots, Snapshots
 from offload.state import MASTER
+from trainer.build import Rank
 from trainer.changes import as_plain, changes, show
 from trainer.run import RunFolder
 
+Source = CheckpointReader | SnapshotReader
 
-def check_source(
-    reader: CheckpointReader | SnapshotReader, run: RunFolder, data: str, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
+
+def find_source(
+    run: RunFolder,
+    checkpoints: Checkpoints,
+    snapshots: Snapshots | NoSnapshots,
+    where: Rank,
+    newest_stored: int | None,
+) -> Source | None:
+    """What ``run.resume`` names, if there is any, in memory or storage. Rank 0 chooses it for all. Collective.
+
+    newest_stored: checkpoints of later steps are passed over.
+    """
+    chosen, in_memory = torch.full((2,), -1)
+    if where.rank == 0:
+        memory = snapshots.steps()
+        newest = math.inf if newest_stored is None else newest_stored
+        stored = [step for step in checkpoints.steps() if step <= newest]
+        if (step := run.resume_step(sorted({*memory, *stored}))) is not None:
+            chosen, in_memory = torch.tensor([step, step in memory])
+    if where.world > 1:
+        dist.broadcast(chosen, src=0)
+        dist.broadcast(in_memory, src=0)
+    if chosen < 0:
+        return None
+    return snapshots.open(int(chosen)) if in_memory else checkpoints.open(int(chosen))
+
+
+def check_source(reader: Source, run: RunFolder, data: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """ValueError where `run` cannot go on from `reader`, or may not without ``run.on_change=accept``.
 
     data: the corpus' fingerprint. shapes: of the model's parameters, by name.
@@ -34,9 +66,7 @@ def check_source(
         )
 
 
-def _check_shapes(
-    reader: CheckpointReader | SnapshotReader, run: RunFolder, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
+def _check_shapes(reader: Source, run: RunFolder, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """State is read by ranges of elements: those of a tensor of another shape would be taken for the parameter's."""
     there = {name: reader.shape(name, MASTER) for name in reader.names() if MASTER in reader.kinds(name)}
     for name in sorted({*shapes, *there}):
