@@ -8,6 +8,7 @@ several threads.
 import errno
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterable
 
 import fsspec
@@ -41,6 +42,20 @@ class Folder:
             known = "a path, or a URL such as s3://, gs://, abfs://, memory://"
             raise ValueError(f"checkpoint.url={url!r}: {error}; allowed: {known}") from error
         return cls(fs, path)
+
+    def check_writable(self) -> None:
+        """ValueError where it is on a local disk and nothing can be written there; elsewhere nothing is asked."""
+        if not self.local:
+            return
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path, buffering=0) as file:
+                file.write(bytes(PAGE_BYTES))
+        except OSError as error:
+            raise ValueError(
+                f"checkpoint.url={self.path}: cannot be written there ({error.strerror}: "
+                f"{error.filename or self.path}); choose another folder or URL"
+            ) from error
 
     @property
     def name(self) -> str:

@@ -449,10 +449,6 @@ class Generation:
         assert header is not None
         return header
 
-    def is_making(self, version: int) -> bool:
-        """Whether `version` is being made, or will be: a node may be a little behind the others."""
-        return version >= self._making.version
-
     def settle(self, wait_s: float) -> None:
         """Let a version whose ranks have all written come to its end on this node. It is not waited for what others
         say of it: some may be lost."""

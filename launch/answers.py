@@ -1,6 +1,7 @@
 """What the command line answers to a wrong flag, key, value or preset: the one that was meant."""
 
 from difflib import SequenceMatcher, get_close_matches
+from itertools import pairwise
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -15,6 +16,7 @@ FLAGS = {
     *("--shell-completion", "-sc"),
 }
 """Hydra's own."""
+WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
 
 WORDS = {
     "train.steps": ("max_steps", "num_steps", "iterations", "max_iters", "total_steps"),
@@ -73,6 +75,15 @@ def reject_flags(args: list[str]) -> None:
         raise ValueError(f"there is no option {flag}; {_meant(name, value)}")
 
 
+def flags_first(args: list[str]) -> list[str]:
+    """Flags, each with its value, before the overrides: Hydra's parser reads them in no other order."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    for previous, arg in pairwise(["", *args]):
+        (flags if arg.startswith("-") or previous in WITH_VALUE else overrides).append(arg)
+    return flags + overrides
+
+
 def reject_additions(composed: DictConfig, prefix: str = "") -> None:
     """ValueError for a key that ``+key=value`` has added, which nothing would read."""
     known = keys()
@@ -112,16 +123,17 @@ def _explain_preset(error: MissingConfigException) -> str:
 
 def _explain_key(cause: OmegaConfBaseException, overrides: list[str]) -> str:
     name = str(cause.full_key)
-    given = next((o for o in overrides if o.lstrip("+~").startswith(f"{name}=")), None)
-    value = given.partition("=")[2] if given else ""
+    given = next((o for o in overrides if o.lstrip("+~").startswith((f"{name}=", f"{name}."))), None)
+    typed, _, value = (given or name).lstrip("+~").partition("=")
     known = keys()
     if isinstance(cause, ValidationError) and name in known:
-        return f"{given or name}: {_received(cause, value)}, wanted {known[name].type}{_example(known[name], value)}"
+        received = f"received {value!r}" if given else str(cause.msg).splitlines()[0]
+        return f"{given or name}: {received}, wanted {known[name].type}{_example(known[name], value)}"
     if name in known:
         return f"{name} is no key of the {name.partition('.')[0]} that was chosen, or cannot be changed this way"
     if name in GROUPS or any(key.startswith(f"{name}.") for key in known):
         return _explain_section(name, value)
-    return f"there is no key {name}; {_meant(name, value)}"
+    return f"there is no key {typed}; {_meant(typed, value)}"
 
 
 def _explain_section(name: str, value: str) -> str:
@@ -137,10 +149,6 @@ def _explain_syntax(error: OverrideParseException) -> str:
         return f"{given!r}: write key=value; {_meant(given, '')}"
     why = str(error.message).splitlines()[0]
     return f"{given!r} cannot be read ({why}); quote values with special characters: 'key=\"a,b\"'"
-
-
-def _received(cause: ValidationError, value: str) -> str:
-    return f"received {value!r}" if value else " ".join(str(cause.msg).split())
 
 
 def _example(key: Key, value: str) -> str:

@@ -2,20 +2,25 @@
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.options import CheckpointOptions
 from launch.config import Config
 from launch.options import LaunchOptions
+from offload.options import OffloadOptions
 from parallel.options import ParallelOptions
 from trainer.job import Job
-from trainer.options import LlamaOptions
+from trainer.options import HFOptions, LlamaOptions
 
 if TYPE_CHECKING:
     from parallel.transport import Transport
 
 BASELINE_PLACEMENTS = {"fsdp2": ("ddp", "zero2", "zero3", "hsdp"), "deepspeed": ("zero1", "zero2", "zero3")}
 """What one sharding for parameters, gradients and optimizer states (FSDP2), or a ZeRO stage, can express."""
+
+UNREAD = {"fsdp2": ("overlap",), "deepspeed": ("overlap", "prefetch_units")}
+"""Options that would change nothing."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +87,22 @@ def _check_capacity(crew: Crew, machines: list[Machine], options: LaunchOptions)
 
 
 def _there_is(machines: list[Machine]) -> str:
-    return f"there are {len(machines)} nodes: " + ", ".join(str(machine) for machine in machines)
+    are = "is 1 node" if len(machines) == 1 else f"are {len(machines)} nodes"
+    return f"there {are}: " + ", ".join(str(machine) for machine in machines)
 
 
 def check(config: Config, crew: Crew) -> Config:
     """Everything that can be known before the start. Returns the config with ``parallel.levels`` filled in."""
     from trainer.run import check_run
 
-    parallel = _check_levels(config, crew)
-    config = replace(config, parallel=parallel)
+    _check_engine(config)
+    config = replace(config, parallel=_check_levels(config, crew))
     config.micro_batches(crew.workers)
     _check_numbers(config)
-    _check_engine(config, config.parallel)
+    _check_offload(config)
     _check_checkpoint(config.checkpoint, crew)
+    if config.launch.address is None:
+        _check_files(config)
     check_run(config.job())
     return config
 
@@ -162,8 +170,9 @@ def _check_sequence(config: Config, size: int) -> None:
         )
 
 
-def _check_engine(job: Job, parallel: ParallelOptions) -> None:
+def _check_engine(job: Job) -> None:
     """A setting that an engine cannot express would be ignored, and that is an error."""
+    parallel = job.parallel
     if job.engine == "native":
         return
     possible = BASELINE_PLACEMENTS[job.engine]
@@ -181,6 +190,11 @@ def _check_engine(job: Job, parallel: ParallelOptions) -> None:
         raise ValueError(
             f"offload.states and offload.weights need engine=native; engine={job.engine} does not read them"
         )
+    for key in UNREAD[job.engine]:
+        if getattr(parallel, key) != getattr(ParallelOptions, key):
+            raise ValueError(
+                f"parallel.{key}={getattr(parallel, key)} needs engine=native; engine={job.engine} does not read it"
+            )
     if parallel.candidates:
         raise ValueError(f"parallel.candidates need engine=native; engine={job.engine} does not try placements")
     if parallel.sequence:
@@ -219,7 +233,57 @@ def _check_numbers(job: Job) -> None:
         )
 
 
+def _check_offload(job: Job) -> None:
+    """What would be ignored, or refused by the ranks."""
+    options, drives = job.offload, ("nvme_path", "nvme_bytes", "nvme_tbw", "nvme_direct")
+    unread = {"none": ("gpu_bytes", "host_bytes", "threads", *drives), "host": drives}.get(options.states, ())
+    for key in unread:
+        value = getattr(options, key)
+        if value != getattr(OffloadOptions(), key):
+            raise ValueError(
+                f"offload.{key}={value} is not read with offload.states={options.states}; leave it out, or choose "
+                f"other offload.states"
+            )
+    if options.away and job.optimizer.name != "adamw":
+        raise ValueError(
+            f"offload.states={options.states} updates by AdamW, not by optimizer={job.optimizer.name}; set "
+            f"optimizer=adamw, or offload=none"
+        )
+
+
+def _check_files(job: Job) -> None:
+    """What the workers will open, where they run on this machine."""
+    from checkpoint.folder import Folder
+    from offload.drive import DriveError, check_folder
+    from trainer.data.files import find_files
+
+    if job.data.source != "datasets":
+        find_files(job.data.paths, "data.paths")
+        find_files(job.data.valid_paths, "data.valid_paths")
+    tokenizer = Path(job.data.tokenizer).expanduser()
+    if (tokenizer.suffix == ".json" or tokenizer.is_absolute()) and not tokenizer.exists():
+        raise ValueError(f"data.tokenizer={job.data.tokenizer}: there is no such file or folder")
+    if isinstance(job.model, HFOptions):
+        job.model.config_file()
+    try:
+        for folder in job.offload.nvme_path:
+            check_folder(Path(folder), job.offload.nvme_direct)
+    except DriveError as error:
+        raise ValueError(f"offload.nvme_path={error.filename}: {error.strerror}") from error
+    if job.checkpoint.url:
+        Folder.at(job.checkpoint.url).check_writable()
+
+
 def _check_checkpoint(options: CheckpointOptions, crew: Crew) -> None:
+    from checkpoint.roster import check_nodes
+
+    if options.snapshots:
+        check_nodes(options, crew.nodes)
+    elif options.parity is not None or options.group_nodes is not None:
+        raise ValueError(
+            "checkpoint.parity and checkpoint.group_nodes are of snapshots, of which checkpoint.snapshot_every_steps=0 "
+            "takes none; set it, or leave them out"
+        )
     if options.url.startswith("memory:") and crew.workers > 1:
         raise ValueError(
             f"checkpoint.url={options.url} lies in the memory of one process, but launch.workers={crew.workers}; "

@@ -62,7 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif command in ("--version", "version"):
         print(f"atoll {__version__}")
     elif command in commands:
-        sys.exit(commands[command](rest))
+        try:
+            sys.exit(commands[command](rest))
+        except BrokenPipeError:  # who reads has seen enough: atoll train --help | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(1)
     else:
         sys.exit(_complain(f"there is no command {command!r}\n{USAGE}"))
 
@@ -80,17 +84,17 @@ def plan(args: list[str]) -> int:
 
 def _composed(args: list[str], act: "Act") -> int:
     """Let `act` have the config that `args` compose (or each of a sweep); what was typed wrong is one sentence."""
-    from launch.answers import explain, reject_flags, spell_out
+    from launch.answers import explain, flags_first, reject_flags, spell_out
     from launch.config import register, reject_hidden_presets
 
-    if "--help" in args or "-h" in args:
+    if _asks_help(args):
         from launch.keys import describe
 
         print(describe())
         return 0
     try:
         reject_flags(args)
-        args = spell_out(args)
+        args = spell_out(flags_first(args))
         reject_hidden_presets(_user_folders(args))
         register()
         return _run_hydra(args, act)
@@ -164,6 +168,9 @@ def _name_in_sweep(config: "Config") -> "Config":
 
 def export(args: list[str]) -> int:
     """Write a run's checkpoint as safetensors; the exit code."""
+    if _asks_help(args):
+        print(EXPORT_USAGE)
+        return 0
     given = {key.lstrip("-"): value for key, _, value in (arg.partition("=") for arg in args)}
     unknown = given.keys() - {"run", "to", "step", "dtype"}
     if unknown or not given.get("run") or not given.get("to") or not given.get("step", "0").isdigit():
@@ -192,9 +199,10 @@ def submit(args: list[str]) -> int:
 
 def report(args: list[str]) -> int:
     """Print what became of a run; the exit code."""
+    from launch.report import USAGE as usage
     from launch.report import report as make
 
-    return _printed(make, args)
+    return _printed(make, args, usage)
 
 
 def chaos(args: list[str]) -> int:
@@ -202,18 +210,19 @@ def chaos(args: list[str]) -> int:
     from launch.chaos import USAGE as usage
     from launch.chaos import chaos as act
 
-    if not args or "--help" in args or "-h" in args:
-        print(usage)
-        return 0
-    return _printed(act, args)
+    return _printed(act, args or ["--help"], usage)
 
 
-def _printed(act: Callable[[list[str]], str], args: list[str]) -> int:
+def _printed(act: Callable[[list[str]], str], args: list[str], usage: str) -> int:
     try:
-        print(act(args))
+        print(usage if _asks_help(args) else act(args))
     except ValueError as error:
         return _complain(str(error))
     return 0
+
+
+def _asks_help(args: list[str]) -> bool:
+    return "--help" in args or "-h" in args
 
 
 def _user_folders(args: list[str]) -> list[Path]:

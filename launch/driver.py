@@ -25,7 +25,7 @@ from launch.failures import FILE, FailureRecord
 from launch.report import show_failures
 from launch.worker import Failed, Failure, check_device, describe, take_cores
 from trainer import timeline
-from trainer.run import run_path
+from trainer.run import check_free, run_path
 
 if TYPE_CHECKING:
     from launch.policy import ScalingPolicy
@@ -108,6 +108,7 @@ def run(config: Config, overrides: Sequence[str] = (), stream: TextIO | None = N
 
 
 def _run(config: Config, overrides: tuple[str, ...], stream: TextIO, stop: Stop) -> Report:
+    check_free(config)
     if config.launch.address is not None:
         probe(config.launch.address, config.launch.start_timeout_s)
         from launch.cluster import connected, machines
@@ -196,6 +197,8 @@ def _noted(config: Config) -> Iterator[None]:
 
 
 def _ended(result: dict[str, Any], stop: Stop) -> Report:
+    if result.get("unsaved") and stop.signal != signal.SIGTERM:
+        return Report(status="failed", exit_code=1, result=result)
     if result.get("status") != "stopped":
         return Report(status="finished", exit_code=0, result=result)
     return Report(status="stopped", exit_code=EXIT_RESUMABLE if stop.signal == signal.SIGTERM else 0, result=result)

@@ -31,11 +31,12 @@ def keys() -> dict[str, Key]:
 
 
 def describe() -> str:
-    """The presets and keys, as ``atoll train --help`` shows them."""
+    """The presets and keys, as ``atoll train --help`` and ``atoll plan --help`` show them."""
     from launch.config import GROUPS, presets
 
     lines = [
         "atoll train [key=value ...] [preset group=name ...]",
+        "atoll plan  [key=value ...] [preset group=name ...]",
         "",
         "Presets (yours: ./conf/<group>/<name>.yaml or --config-dir)",
     ]

@@ -61,8 +61,9 @@ class Ledger:
         """Of failures that are not recovered from yet."""
 
     def see(self, event: Event, world: int) -> None:
-        """An event of a start of so many ranks; with their first step, what came before is recovered from."""
-        first = event["type"] == "step" and not self.watched.stepped
+        """An event of a start of so many ranks. Its first step, or an end before it, ends the recovery."""
+        goes_on = event["type"] == "step" or event["type"] == "end" and event["status"] != "paused"
+        first = goes_on and not self.watched.stepped
         self.watched.see(event)
         if first:
             self.watched.times["first step"] = self.watched.last_sign

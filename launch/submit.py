@@ -75,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     top = _Parser(prog="atoll submit", usage=USAGE, allow_abbrev=False)
-    kinds = top.add_subparsers(dest="kind", parser_class=_Parser)
+    kinds = top.add_subparsers(dest="kind", prog=top.prog, parser_class=_Parser)
     slurm, ssh, kuberay = (kinds.add_parser(kind, allow_abbrev=False) for kind in ("slurm", "ssh", "kuberay"))
     for parser in (slurm, kuberay):
         parser.add_argument("--nodes", type=int, required=True, help="nodes, each taken whole")

@@ -30,7 +30,6 @@ from offload.hostpool import HostPool
 State = tuple[Tensor, Tensor, Tensor]
 """master, exp_avg, exp_avg_sq: 1-D fp32, of the same length."""
 
-BYTES_PER_PARAMETER = 28
 _SLICE = 1 << 18  # elements at a time where torch does the work: what it allocates stays in cache
 _SUM_SLICE = 1 << 22  # the same for sums: 1024 additions each, which must be long
 _SUM_BLOCK, _SUM_LANES = 16384, 16  # as in native/kernels.c

@@ -56,6 +56,18 @@ def drive_error(number: int, what: str, where: str) -> DriveError:
     return DriveError(number, f"{what}: {os.strerror(number)}; {_REMEDIES.get(number, _GONE)}", where)
 
 
+def check_folder(folder: Path, direct: bool) -> None:
+    """ValueError for a folder in memory, DriveError where there is none."""
+    if not folder.is_dir():
+        raise drive_error(errno.ENOENT, "no such folder", str(folder))
+    kind = filesystem_of(folder)
+    if direct and kind in ("tmpfs", "ramfs"):
+        raise ValueError(
+            f"offload.nvme_path={folder}: {kind} is memory, not a drive; use a folder on one, or "
+            f"offload.nvme_direct=false to have it anyway"
+        )
+
+
 class Drive:
     """`size_bytes` of scratch on the drive that `folder` is on, with `depth` requests under way at once."""
 
@@ -64,14 +76,7 @@ class Drive:
         is refused: all of the space is taken now, and one block is written and read."""
         self.folder, self.size_bytes, self._calls = folder, size_bytes, calls
         self.file = folder / f"atoll-{os.getpid()}-{secrets.token_hex(4)}.state"
-        if not folder.is_dir():
-            raise drive_error(errno.ENOENT, "no such folder", str(folder))
-        kind = filesystem_of(folder)
-        if direct and kind in ("tmpfs", "ramfs"):
-            raise ValueError(
-                f"offload.nvme_path={folder}: {kind} is memory, not a drive; use a folder on one, or "
-                f"offload.nvme_direct=false to have it anyway"
-            )
+        check_folder(folder, direct)
         self._handle = self._open(direct)
         try:
             self._probe()

@@ -96,6 +96,10 @@ class OffloadOptions:
         for key, allowed in allowed_by_key.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"offload.{key}={getattr(self, key)!r}: choose one of {', '.join(allowed)}")
+        if self.weights == "host" and self.states == "none":
+            raise ValueError(
+                "offload.weights=host needs offload.states=host or nvme: the states would take more memory"
+            )
         if self.update == "speculate" and self.states == "none":
             raise ValueError("offload.update=speculate needs offload.states=host, or nvme, for the part in host memory")
         if not 0 <= self.speculate_share <= 1:
@@ -130,4 +134,4 @@ class OffloadOptions:
     @property
     def away(self) -> bool:
         """Whether anything but activations leaves the device."""
-        return self.states != "none" or self.weights == "host"
+        return self.states != "none"

@@ -43,14 +43,8 @@ class Offloader:
                 for trained in unit.trainable:
                     trained.place_states(kinds, None)
             return
-        if optimizer.name != "adamw":
-            raise ValueError(f"offload.states={options.states} updates by AdamW: set optimizer=adamw")
-        if options.states == "auto":
-            raise ValueError("offload.states=auto: what it stands for is chosen before the engine is built")
-        if options.states == "none":
-            raise ValueError(
-                "offload.weights=host needs offload.states=host or nvme: the states would take more memory"
-            )
+        assert optimizer.name == "adamw", "refused by launch.checks"
+        assert options.states != "auto", "what it stands for is chosen before the engine is built"
         self._states = AwayStates(
             AdamW(beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps, weight_decay=optimizer.weight_decay),
             device=device,

@@ -173,6 +173,12 @@ class OptimizerOptions:
             raise ValueError(f"optimizer.lr={self.lr}: must be positive")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"optimizer.beta1={self.beta1}, optimizer.beta2={self.beta2}: both must be in [0, 1)")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optimizer.momentum={self.momentum}: must be in [0, 1)")
+        if self.eps <= 0:
+            raise ValueError(f"optimizer.eps={self.eps:g}: must be positive")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay={self.weight_decay:g}: must be 0 or more")
         if self.warmup_steps < 0:
             raise ValueError(f"optimizer.warmup_steps={self.warmup_steps}: must be 0 or more")
         if not 0 <= self.final_lr_ratio <= 1:

@@ -17,3 +17,13 @@ def disk_folder() -> Iterator[Path]:
                 yield Path(name)
                 return
     pytest.skip("no folder on a drive")
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 4 MiB, to be filled up."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)

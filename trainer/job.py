@@ -3,7 +3,9 @@
 The driver builds it (from Hydra or by hand), checks it, and sends it to the workers as it is.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
 
 from checkpoint.options import CheckpointOptions
 from offload.options import OffloadOptions
@@ -30,6 +32,7 @@ class Job:
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise ValueError(f"engine={self.engine!r}: choose one of {', '.join(ENGINES)}")
+        _check_finite(self)
 
     @property
     def run_name(self) -> str:
@@ -51,3 +54,13 @@ class Job:
                 f"which must be divisible by train.micro_batch_size={micro}"
             )
         return micro, size // world // micro
+
+
+def _check_finite(options: Any, prefix: str = "") -> None:
+    """ValueError for a NaN, which passes every comparison of the groups' own checks, or an infinity, in any of them."""
+    for item in fields(options):
+        name, value = f"{prefix}{item.name}", getattr(options, item.name)
+        if is_dataclass(value):
+            _check_finite(value, f"{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value}: must be a finite number")

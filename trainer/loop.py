@@ -11,7 +11,6 @@ for the device.
 """
 
 import gc
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +43,7 @@ from trainer.out_of_memory import explained
 from trainer.plan import describe
 from trainer.progress import Progress
 from trainer.pulse import Pulse
+from trainer.resume import check_source, find_source
 from trainer.run import LeftBehind, RunFolder
 from trainer.running import Running, to_host
 from trainer.schedule import learning_rate
@@ -231,6 +231,7 @@ class Trainer:
             dtype=dtype,
             device=where.device,
         )
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._flops_per_token = model.flops_per_token(job.train.seq_len)
         self._peak_flops = peak_flops(where.device, dtype)
         self.sequence = share_sequences(job, model, where)
@@ -265,7 +266,7 @@ class Trainer:
         return float(taken)
 
     def _resume(self, cleanup: ExitStack) -> None:
-        """Load what ``run.resume`` names, if there is any, from memory or storage. Rank 0 chooses it for all."""
+        """Load what ``run.resume`` names, if there is any, from memory or storage."""
         job, where = self.job, self.where
         writers = dist.new_group(backend="gloo") if where.world > 1 else None
         self.checkpoints = Checkpoints(
@@ -274,32 +275,19 @@ class Trainer:
         cleanup.callback(self.checkpoints.cancel)
         self.snapshots = open_snapshots(job, where, self.run, self._roster, writers, self._tell)
         cleanup.callback(self.snapshots.close)
-        chosen, in_memory = torch.full((2,), -1)
-        if where.rank == 0:
-            memory = self.snapshots.steps()
-            newest = math.inf if self._left_behind.steps_after is None else self._left_behind.steps_after
-            stored = [step for step in self.checkpoints.steps() if step <= newest]
-            if (step := self.run.resume_step(sorted({*memory, *stored}))) is not None:
-                chosen, in_memory = torch.tensor([step, step in memory])
-        if where.world > 1:
-            dist.broadcast(chosen, src=0)
-            dist.broadcast(in_memory, src=0)
-        if chosen >= 0:
-            self._load(self.snapshots.open(int(chosen)) if in_memory else self.checkpoints.open(int(chosen)))
+        source = find_source(self.run, self.checkpoints, self.snapshots, where, self._left_behind.steps_after)
+        if source is not None:
+            self._load(source)
         if (batch := self._left_behind.batches_before) is not None:
             self._num_passed = batch - self.step
             self._tell(f"step {self.step} is done with batch {batch}: {self._num_passed} are passed over in all")
         self.snapshots.start(self.engine.pieces(), rng_state(), self._meta())
-        if chosen >= 0 or self._num_passed:
+        if source is not None or self._num_passed:
             self._snapshot()  # at once: what was restored may stand on fewer nodes, and lie otherwise for other ranks
 
     def _load(self, reader: CheckpointReader | SnapshotReader) -> None:
         job, where = self.job, self.where
-        if reader.meta["data"] != self.corpus.fingerprint and job.run.on_change == "refuse":
-            raise ValueError(
-                f"the data is not what the run {job.run_name} was trained on until step {reader.step}: files behind "
-                f"data.source={job.data.source} have changed; bring them back, or go on with run.on_change=accept"
-            )
+        check_source(reader, self.run, self.corpus.fingerprint, self._shapes)
         self.engine.load(reader.read, moments=True)
         self.step = reader.meta["step"]
         self._num_passed = reader.meta.get("passed", 0)
@@ -352,7 +340,8 @@ class Trainer:
             self.snapshots.close(dropped=True)
         if error := self.checkpoints.error():
             text += f"\nits last steps are lost: {error}"
-        end = {"type": "end", "status": "finished" if finished else "stopped", "step": self.step, "text": text}
+        status, unsaved = "finished" if finished else "stopped", error is not None
+        end = {"type": "end", "status": status, "step": self.step, "unsaved": unsaved, "text": text}
         self.run.note("end", status=end["status"], step=self.step)
         self._event(end)
         self.run.draw()

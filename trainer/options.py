@@ -1,6 +1,7 @@
 """The options of a job, group by group; `trainer.job` puts them together and checks them against each other."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,13 @@ class LlamaOptions(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("dim", "ffn_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model.{name}={value}: must be at least 1")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"model.{name}={getattr(self, name):g}: must be positive")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads={self.num_heads} must be divisible by model.num_kv_heads={self.num_kv_heads}"
@@ -56,6 +64,18 @@ class HFOptions(ModelOptions):
     """Random weights by the model's own rule instead of the folder's."""
     overrides: dict[str, str] = field(default_factory=dict)
     """Fields of the Hugging Face config to change, as YAML values: ``model.overrides.num_hidden_layers=2``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path in ("", "???"):
+            raise ValueError("model=hf needs model.path=, the local folder of a Hugging Face model")
+
+    def config_file(self) -> Path:
+        """The folder's ``config.json``; ValueError where there is none."""
+        file = Path(self.path) / "config.json"
+        if not file.is_file():
+            raise ValueError(f"model.path={self.path!r}: there is no {file}; give a Hugging Face model's local folder")
+        return file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +149,8 @@ class TrainOptions:
         for name in ("steps", "seq_len", "global_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        if abs(self.seed) >= 1 << 62:
+            raise ValueError(f"train.seed={self.seed}: must be below 2^62")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"train.micro_batch_size={self.micro_batch_size}: must be at least 1")
         if self.clip_norm is not None and self.clip_norm <= 0:
@@ -159,6 +181,10 @@ class RunOptions:
     """A run whose name was used with other options is refused with the difference; ``accept`` takes the new ones."""
 
     def __post_init__(self) -> None:
+        if self.name and (Path(self.name).is_absolute() or set(self.name.split("/")) & {"", ".", ".."}):
+            raise ValueError(
+                f"run.name={self.name}: must be the name of a folder in run.root; for another place set run.root="
+            )
         if self.resume not in ("auto", "never", "true") and not self.resume.isdigit():
             raise ValueError(f"run.resume={self.resume!r}: choose auto, never, true or the number of a step")
         if self.on_change not in ("refuse", "accept"):

@@ -8,6 +8,7 @@ from trainer.data import Corpus
 from trainer.job import Job
 from trainer.models import LanguageModel
 from trainer.progress import size
+from trainer.run import run_path
 
 AWAY = {"host": "offloaded to host memory", "nvme": "offloaded to NVMe"}
 
@@ -33,6 +34,7 @@ def describe(job: Job, where: Rank, corpus: Corpus, model: LanguageModel, engine
         "state": f"{size(sum(state.values()))} a rank in {tier} memory ({held}){away}",
         **_activations(job, model),
         "dtype": f"{str(dtype).removeprefix('torch.')}: {why}",
+        "run": _saved(job),
     }
     return "\n".join(f"{name:>6}  {text}" for name, text in rows.items())
 
@@ -50,6 +52,16 @@ def _activations(job: Job, model: LanguageModel) -> dict[str, str]:
         "checkpoint": "keep their input, all is recomputed",
     }["swap" if options.mode == "auto" else options.mode]
     return {"blocks": f"{num - kept} {how}" + (f"; the last {kept} keep all" if kept else "")}
+
+
+def _saved(job: Job) -> str:
+    """Where the run lies, and when its state is saved."""
+    options = job.checkpoint
+    often = f"every {options.every_steps} steps and " if options.every_steps else ""
+    where = f" in {options.url}" if options.url else ""
+    every = options.snapshot_every_steps
+    memory = f"; snapshots in memory every {'few' if every == 'auto' else every} steps" if options.snapshots else ""
+    return f"{run_path(job)}, checkpoints{where} {often}at the end{memory}"
 
 
 def _mesh(job: Job, where: Rank) -> str:

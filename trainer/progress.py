@@ -45,6 +45,8 @@ class Progress:
         else:
             if kind == "end":
                 self._settle()
+            if kind == "resumed":  # steps may be done again: what was seen before says nothing of them
+                self._pending = self._first = None
             self._print(printable(event["text"]))
 
     def _step(self, event: Event) -> None:

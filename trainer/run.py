@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 LOCK_WAIT_S = 5.0
 """How long a start waits for the processes of a run that was just killed to be gone."""
+PROBE_BYTES = 4096
+"""What is written to see whether a disk is full."""
 PACKAGES = ("atoll", "torch", "numpy", "zarr", "fsspec", "ray", "transformers", "deepspeed")
 
 
@@ -55,6 +57,14 @@ def check_run(job: Job) -> None:
     _compare(job)
 
 
+def check_free(job: Job) -> None:
+    """ValueError where another process trains in the run's folder."""
+    path = run_path(job) / "run.lock"
+    if path.exists():
+        check_writable(job)
+        _lock(path, job)[0].close()
+
+
 def check_writable(job: Job) -> None:
     """Make the run's folder and try to write in it. ValueError that names ``run.root`` where that fails."""
     if "://" in job.run.root:
@@ -63,12 +73,12 @@ def check_writable(job: Job) -> None:
         )
     try:
         run_path(job).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_path(job)):
-            pass
+        with tempfile.TemporaryFile(dir=run_path(job), buffering=0) as file:
+            file.write(bytes(PROBE_BYTES))
     except OSError as error:
         raise ValueError(
             f"run.root={job.run.root}: the folder of run {job.run_name} cannot be written there "
-            f"({error.strerror}: {error.filename}); choose another folder with run.root="
+            f"({error.strerror}: {error.filename or run_path(job)}); choose another folder with run.root="
         ) from error
 
 
@@ -148,6 +158,9 @@ class RunFolder:
         """
         check_writable(self.job)
         self._lock, notes = _lock(self.path / "run.lock", self.job)
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
         try:
             return notes + self._settle()
         except BaseException:
@@ -173,6 +186,10 @@ class RunFolder:
     def _write_config(self) -> None:
         header = f"# overrides: {' '.join(self.overrides)}\n" if self.overrides else ""
         replace_file(self.path / "config.yaml", header + OmegaConf.to_yaml(OmegaConf.create(as_plain(self.job))))
+
+    def in_use(self) -> bool:
+        """Whether anything was done in it, by this process or one before."""
+        return _in_use(self.path)
 
     def resume_step(self, steps: Sequence[int]) -> int | None:
         """Which of the committed checkpoints to go on from, as ``run.resume`` says; None: from the beginning."""
@@ -298,7 +315,7 @@ def _lock(path: Path, job: Job) -> tuple[TextIO, list[str]]:
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            return file, []
         except BlockingIOError:
             if time.monotonic() > deadline:
                 file.seek(0)
@@ -315,7 +332,3 @@ def _lock(path: Path, job: Job) -> tuple[TextIO, list[str]]:
             return file, [
                 f"run.root={job.run.root} is on a file system without locks: start no second run in {path.parent}"
             ]
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file, []

@@ -87,13 +87,6 @@ class Workload:
     def numel(self) -> int:
         return sum((unit.trained + unit.frozen) * unit.count for unit in self.units)
 
-    @property
-    def step_flops(self) -> float:
-        """Of one rank and step, recomputation included."""
-        return self.tokens * self.micro_batches * sum(
-            u.count * (u.forward_flops * (2 if u.recompute else 1) + u.backward_flops) for u in self.units
-        )  # fmt: skip
-
     @classmethod
     def read(
         cls,

@@ -1,6 +1,4 @@
-"""A fragment is what was sealed, or it is an erasure; and a stripe is repaired piece by piece."""
-
-import dataclasses
+"""A fragment is what was sealed, or it is an erasure."""
 
 import google_crc32c
 import numpy as np
@@ -9,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint.crc import crc32c, piece_crcs
-from checkpoint.erasure import ReedSolomon, TooManyErasures, aligned_empty, isal
-from checkpoint.erasure.repair import Fragment, repair_stripe
+from checkpoint.erasure import aligned_empty, isal
 from checkpoint.fragment import FragmentDamaged, FragmentHeader, FragmentId, seal
 
 _ID = FragmentId(run=bytes(range(16)), k=4, m=2, element=1, group=3, stripe=5, step=2**40, version=2**33)
@@ -21,14 +18,6 @@ def _payload(seed: int = 0, size: int = _SIZE) -> np.ndarray:
     payload = aligned_empty(size)
     payload[:] = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
     return payload
-
-
-def _stripe(k: int = 4, m: int = 2) -> tuple[ReedSolomon, dict[int, Fragment]]:
-    code, payloads = ReedSolomon(k, m), [_payload(seed) for seed in range(k + m)]
-    code.encode(payloads[:k], payloads[k:])
-    ids = [dataclasses.replace(_ID, k=k, m=m, element=number) for number in range(k + m)]
-    headers = [seal(id_, payload, piece_bytes=_PIECE) for id_, payload in zip(ids, payloads, strict=True)]
-    return code, {number: Fragment(*both) for number, both in enumerate(zip(headers, payloads, strict=True))}
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 4097, 10_000])
@@ -98,64 +87,3 @@ def test_without_isal_the_checksums_are_the_same(monkeypatch: pytest.MonkeyPatch
     expected = piece_crcs(payload, 4096, threads=2)
     monkeypatch.setattr(isal, "load", lambda: "not there")
     assert piece_crcs(payload, 4096, threads=2) == expected
-
-
-def test_bad_pieces_in_every_fragment_are_repaired_in_place():
-    code, fragments = _stripe()
-    good = {number: fragment.payload.copy() for number, fragment in fragments.items()}
-    hits = {0: [0, 5], 1: [0], 2: [1], 3: [1], 4: [2], 5: [5]}  # never more than two in one place
-    for number, pieces in hits.items():
-        for piece in pieces:
-            fragments[number].payload[piece * _PIECE + 11] ^= 0x40
-    assert repair_stripe(code, fragments) == hits
-    assert all(np.array_equal(fragments[number].payload, good[number]) for number in good)
-
-
-def test_a_lost_fragment_is_made_although_another_is_damaged():
-    code, fragments = _stripe()
-    lost = fragments.pop(2)
-    fragments[5].payload[4096] ^= 1
-    out = _payload(seed=99)
-    assert repair_stripe(code, fragments, [2], [out], expected={2: lost.header}) == {5: [1]}
-    assert np.array_equal(out, lost.payload)
-
-
-def test_too_much_damage_in_one_place_says_where():
-    code, fragments = _stripe()
-    for number in (0, 3, 4):
-        fragments[number].payload[3 * _PIECE] ^= 1
-    with pytest.raises(TooManyErasures, match=r"pieces 3 to 3: .*lost elements \[0, 3, 4\]: at most 2"):
-        repair_stripe(code, fragments)
-
-
-def test_too_few_fragments_are_refused():
-    code, fragments = _stripe()
-    with pytest.raises(TooManyErasures, match=r"only elements \[0, 1, 2\] are left"):
-        repair_stripe(code, {number: fragments[number] for number in range(3)}, [3], [_payload()])
-
-
-def test_what_was_made_is_held_against_its_own_header():
-    """Every fragment is what its header says, but one was sealed after the parities were made: found, not trusted."""
-    code, fragments = _stripe()
-    lost = fragments.pop(0)
-    fragments[1].payload[9] ^= 1
-    fragments[1] = Fragment(
-        seal(fragments[1].header.id, fragments[1].payload, piece_bytes=_PIECE), fragments[1].payload
-    )
-    with pytest.raises(FragmentDamaged, match="element 0"):
-        repair_stripe(code, fragments, [0], [_payload()], expected={0: lost.header})
-
-
-def test_fragments_of_two_versions_are_never_mixed():
-    code, fragments = _stripe()
-    old = dataclasses.replace(fragments[3].header.id, version=7)
-    fragments[3] = Fragment(seal(old, fragments[3].payload, piece_bytes=_PIECE), fragments[3].payload)
-    with pytest.raises(ValueError, match="not of one stripe of one version"):
-        repair_stripe(code, fragments)
-
-
-def test_a_fragment_in_anothers_place_is_refused():
-    code, fragments = _stripe()
-    fragments[0], fragments[1] = fragments[1], fragments[0]
-    with pytest.raises(ValueError, match=r"element 0 of RS\(4\+2\) expected"):
-        repair_stripe(code, fragments)

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint.options import CheckpointOptions
 from launch.checks import Crew, Machine, check, find_crew
 from launch.config import Config
 from launch.options import LaunchOptions
 from offload.options import ActivationOptions, OffloadOptions
-from parallel.options import ParallelOptions
-from trainer.options import LlamaOptions, RunOptions, TrainOptions
+from parallel.options import OptimizerOptions, ParallelOptions
+from trainer.options import DataOptions, HFOptions, LlamaOptions, RunOptions, TrainOptions
 
 CPU = Machine("a", 8, 0)
 GPU = Machine("b", 8, 4)
@@ -133,4 +134,88 @@ def test_tiles_need_our_engine(tmp_path: Path) -> None:
     offload = OffloadOptions(activations=ActivationOptions(tile_tokens=64))
     config = Config(engine="fsdp2", offload=offload, run=RunOptions(root=str(tmp_path)))
     with pytest.raises(ValueError, match="offload.activations.tile_tokens=64 needs engine=native"):
+        check(config, Crew(2, 1, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "value"),
+    [
+        *((LlamaOptions, key, 0) for key in ("dim", "ffn_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim")),
+        *((LlamaOptions, key, 0) for key in ("vocab_size", "rope_theta", "norm_eps", "init_std")),
+        (OptimizerOptions, "eps", 0.0),
+        (OptimizerOptions, "momentum", 1.0),
+        (OptimizerOptions, "weight_decay", -0.1),
+        (TrainOptions, "seed", 1 << 62),
+        *((RunOptions, "name", name) for name in (".", "../up", "/elsewhere", "a//b")),
+    ],
+)
+def test_values_that_cannot_be(options: type, key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"\.{key}="):
+        options(**{key: value})
+
+
+def test_no_number_and_infinity(tmp_path: Path) -> None:
+    for broken in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="optimizer.lr=.*finite"):
+            Config(optimizer=OptimizerOptions(lr=broken))
+        with pytest.raises(ValueError, match="launch.notice_s=.*finite"):
+            Config(launch=LaunchOptions(notice_s=broken))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": DataOptions(source="text", paths=["nothing/*.txt"])}, "data.paths=nothing"),
+        ({"data": DataOptions(valid_paths=["nothing"])}, "data.valid_paths=nothing"),
+        ({"data": DataOptions(tokenizer="nothing/tokenizer.json")}, "data.tokenizer=nothing"),
+        ({"model": HFOptions(path="nothing")}, "model.path='nothing'"),
+        ({"offload": OffloadOptions(states="nvme", nvme_path=["nothing"])}, "offload.nvme_path=nothing"),
+        ({"checkpoint": CheckpointOptions(url="foo://bar")}, "checkpoint.url='foo://bar'"),
+        ({"checkpoint": CheckpointOptions(url="/proc/nowhere")}, "checkpoint.url=/proc/nowhere"),
+    ],
+)
+def test_files_that_are_not_there(change: dict, words: str, tmp_path: Path) -> None:
+    config = replace(Config(run=RunOptions(root=str(tmp_path))), **change)
+    with pytest.raises(ValueError, match=words):
+        check(config, Crew(2, 1, "cpu"))
+    elsewhere = replace(config, launch=LaunchOptions(address="a:1"))
+    check(elsewhere, Crew(2, 1, "cpu"))  # other machines may have them
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"offload": OffloadOptions(gpu_bytes=1)}, "offload.gpu_bytes=1 is not read with offload.states=none"),
+        ({"offload": OffloadOptions(states="host", nvme_bytes=1)}, "offload.nvme_bytes=1 is not read"),
+        ({"checkpoint": CheckpointOptions(parity=1)}, "checkpoint.snapshot_every_steps=0"),
+        ({"checkpoint": CheckpointOptions(parity=1, snapshot_every_steps="1")}, "checkpoint.parity=1 over 1 nodes"),
+        (
+            {"offload": OffloadOptions(states="host"), "optimizer": OptimizerOptions(name="sgd")},
+            "offload.states=host updates by AdamW",
+        ),
+    ],
+)
+def test_what_would_be_ignored_or_refused_by_the_ranks(change: dict, words: str, tmp_path: Path) -> None:
+    config = replace(Config(run=RunOptions(root=str(tmp_path))), **change)
+    with pytest.raises(ValueError, match=words):
+        check(config, Crew(2, 1, "cpu"))
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
+def test_another_engine_with_what_it_has(engine: str, tmp_path: Path) -> None:
+    config = Config(engine=engine, run=RunOptions(root=str(tmp_path)))
+    assert check(config, Crew(2, 1, "cpu")).engine == engine
+
+
+def test_overlap_of_an_engine_that_has_its_own(tmp_path: Path) -> None:
+    config = Config(engine="fsdp2", parallel=ParallelOptions(overlap=False), run=RunOptions(root=str(tmp_path)))
+    with pytest.raises(ValueError, match="parallel.overlap=False needs engine=native"):
+        check(config, Crew(2, 1, "cpu"))
+
+
+def test_levels_that_an_engine_does_not_read(tmp_path: Path) -> None:
+    config = Config(
+        engine="deepspeed", parallel=ParallelOptions(levels={"node": 2}), run=RunOptions(root=str(tmp_path))
+    )
+    with pytest.raises(ValueError, match="parallel.levels is not read by engine=deepspeed"):
         check(config, Crew(2, 1, "cpu"))

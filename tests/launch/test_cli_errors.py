@@ -1,5 +1,7 @@
 """Whatever is wrong with what was typed is one sentence on standard error, exit code 2, before torch is imported."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +20,10 @@ import pytest
         (["model=3B"], ["model=3B", "choose one of", "did you mean model=3b"]),
         (["modl=tiny"], ["model=tiny"]),
         (["model.path=x"], ["model.path"]),
+        (["trian.steps=5"], ["there is no key trian.steps", "train.steps=5"]),
+        (["train.steps="], ["received ''", "int"]),
+        (["optimizer.lr=nan"], ["optimizer.lr=nan"]),
+        (["run.name=../other"], ["run.name=../other", "run.root="]),
         (["train.steps=many"], ["train.steps", "'many'", "int"]),
         (["data=text", "data.paths=a.txt"], ["data.paths=[a.txt]"]),
         (["train=5"], ["train is a section", "train.steps"]),
@@ -63,6 +69,12 @@ def test_help_lists_presets_and_keys(atoll) -> None:
     assert "Sequences in one forward" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["plan", "export", "submit", "report", "chaos"])
+def test_help_of_a_command(atoll, command: str) -> None:
+    done = atoll(command, "--help")
+    assert done.returncode == 0 and f"atoll {command}" in done.stdout
+
+
 def test_version(atoll) -> None:
     assert atoll("--version").stdout.startswith("atoll 0.")
 
@@ -97,3 +109,14 @@ def test_a_preset_that_ours_would_hide(atoll, tmp_path: Path) -> None:
     preset.write_text("lr: 0.25\n")
     done = atoll("train", "--cfg", "job")
     assert done.returncode == 2 and "conf/optimizer/adamw.yaml" in done.stderr and "rename" in done.stderr
+
+
+def test_flags_may_come_after_overrides(atoll) -> None:
+    done = atoll("train", "train.steps=7", "--cfg", "job")
+    assert done.returncode == 0 and "steps: 7" in done.stdout
+
+
+def test_help_into_a_pipe_that_closes(tmp_path: Path) -> None:
+    shell = ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m launch train --help | head -1"]
+    done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.count("\n") == 1 and done.stderr == ""

@@ -58,9 +58,20 @@ def test_a_second_signal_ends_at_once(atoll_started) -> None:
 
 
 def test_a_failure_says_the_rank_and_the_cause_first(atoll) -> None:
-    done = atoll("train", *SMALL, "data=text", "data.paths=[nothing/*.txt]")
+    done = atoll("train", *SMALL, "model.vocab_size=10")
     assert done.returncode == 1
-    assert done.stderr.startswith("atoll: rank 0 on this machine: ") and "nothing/*.txt" in done.stderr.splitlines()[0]
+    first = done.stderr.splitlines()[0]
+    assert first.startswith("atoll: rank 0 on this machine: ") and "model.vocab_size=10" in first
+
+
+def test_a_last_checkpoint_that_is_lost_is_a_failure(atoll_started, tmp_path: Path) -> None:
+    run = atoll_started("train", *ENDLESS, "checkpoint.url=there")
+    assert any(line.startswith("step 1/") for line in run.stdout)
+    (tmp_path / "there").rename(tmp_path / "elsewhere")
+    (tmp_path / "there").write_text("a file")
+    run.send_signal(signal.SIGINT)
+    assert any(line.startswith("its last steps are lost") for line in run.stdout)
+    assert run.wait(30) == 1
 
 
 def test_a_hang_ends_it_with_its_stack_and_a_stop_by_the_shell_does_not(tmp_path: Path) -> None:

@@ -1,4 +1,3 @@
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,16 +26,6 @@ def torch_pool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host
         assert not made.native
         yield made
     _library.cache_clear()
-
-
-@pytest.fixture
-def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 4 MiB, to be filled up."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", tmp_path], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("may not mount")
-    yield tmp_path
-    subprocess.run(["umount", tmp_path], check=True)
 
 
 @pytest.fixture

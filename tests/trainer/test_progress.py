@@ -173,3 +173,13 @@ def test_a_stream_without_unicode_is_written_all_the_same() -> None:
 )
 def test_numbers_are_made_for_people(found: str, expected: str) -> None:
     assert found == expected
+
+
+def test_steps_before_a_recovery_are_not_shown_after_it() -> None:
+    stream = io.StringIO()
+    shown = Progress(100, stream)
+    shown.show(step(0))
+    shown.show(step(1))  # too soon for a line of its own
+    shown.show({"type": "resumed", "step": 1, "from": "memory", "text": "resumed from step 1"})
+    shown.show({"type": "end", "status": "stopped", "text": "stopped after step 1"})
+    assert "step 2/" not in stream.getvalue()

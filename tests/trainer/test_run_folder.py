@@ -13,11 +13,12 @@ import pytest
 from omegaconf import OmegaConf
 
 import trainer.run as run_module
+from checkpoint.folder import Folder
 from checkpoint.options import CheckpointOptions
 from parallel.options import OptimizerOptions, ParallelOptions
 from trainer.job import Job
 from trainer.options import HFOptions, LlamaOptions, LoggerOptions, RunOptions, TrainOptions
-from trainer.run import RunFolder, check_run, check_writable
+from trainer.run import RunFolder, check_free, check_run, check_writable
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,7 +165,10 @@ def test_two_live_runs_in_one_folder_are_refused(tmp_path: Path, monkeypatch: py
     first.prepare()
     with pytest.raises(ValueError, match=rf"run.name=run .* is being trained by process {os.getpid()} on .*run.name="):
         RunFolder(job).prepare()
+    with pytest.raises(ValueError, match=rf"is being trained by process {os.getpid()} on"):
+        check_free(job)
     first.close()
+    check_free(job)
     RunFolder(job).prepare()
 
 
@@ -194,6 +198,15 @@ def test_a_file_in_the_place_of_the_root_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"run.root=.*/file: .*cannot be written .*run.root="):
         check_writable(make_job(tmp_path / "file"))
+
+
+def test_a_full_disk_is_refused(small_tmpfs: Path) -> None:
+    with open(small_tmpfs / "large", "wb") as file, pytest.raises(OSError, match="No space left"):
+        file.write(bytes(8 << 20))
+    with pytest.raises(ValueError, match=r"run\.root=.*No space left on device"):
+        check_run(make_job(small_tmpfs))
+    with pytest.raises(ValueError, match=r"checkpoint\.url=.*No space left on device"):
+        Folder.at(str(small_tmpfs / "checkpoints")).check_writable()
 
 
 def test_a_url_is_not_a_folder() -> None:

@@ -48,9 +48,12 @@ def export_safetensors(
     larger than `max_shard_bytes` is a shard alone. ValueError for a folder in use.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"to={folder}: cannot be made ({error.strerror}); name another folder") from error
     if any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; export into a new folder")
+        raise ValueError(f"to={folder} is not empty; export into a new folder")
     if isinstance(model_options, HFOptions):
         tensors, config, read = _hugging_face(read, names_shapes, model_options)
         _copy_tokenizer(Path(model_options.path), folder)

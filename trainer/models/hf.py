@@ -106,9 +106,7 @@ class HFModel(LanguageModel):
 
 def load_config(options: HFOptions) -> transformers.PreTrainedConfig:
     """The folder's ``config.json`` with ``model.overrides`` in it."""
-    file = Path(options.path) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"model.path={options.path!r}: there is no {file}; give a Hugging Face model's local folder")
+    file = options.config_file()
     config: transformers.PreTrainedConfig = transformers.AutoConfig.from_pretrained(file.parent, local_files_only=True)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"model.path={options.path}: its weights are quantized, which cannot be trained")
