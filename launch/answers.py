@@ -7,8 +7,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from launch.config import GROUPS, presets
-from launch.keys import MODELS, Key, keys
+from launch.config import GROUPS, MODELS, presets
+from launch.keys import Key, keys
 
 FLAGS = {
     *("--help", "-h", "--hydra-help", "--version", "--run", "-r", "--multirun", "-m", "--cfg", "-c", "--resolve"),

@@ -15,11 +15,13 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 import conf
-from launch.keys import MODELS
 from launch.options import LaunchOptions
 from trainer.job import Job
+from trainer.options import HFOptions, LlamaOptions
 
 CONF = Path(conf.__file__).resolve().parent
+MODELS = {"llama_schema": LlamaOptions, "hf_schema": HFOptions}
+"""The schemas that presets of the group ``model`` start from."""
 GROUPS = ("model", "data", "optimizer", "parallel", "offload", "checkpoint", "launch", "logger", "experiment")
 
 

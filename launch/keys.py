@@ -6,10 +6,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
-from trainer.options import HFOptions, LlamaOptions
-
-MODELS = {"llama_schema": LlamaOptions, "hf_schema": HFOptions}
-"""The schemas that presets of the group ``model`` start from."""
+from launch.config import GROUPS, MODELS, Config, presets
 
 
 @dataclass(frozen=True)
@@ -22,8 +19,6 @@ class Key:
 
 def keys() -> dict[str, Key]:
     """Every key by its full name, those of all kinds of models together."""
-    from launch.config import Config
-
     found = {key.name: key for key in _keys(Config, "")}
     for options in MODELS.values():
         found |= {key.name: key for key in _keys(options, "model.")}
@@ -32,8 +27,6 @@ def keys() -> dict[str, Key]:
 
 def describe() -> str:
     """The presets and keys, as ``atoll train --help`` and ``atoll plan --help`` show them."""
-    from launch.config import GROUPS, presets
-
     lines = [
         "atoll train [key=value ...] [preset group=name ...]",
         "atoll plan  [key=value ...] [preset group=name ...]",

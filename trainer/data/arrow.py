@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.data.extras import need
 from trainer.data.files import checked_utf8, reading, stamps
-from trainer.data.sources import Passage, Source
+from trainer.data.passages import Passage, Source
 
 BATCH_ROWS = 256
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.sources import Passage, Source
+from trainer.data.passages import Passage, Source
 from trainer.data.tokenizer import Tokenizer
 
 FORMAT = 1

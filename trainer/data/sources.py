@@ -6,36 +6,19 @@ All text is UTF-8, checked here; every error is a ValueError that names the file
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import decode_source
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
+from trainer.data.arrow import dataset_source, read_parquet
 from trainer.data.files import checked_utf8, find_files, library_files, reading, stamps
+from trainer.data.passages import Passage, Source
 from trainer.options import DataOptions
 
 LONG_FILE_BYTES = 256 << 10
 """A text file longer than this is a collection rather than a document: it is read in parts, each held out or not."""
 PART_BYTES = 8 << 10
-
-
-class Passage(NamedTuple):
-    """A document or, of a long text file, a part of it."""
-
-    text: bytes
-    """Valid UTF-8; empty where a row holds no text."""
-    continues: bool = False
-    """The same document goes on in the next passage."""
-
-
-@dataclass(frozen=True)
-class Source:
-    identity: object
-    """JSON that is equal for two sources only if they hold the same documents in the same order."""
-    passages: Callable[[], Iterator[Passage]]
-    """Reads all of it, anew with each call."""
 
 
 def open_source(options: DataOptions, *, valid: bool = False) -> Source:
@@ -45,8 +28,6 @@ def open_source(options: DataOptions, *, valid: bool = False) -> Source:
     """
     kind = "text" if valid and options.source == "stdlib" else options.source
     if kind == "datasets":
-        from trainer.data.arrow import dataset_source
-
         return dataset_source(options.valid_paths if valid else options.paths, options.column, valid)
     files = _valid_files(options) if valid else _train_files(options)
     read = _reader(kind, options.column)
@@ -55,8 +36,6 @@ def open_source(options: DataOptions, *, valid: bool = False) -> Source:
 
 def _reader(kind: str, column: str) -> Callable[[Path], Iterator[Passage]]:
     if kind == "parquet":
-        from trainer.data.arrow import read_parquet
-
         return partial(read_parquet, column=column)
     if kind == "jsonl":
         return partial(read_jsonl, column=column)

@@ -105,7 +105,7 @@ def cross_entropy(
     if logits.is_cuda:
         from trainer.models.loss_kernel import cross_entropy_  # Triton comes with PyTorch for CUDA alone
 
-        return cross_entropy_(logits, targets, scale, softcap, with_grad), logits
+        return cross_entropy_(logits, targets, scale, softcap, with_grad, ignored=IGNORED), logits
     return reference_cross_entropy(logits, targets, scale, softcap, with_grad)
 
 

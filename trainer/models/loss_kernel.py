@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.models.loss import IGNORED
-
 _BLOCK = 4096
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor, softcap: float | None, with_grad: bool) -> Tensor:
-    """Losses (T,) fp32, each times `scale`; logits (T, V) are overwritten by the gradient of their sum, if asked."""
+def cross_entropy_(
+    logits: Tensor, targets: Tensor, scale: Tensor, softcap: float | None, with_grad: bool, *, ignored: int
+) -> Tensor:
+    """Losses (T,) fp32, each times `scale`, 0 where the target is `ignored`; logits (T, V) are overwritten by the
+    gradient of their sum, if asked."""
     rows, vocab = logits.shape
     assert logits.stride(1) == 1 and targets.is_contiguous()
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
@@ -31,7 +32,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor, softcap: floa
         softcap or 1.0,
         HAS_SOFTCAP=softcap is not None,
         WITH_GRAD=with_grad,
-        IGNORED=IGNORED,
+        IGNORED=ignored,
         BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)),
         num_warps=8,
     )
