@@ -80,6 +80,8 @@ def inventories(roster: Roster, say: Say = lambda text: None) -> dict[str, Messa
 def newest_snapshot(roster: Roster, say: Say = lambda text: None) -> Found | None:
     """The newest version that can be restored, checked on all nodes that hold it. Says why newer ones cannot."""
     held = inventories(roster, say)
+    if roster.nodes and not held:
+        say("no snapshot process can be reached: there is nothing in memory to restore")
     addresses = {node.label: node for node in roster.nodes}
     plans: dict[int, Plan] = {}
     steps: dict[int, dict[int, dict[str, int]]] = {}  # generation -> version -> label -> step

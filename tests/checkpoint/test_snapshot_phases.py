@@ -45,7 +45,8 @@ def restore(nodes: Nodes, lost: Sequence[int], parity: int) -> int | None:
     found = newest_snapshot(nodes.roster([], lost), said.append)
     if len(lost) > parity:
         assert found is None
-        assert any(f"checkpoint.parity={parity} makes up for {parity}" in text for text in said), said
+        why = f"checkpoint.parity={parity} makes up for {parity}" if len(lost) < len(nodes.nodes) else "no snapshot"
+        assert any(why in text for text in said), said
         return None
     assert found is not None, said
     assert {nodes.nodes[number].label for number in lost} <= set(found.lost)
