@@ -84,19 +84,20 @@ class Activations:
         unpack: Callable[[Any], Tensor] | None = None,
         sharing: int = 1,
         most_tokens: int | None = None,
+        threads: int | None = None,
         say: Callable[[str], None] = log.info,
         poison: bool = False,
     ) -> None:
         """pack, unpack: hooks for weights that are gathered, as `torch.autograd.graph.saved_tensors_hooks` takes them;
         what `pack` returns unchanged is an activation. sharing: how many ranks take of this machine's memory.
-        most_tokens: of a forward that is to come, all its sequences together; None: not known. say: gets what ``auto``
-        chose. poison: fill memory with NaN when
+        most_tokens: of a forward that is to come, all its sequences together; None: not known. threads: that take the
+        pages of host memory; None: one for each core. say: gets what ``auto`` chose. poison: fill memory with NaN when
         it is given back, to find who still reads it."""
         self.options, self.device, self._say, self._sharing = options, device, say, sharing
         self._hooks = {"pack": pack, "unpack": unpack}
         self.most_tokens = most_tokens
         """May be changed between steps."""
-        self.pools = Pools(device, options.host_bytes, poison=poison)
+        self.pools = Pools(device, options.host_bytes, threads=threads, poison=poison)
         cuda = device.type == "cuda"
         self._out = torch.cuda.Stream(device) if cuda else None
         self._in = torch.cuda.Stream(device) if cuda else None

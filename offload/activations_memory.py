@@ -21,6 +21,7 @@ from torch import Tensor
 
 from offload.activations_tape import Source
 from offload.arena import Arena, ArenaError
+from offload.hostpool import HostPool
 from offload.space import round_up
 
 ALIGN = 512
@@ -63,9 +64,12 @@ class _Slots:
 class Pools:
     """Buffers and slots of one device. One thread at a time."""
 
-    def __init__(self, device: torch.device, host_bytes: int | None, *, poison: bool) -> None:
-        """host_bytes: the most for slots. poison: fill with NaN what is given back."""
-        self.device, self.host_bytes, self.poison = device, host_bytes, poison
+    def __init__(
+        self, device: torch.device, host_bytes: int | None, *, threads: int | None = None, poison: bool
+    ) -> None:
+        """host_bytes: the most for slots. threads: that take the pages of host memory, None: one for each core that
+        this process may use. poison: fill with NaN what is given back."""
+        self.device, self.host_bytes, self.threads, self.poison = device, host_bytes, threads, poison
         self.num_buffers = 0
         self.buffer_bytes = 0
         """Of all buffers, free or not."""
@@ -142,7 +146,8 @@ class Pools:
             old.close_if_idle()  # first, or both would have to fit
         register = self.device if self.device.type == "cuda" else None
         try:
-            self._slots = _Slots(Arena(wanted, register=register), slot_bytes, num)
+            with HostPool(self.threads) as pool:  # for this alone: slots are made once, or a few times
+                self._slots = _Slots(Arena(wanted, register=register, pool=pool), slot_bytes, num)
         except ArenaError as error:
             raise ArenaError(
                 error.errno,

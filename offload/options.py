@@ -87,8 +87,8 @@ class OffloadOptions:
     """With states away: measure this machine and two blocks of the model before the first step (seconds, kept in the
     run's folder), and say how long a step should take and what limits it; later what it took."""
     threads: int | None = None
-    """Of the CPU optimizer on each rank, whatever OMP_NUM_THREADS says. None: the cores of this machine over its ranks,
-    but for one."""
+    """Of the CPU optimizer on each rank, and to take host memory for activations, whatever OMP_NUM_THREADS says. None:
+    the cores of this machine over its ranks, but for one."""
     activations: ActivationOptions = field(default_factory=ActivationOptions)
 
     def __post_init__(self) -> None:

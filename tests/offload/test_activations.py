@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from offload.activations import Activations
 from offload.activations_memory import POISON
 from offload.activations_plan import BlockCost, Choice, choose, choose_alpha
+from offload.hostpool import HostPool
 from offload.options import ActivationOptions
 from offload.plan import Recorder
 from trainer.models.llama import Llama
@@ -399,6 +400,27 @@ def test_slots_and_buffers_are_made_for_the_longest_at_once() -> None:
     host, buffers, _ = sizes.pop()
     assert longest.pools.size_bytes()["host"] <= host <= 1.1 * longest.pools.size_bytes()["host"]
     assert longest.pools.buffer_bytes <= buffers <= 1.1 * longest.pools.buffer_bytes
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_threads_take_the_pages_of_host_memory(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as we say, one time for all slots; where the C code is not to be had, one thread does it."""
+    taken, real = [], HostPool.call
+
+    def call(pool: HostPool, function: str, arguments: Any) -> None:
+        taken.append((function, pool.threads))
+        real(pool, function, arguments)
+
+    monkeypatch.setattr(HostPool, "call", call)
+    if not native:
+        monkeypatch.setattr("offload.hostpool._library", lambda: None)
+    expected, model = gradients(llama(), *batch()), llama()
+    swap = Activations(ActivationOptions(mode="swap", alpha=1.0), CPU, threads=3, poison=True)
+    swap.wrap(model.blocks())
+    for _ in range(2):
+        assert_equal(gradients(model, *batch()), expected)
+    assert taken == [("populate", 3)] * native
+    assert swap.pools.size_bytes()["host"] > 0
 
 
 def test_weights_go_through_the_engines_hooks() -> None:
