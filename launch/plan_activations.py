@@ -69,8 +69,10 @@ def chosen_alpha(config: Config, planned: Planned, found: Footprint) -> tuple[fl
         f"α = {alpha:.2f}: a block computes {1e3 * cost.forward_s:.3g} ms forward, in which {hides / 1e9:.3g} GB leave "
         f"at {rate / 1e9:.0f} GB/s, of {cost.least_bytes / 1e9:.3g} GB and α times {cost.rest_bytes / 1e9:.3g} GB"
     )
+    if inputs := sum(choice.mode == "input" for choice in away):
+        why += f"; host memory does not hold inputs and attention: {inputs} blocks swap their input alone"
     if recomputed := sum(choice.mode == "recompute" for choice in away):
-        why += f"; host memory does not hold the inputs and attention of {recomputed} blocks: they are recomputed"
+        why += f"; it does not hold the inputs of {recomputed} more: they are recomputed"
     return alpha, why
 
 

@@ -139,7 +139,8 @@ class Pools:
         if self.host_bytes is not None and wanted > self.host_bytes:
             raise ValueError(
                 f"offload.activations.host_bytes={self.host_bytes}: {num} blocks swap {slot_bytes} bytes each, "
-                f"{wanted} in all; raise it, lower offload.activations.alpha, or use offload.activations.mode=recompute"
+                f"{wanted} in all; raise it, lower offload.activations.alpha, or use "
+                "offload.activations.mode=input, which swaps least, or recompute"
             )
         old, self._slots = self._slots, None
         if old is not None:
@@ -152,7 +153,7 @@ class Pools:
             raise ArenaError(
                 error.errno,
                 f"{num} blocks swap {slot_bytes} bytes each: {error.strerror}. Lower offload.activations.alpha or "
-                "train.micro_batch_size, or use offload.activations.mode=recompute",
+                "train.micro_batch_size, or use offload.activations.mode=input, which swaps least, or recompute",
             ) from error
 
     def close(self) -> None:
@@ -179,9 +180,8 @@ def room(sources: Sequence[Source], *, whole: bool) -> int:
 
 
 def longest_room(sources: Sequence[Source], growth: float, alpha: float, *, whole: bool) -> int:
-    """`room` of `growth` times the tokens, or these where that is less, of which `alpha` are stored of products, or
+    """`room` of `growth` times the tokens, 1 or more, of which `alpha` are stored of products, or
     the `whole`."""
-    growth = max(1.0, growth)
 
     def size_bytes(source: Source) -> int:
         stored = alpha if source.kind == "rest" and not whole else 1.0

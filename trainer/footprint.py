@@ -52,15 +52,16 @@ class Footprint:
         )
 
     def host_bytes(self, options: ActivationOptions, alpha: float) -> int:
-        if options.mode not in ("swap", "auto"):
+        if not options.swaps:
             return 0
         num_away = max(0, self.num_blocks - options.keep_last)
-        return num_away * (self.input_bytes + self.attention_bytes + int(alpha * self.rest_bytes))
+        more = 0 if options.mode == "input" else self.attention_bytes + int(alpha * self.rest_bytes)
+        return num_away * (self.input_bytes + more)
 
     def device_bytes(self, options: ActivationOptions, alpha: float) -> int:
         """At the peak: what blocks hold between forward and backward, and the block or head that runs.
 
-        With ``swap``: two buffers, or two blocks' worth on the way out, see `offload.activations`.
+        With ``swap`` and ``input``: two buffers, or two blocks' worth on the way out, see `offload.activations`.
         """
         n, least = self.num_blocks, self.input_bytes + self.attention_bytes
         running = max(self.work_bytes + self.kept_bytes, self.head_bytes)
@@ -71,7 +72,7 @@ class Footprint:
         if options.mode == "recompute":
             return n * least + running
         kept = min(n, options.keep_last)
-        whole = least + (self.rest_bytes if alpha else 0)
+        whole = self.input_bytes if options.mode == "input" else least + (self.rest_bytes if alpha else 0)
         return kept * self.kept_bytes + 2 * whole + running
 
 
@@ -200,6 +201,11 @@ def alternatives(options: ActivationOptions, alpha: float) -> list[tuple[str, Ac
         (
             "offload.activations=swap offload.activations.alpha=0 offload.activations.keep_last=0",
             replace(plain, mode="swap", alpha=0.0, keep_last=0),
+            0.0,
+        ),
+        (
+            "offload.activations=input offload.activations.keep_last=0",
+            replace(plain, mode="input", keep_last=0),
             0.0,
         ),
     ]

@@ -51,6 +51,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[float]:
     [
         ({"mode": "swap", "alpha": 1.0}, "2 swap 1 of the tokens to host memory"),
         ({"mode": "swap", "alpha": 0.0, "keep_last": 0}, "4 swap 0 of the tokens to host memory"),
+        ({"mode": "input"}, "2 swap their input alone to host memory, all is recomputed; the last 2 keep all"),
         ({"mode": "recompute"}, "4 keep their input and attention's output"),
         ({"mode": "checkpoint"}, "4 keep their input, all is recomputed"),
     ],
