@@ -214,6 +214,8 @@ class Tape:
             if number not in used:  # of the last product: the replay ends before it
                 source.flat, source.numel, source.stored = None, 0, 0
 
+    # Compiled blocks call the hooks, and would have them compiled, and again for tensors that differ.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pack(self, tensor: Tensor) -> Any:
         number = self.num_seen
         self.num_seen += 1
@@ -323,6 +325,7 @@ class Tape:
         assert flat is not None
         return view.see(flat).detach()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _collect(self, tensor: Tensor) -> None:
         number = self.num_seen
         self.num_seen += 1

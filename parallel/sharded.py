@@ -407,6 +407,8 @@ class ShardedModel:
             return nullcontext()
         return saved_tensors_hooks(self._pack, self._unpack)
 
+    # Compiled blocks call it, and would have it compiled for each unit.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pack(self, tensor: Tensor) -> Tensor | _Handle:
         owner = self._owners.get(tensor.untyped_storage().data_ptr())
         if owner is None:
