@@ -9,6 +9,7 @@ checkpoint      torch.utils.checkpoint around each block
 save_on_cpu     torch.autograd.graph.save_on_cpu, pinned: everything saved is copied out and in (never
                 compiled, it does not keep strides)
 recompute       ours: the input and attention's output stay, the rest is recomputed
+input           ours: the input alone is swapped, all is recomputed
 swap A          ours, with α = A
 auto            ours, α chosen from measured times
 The kernel limit is the time of the same matrix products and attention alone, forward and backward. Writes
@@ -64,7 +65,7 @@ def prepare(stack: Stack, mode: str, device: torch.device, compiled: bool) -> Ac
         if mode == "checkpoint":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     name, _, alpha = mode.partition(" ")
-    if name not in ("recompute", "swap", "auto"):
+    if name not in ("recompute", "input", "swap", "auto"):
         return None
     activations = Activations(ActivationOptions(mode=name, alpha=float(alpha) if alpha else None), device)
     activations.wrap(list(stack.list))
@@ -167,7 +168,7 @@ def main() -> None:
     x = torch.randn(1, args.tokens, options.dim, device=device, dtype=torch.bfloat16)
     grad = torch.randn_like(x) * 1e-4
     swaps = [f"swap {alpha:g}" for alpha in args.alphas]
-    modes = args.only or ["keep", "checkpoint", "save_on_cpu", "recompute", *swaps, "auto"]
+    modes = args.only or ["keep", "checkpoint", "save_on_cpu", "recompute", "input", *swaps, "auto"]
     rows: list[dict[str, Any]] = []
     with attention_backends(device):
         limit_s = kernel_limit_s(options, num_layers, x, 2)

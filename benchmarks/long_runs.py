@@ -3,7 +3,8 @@ after each figure, the last of which stands.
 
     python benchmarks/long_runs.py '{"run": "ladder", "model": "1b", "from": 16384, "to": 1048576, "budget_s": 120, …}'
 
-ladder  one step or two at each length, doubling until it does not fit or the time is up
+ladder  two steps at each length, doubling until it does not fit or the time is up; the second is timed, since at a
+        length that is new kernels are made (cuDNN's attention, indices of 64 bits), where time is left for it
 sweep   the blocks alone: α as `auto` chooses it, then each α of a sweep, in one engine
 vary    steps of lengths drawn at random, and what of the memory that PyTorch reserved was in use at the peak
 """
@@ -20,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import torch  # noqa: E402
+import torch.fx.experimental._config  # noqa: E402
 from in_memory import preset  # noqa: E402
 from one_run import options as options_of  # noqa: E402
 
@@ -58,7 +60,8 @@ def open_engine(spec: Spec, seq_len: int, made_for: int) -> tuple[Any, Any, torc
         offload=OffloadOptions(**chosen | {"activations": ActivationOptions(**chosen["activations"])}),
     )
     torch.manual_seed(0)
-    torch._dynamo.config.assume_static_by_default = False  # one compilation for all lengths
+    torch._dynamo.config.assume_static_by_default = False  # one compilation for all lengths,
+    torch.fx.experimental._config.use_duck_shape = False  # also where the first is as long as the table of positions
     dtype, _ = choose_dtype("auto", where.device)
     llama = build_model(model, vocab_size=256, seq_len=seq_len, dtype=dtype, device=where.device)
     start = time.perf_counter()
@@ -109,14 +112,15 @@ def ladder(spec: Spec) -> None:
                 step_s(engine, spec["from"], device)  # makes host memory and buffers, which is not to be timed
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                last_s = step_s(engine, num_tokens, device)
-                if 2 * last_s < deadline - time.perf_counter() and last_s < 10:
-                    last_s = min(last_s, step_s(engine, num_tokens, device))
+                first_s = last_s = step_s(engine, num_tokens, device)
+                if warm := 1.1 * first_s < deadline - time.perf_counter():
+                    last_s = step_s(engine, num_tokens, device)
             except (torch.OutOfMemoryError, OSError, MemoryError) as error:
                 found["ended"] = f"{num_tokens} tokens: {type(error).__name__}: {str(error)[:200]}"
                 break
             flops = llama.flops_per_token(num_tokens) * num_tokens
             rung = {"tokens": num_tokens, "step_s": round(last_s, 3), "mfu": peak and round(flops / last_s / peak, 4)}
+            rung |= {"first_s": round(first_s, 3), "warm": warm}
             rung |= {"host_GiB": gib(engine.activations.pools.size_bytes()["host"])}
             if device.type == "cuda":
                 rung |= {"gpu_GiB": gib(torch.cuda.max_memory_reserved())}
@@ -196,16 +200,18 @@ def vary(spec: Spec) -> None:
     engine, _, device = open_engine(spec, spec["to"], spec["to"] if spec.get("longest_first") else 1)
     lengths = random.Random(0)
     done: list[int] = []
+    taken: list[float] = []
     cuda = device.type == "cuda"
-    with attention_backends(device):
+    with attention_backends(device, lengths_vary=True):
         if spec.get("longest_first"):
             step_s(engine, spec["to"], device)
         for _ in range(spec["steps"]):
             done.append(lengths.randint(spec["from"], spec["to"]))
-            step_s(engine, done[-1], device)
+            taken.append(round(step_s(engine, done[-1], device), 3))
             if time.perf_counter() > deadline:
                 break
     found: Spec = {"model": spec["model"], "name": spec["name"], "steps": len(done), "longest": max(done)}
+    found |= {"first_s": taken[:3], "median_s": statistics.median(taken), "slowest_after_s": max(taken[3:], default=0)}
     if cuda:
         stats = torch.cuda.memory_stats()
         found |= {

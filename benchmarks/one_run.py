@@ -56,10 +56,10 @@ def baseline(name: str, case: str, *, cap: float, clip: float, steps: int, nvme:
 def options(name: str, nvme: str) -> dict | None:
     """Options of ours by name: ``TIER[+GiB on the GPU][/GiB in host memory][~share speculated on][@threads]
     [%ACTIVATIONS[:alpha[:blocks kept last]]][^tokens a tile]``; None for another's name. Without activations blocks are
-    checkpointed."""
+    checkpointed; only swap takes an alpha, so ``%input::0`` keeps no block."""
     found = re.fullmatch(
         r"([a-z-]+)(?:\+([\d.]+))?(?:/([\d.]+))?(?:~([\d.]+))?(?:@(\d+))?"
-        r"(?:%([a-z]+)(?::([\d.]+)(?::(\d+))?)?)?(?:\^(\d+))?",
+        r"(?:%([a-z]+)(?::([\d.]*)(?::(\d+))?)?)?(?:\^(\d+))?",
         name,
     )
     if not found or found[1] not in TIERS:

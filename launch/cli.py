@@ -138,10 +138,10 @@ def _run_hydra(args: list[str], act: "Act") -> int:
 def _plan(config: "Config", args: list[str]) -> int:
     from launch.plan import named_machine, show
     from launch.plan import plan as make
-    from launch.plan_activations import activation_rows
 
     planned = make(config, named_machine(config))
-    print(show(planned), "", *activation_rows(config, planned), sep="\n")
+    rows = planned.activations.rows(planned.machine.tier) if planned.activations else []
+    print(show(planned), "", *rows, sep="\n")
     return 0
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from launch.config import Config
+from launch.plan_activations import ActivationPlan, plan_activations
 from parallel.mesh import Mesh
 from parallel.options import QUANTIZE
 from parallel.placement import Placement
@@ -37,6 +38,8 @@ class Planned:
     cap_bytes: float
     flops_per_token: int
     """Model FLOPs, without recomputation."""
+    activations: ActivationPlan | None
+    """None for a model that is not run for it."""
     away: AwayPlan | None = None
     """Where states or weights leave the device."""
 
@@ -81,7 +84,7 @@ def plan(config: Config, machine: Machine) -> Planned:
     world = config.launch.workers or 1
     levels = config.parallel.levels or machine.levels(world) or {"worker": world}
     mesh = Mesh.of(levels, rank=0, world=world)
-    work, flops = read_workload(config, machine, world)
+    work, activations, flops = read_workload(config, machine, world)
     memory = machine.memory.get(machine.tier, math.inf)
     cap_gib, options = config.parallel.memory_gib, config.parallel
     if options.sequence:
@@ -101,11 +104,11 @@ def plan(config: Config, machine: Machine) -> Planned:
         simulation = candidate.simulation
         waits_s = simulation.step_s - simulation.compute_s if simulation else 0.0
         away = plan_away(work, candidate.plan, machine, config.offload, cap_bytes=cap_bytes, waits_s=waits_s)
-    return Planned(work, machine, candidate, choice, cap_bytes, flops, away)
+    return Planned(work, machine, candidate, choice, cap_bytes, flops, activations, away)
 
 
-def read_workload(config: Config, machine: Machine, world: int) -> tuple[Workload, int]:
-    """The job's numbers, from its model on ``meta``, and its model FLOPs a token."""
+def read_workload(config: Config, machine: Machine, world: int) -> tuple[Workload, ActivationPlan | None, int]:
+    """The job's numbers, from its model on ``meta``, what its activations take, and its model FLOPs a token."""
     from trainer.data.tokenizer import open_tokenizer
     from trainer.models import build_model
     from trainer.workload import workload_of
@@ -119,7 +122,12 @@ def read_workload(config: Config, machine: Machine, world: int) -> tuple[Workloa
         device=torch.device("meta"),
     )
     work = workload_of(config, model, world, compute_bytes=2 if bf16 else 4)
-    return work, model.flops_per_token(config.train.seq_len)
+    activations = plan_activations(config, work, machine, world)
+    if activations:
+        job = replace(config, offload=replace(config.offload, activations=activations.settled))
+        work = workload_of(job, model, world, compute_bytes=work.compute_bytes)
+        work = replace(work, activation_bytes=activations.device_bytes)
+    return work, activations, model.flops_per_token(config.train.seq_len)
 
 
 def show(planned: Planned) -> str:

@@ -1,8 +1,8 @@
 """Activations that leave the device between forward and backward, by block: what remains is made again.
 
 `Activations.wrap` gives each block a mode: ``keep``, ``swap`` (to host memory; of the matrix products the rows of the
-first α of the tokens, see `offload.activations_tape`) or ``recompute`` (the input and attention's output stay on the
-device). On CPU the same code runs without streams.
+first α of the tokens, see `offload.activations_tape`), ``input`` (that alone is swapped) or ``recompute`` (the input
+and attention's output stay on the device). On CPU the same code runs without streams.
 
 [Note: who may use which memory, and when] Compute runs on the caller's stream, copies out and in on one each.
 - What a forward leaves is copied out when the block ends. Its tensors are held until the forward of the block two later
@@ -44,7 +44,7 @@ from offload.activations_memory import (
     spare_bytes,
     wait,
 )
-from offload.activations_plan import BlockCost, Choice, choose
+from offload.activations_plan import BlockCost, Choice, choose, fit
 from offload.activations_tape import Tape
 from offload.activations_watch import intercept
 from offload.arena import capacity_bytes
@@ -84,19 +84,20 @@ class Activations:
         unpack: Callable[[Any], Tensor] | None = None,
         sharing: int = 1,
         most_tokens: int | None = None,
+        threads: int | None = None,
         say: Callable[[str], None] = log.info,
         poison: bool = False,
     ) -> None:
         """pack, unpack: hooks for weights that are gathered, as `torch.autograd.graph.saved_tensors_hooks` takes them;
         what `pack` returns unchanged is an activation. sharing: how many ranks take of this machine's memory.
-        most_tokens: of a forward that is to come, all its sequences together; None: not known. say: gets what ``auto``
-        chose. poison: fill memory with NaN when
+        most_tokens: of a forward that is to come, all its sequences together; None: not known. threads: that take the
+        pages of host memory; None: one for each core. say: gets what ``auto`` chose. poison: fill memory with NaN when
         it is given back, to find who still reads it."""
         self.options, self.device, self._say, self._sharing = options, device, say, sharing
         self._hooks = {"pack": pack, "unpack": unpack}
         self.most_tokens = most_tokens
         """May be changed between steps."""
-        self.pools = Pools(device, options.host_bytes, poison=poison)
+        self.pools = Pools(device, options.host_bytes, threads=threads, poison=poison)
         cuda = device.type == "cuda"
         self._out = torch.cuda.Stream(device) if cuda else None
         self._in = torch.cuda.Stream(device) if cuda else None
@@ -120,6 +121,8 @@ class Activations:
         self._num_forwards = 0
         self._times: dict[int, tuple[Any, Any]] = {}
         self._sizes: dict[int, dict[str, int]] = {}
+        self._longer = 1.0
+        """How many times the tokens that were measured may come at once."""
 
     # ------------------------------------------------------------------------------------------------ set-up
 
@@ -132,9 +135,8 @@ class Activations:
         if not o.leave:
             self._choices = [Choice("keep")] * n
             return
-        swap = o.mode in ("swap", "auto")
-        num_kept = min(n, o.keep_last) if swap else 0
-        away = Choice("swap", o.alpha or 0.0) if swap else Choice("recompute")
+        num_kept = min(n, o.keep_last) if o.swaps else 0
+        away = Choice("swap" if o.mode == "auto" else o.mode, o.alpha or 0.0)
         self._choices = [away] * (n - num_kept) + [Choice("keep")] * num_kept
         for position, block in enumerate(blocks):
             self._wrapped += [weakref.ref(module) for module in block.modules() if intercept(module)]
@@ -175,11 +177,8 @@ class Activations:
         return self.pools.buffer_bytes + leaving
 
     def costs(self) -> list[BlockCost]:
-        """Of the blocks that swap, as measured; empty before. Waits for the device."""
-        return [
-            BlockCost(forward_s=elapsed_s(*self._times[position]), **{f"{kind}_bytes": n for kind, n in sizes.items()})
-            for position, sizes in sorted(self._sizes.items())
-        ]
+        """Of the blocks that do not keep, as measured; empty before. Waits for the device."""
+        return [_cost(sizes, elapsed_s(*self._times[position])) for position, sizes in sorted(self._sizes.items())]
 
     def close(self) -> None:
         """After the last backward: let go of the memory; blocks are as they were before `wrap`."""
@@ -216,12 +215,18 @@ class Activations:
             out = forward(*args, **kwargs)
         else:
             measured = (self._auto or self._measuring) and self._num_forwards > WARM_UP
-            tape = Tape(block, forward, args, kwargs, alpha=choice.alpha, measure=measured, **self._hooks)
+            tape = Tape(
+                block, forward, args, kwargs,
+                alpha=choice.alpha, attention=choice.mode != "input", measure=measured, **self._hooks,
+            )  # fmt: skip
             start = now(self.device) if measured else None
             out = tape.record()
             if measured:
                 self._times[position], self._sizes[position] = (start, now(self.device)), tape.sizes()
-            if choice.mode == "swap":
+                self._longer = self._growth(tape)
+            if self._auto and choice.mode == "swap":
+                choice = self._fit(position, tape)
+            if choice.leaves:
                 self._depart(tape)
             self._tapes.append(weakref.ref(tape))
         if outputs := [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]:
@@ -231,7 +236,7 @@ class Activations:
     def _depart(self, tape: Tape) -> None:
         """Copy a tape's sources to host memory; they are let go of once they are there."""
         sources = [source for source in tape.sources if source.flat is not None]
-        num = sum(choice.mode == "swap" for choice in self._choices)
+        num = sum(choice.leaves for choice in self._choices)
         alpha = max(choice.alpha for choice in self._choices)  # slots are equal, so they are made for the largest
         longest = longest_room(sources, self._growth(tape), alpha, whole=False)
         slot = self.pools.take_slot(room(sources, whole=False), num, longest)
@@ -251,7 +256,7 @@ class Activations:
 
     def _growth(self, tape: Tape) -> float:
         """How many times its tokens may still come at once, see [Note: made for the longest]."""
-        return (self.most_tokens or 0) / tape.num_tokens
+        return max(1.0, (self.most_tokens or 0) / tape.num_tokens)
 
     def _settle(self, age: int) -> None:
         """Let go of what left in a forward `age` or more forwards ago, once it has been copied out."""
@@ -301,16 +306,32 @@ class Activations:
 
     # ------------------------------------------------------------------------------------------------ auto
 
+    def _host_bytes(self) -> int:
+        """The most that ``auto`` takes."""
+        if self.options.host_bytes is not None:
+            return self.options.host_bytes
+        return int(HOST_SHARE / self._sharing * (capacity_bytes() + self.pools.size_bytes()["host"]))
+
+    def _fit(self, position: int, tape: Tape) -> Choice:
+        """While nothing is measured yet: what `tape` and all others that swap do, by what host memory has room for."""
+        cost = _cost({kind: int(self._growth(tape) * size) for kind, size in tape.sizes().items()}, 0.0)
+        away = [place for place, choice in enumerate(self._choices) if choice.mode == "swap"]
+        for place, choice in zip(away, fit([cost] * len(away), self._host_bytes()), strict=True):
+            self._choices[place] = choice
+        if self._choices[position].mode == "input":
+            tape.forget_attention()
+        return self._choices[position]
+
     def _decide(self) -> None:
-        """After the forward that is measured, choose for each block that swaps."""
+        """After the forward that is measured, choose for each block that does not keep."""
         self._num_forwards += 1
         if not self._auto or self._num_forwards < WARM_UP + 2:
             return
         self._auto = False
-        rate, most, spare = link_bytes_per_s(self.device), self.options.host_bytes, spare_bytes(self.device)
-        if most is None:
-            most = int(HOST_SHARE / self._sharing * (capacity_bytes() + self.pools.size_bytes()["host"]))
-        chosen = choose(self.costs(), link_bytes_per_s=rate, host_bytes=most, gpu_bytes=spare, keep_last=0)
+        rate, most, spare = link_bytes_per_s(self.device), self._host_bytes(), spare_bytes(self.device)
+        chosen = choose(
+            self.costs(), link_bytes_per_s=rate, host_bytes=int(most / self._longer), gpu_bytes=spare, keep_last=0
+        )
         for position, choice in zip(sorted(self._sizes), chosen, strict=True):
             self._choices[position] = choice
         left = "" if spare is None else f", {spare / 1e9:.1f} GB left over on the device"
@@ -320,7 +341,12 @@ class Activations:
         )
 
 
+def _cost(sizes: dict[str, int], forward_s: float) -> BlockCost:
+    return BlockCost(forward_s=forward_s, **{f"{kind}_bytes": size for kind, size in sizes.items()})
+
+
 def describe(choices: Sequence[Choice]) -> str:
     """``26 blocks swap 0.35 of the tokens, 2 blocks keep``."""
-    words = [f"swap {c.alpha:.2f} of the tokens" if c.mode == "swap" else c.mode for c in choices]
+    said = {"input": "swap their input alone"}
+    words = [f"swap {c.alpha:.2f} of the tokens" if c.mode == "swap" else said.get(c.mode, c.mode) for c in choices]
     return ", ".join(f"{num} {'block' if num == 1 else 'blocks'} {word}" for word, num in Counter(words).items())

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from offload.activations_tape import Source
 from offload.arena import Arena, ArenaError
+from offload.hostpool import HostPool
 from offload.space import round_up
 
 ALIGN = 512
@@ -63,9 +64,12 @@ class _Slots:
 class Pools:
     """Buffers and slots of one device. One thread at a time."""
 
-    def __init__(self, device: torch.device, host_bytes: int | None, *, poison: bool) -> None:
-        """host_bytes: the most for slots. poison: fill with NaN what is given back."""
-        self.device, self.host_bytes, self.poison = device, host_bytes, poison
+    def __init__(
+        self, device: torch.device, host_bytes: int | None, *, threads: int | None = None, poison: bool
+    ) -> None:
+        """host_bytes: the most for slots. threads: that take the pages of host memory, None: one for each core that
+        this process may use. poison: fill with NaN what is given back."""
+        self.device, self.host_bytes, self.threads, self.poison = device, host_bytes, threads, poison
         self.num_buffers = 0
         self.buffer_bytes = 0
         """Of all buffers, free or not."""
@@ -135,19 +139,21 @@ class Pools:
         if self.host_bytes is not None and wanted > self.host_bytes:
             raise ValueError(
                 f"offload.activations.host_bytes={self.host_bytes}: {num} blocks swap {slot_bytes} bytes each, "
-                f"{wanted} in all; raise it, lower offload.activations.alpha, or use offload.activations.mode=recompute"
+                f"{wanted} in all; raise it, lower offload.activations.alpha, or use "
+                "offload.activations.mode=input, which swaps least, or recompute"
             )
         old, self._slots = self._slots, None
         if old is not None:
             old.close_if_idle()  # first, or both would have to fit
         register = self.device if self.device.type == "cuda" else None
         try:
-            self._slots = _Slots(Arena(wanted, register=register), slot_bytes, num)
+            with HostPool(self.threads) as pool:  # for this alone: slots are made once, or a few times
+                self._slots = _Slots(Arena(wanted, register=register, pool=pool), slot_bytes, num)
         except ArenaError as error:
             raise ArenaError(
                 error.errno,
                 f"{num} blocks swap {slot_bytes} bytes each: {error.strerror}. Lower offload.activations.alpha or "
-                "train.micro_batch_size, or use offload.activations.mode=recompute",
+                "train.micro_batch_size, or use offload.activations.mode=input, which swaps least, or recompute",
             ) from error
 
     def close(self) -> None:
@@ -174,9 +180,8 @@ def room(sources: Sequence[Source], *, whole: bool) -> int:
 
 
 def longest_room(sources: Sequence[Source], growth: float, alpha: float, *, whole: bool) -> int:
-    """`room` of `growth` times the tokens, or these where that is less, of which `alpha` are stored of products, or
+    """`room` of `growth` times the tokens, 1 or more, of which `alpha` are stored of products, or
     the `whole`."""
-    growth = max(1.0, growth)
 
     def size_bytes(source: Source) -> int:
         stored = alpha if source.kind == "rest" and not whole else 1.0

@@ -27,9 +27,14 @@ STEP = 64
 @dataclass(frozen=True)
 class Choice:
     mode: str
-    """``keep``, ``swap`` or ``recompute``."""
+    """``keep``, ``swap``, ``input`` (alone is swapped) or ``recompute``."""
     alpha: float = 0.0
     """Of ``swap``: the fraction of tokens whose matrix products are swapped."""
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the block takes a slot of host memory."""
+        return self.mode in ("swap", "input")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,17 @@ def _largest(costs: Sequence[BlockCost]) -> int:
     return max((cost.least_bytes for cost in costs), default=0)
 
 
+def fit(costs: Sequence[BlockCost], host_bytes: float) -> list[Choice]:
+    """What host memory has room for, of blocks that are not kept: input and attention of all, or else their inputs
+    alone, since slots are equal; where not even those of all fit the last blocks are recomputed, whose memory on the
+    device is soonest free again."""
+    if len(costs) * _largest(costs) <= host_bytes:
+        return [Choice("swap")] * len(costs)
+    largest = max(cost.input_bytes for cost in costs)
+    num = len(costs) if not largest else min(len(costs), int(host_bytes // largest))
+    return [Choice("input")] * num + [Choice("recompute")] * (len(costs) - num)
+
+
 def choose(
     costs: Sequence[BlockCost],
     *,
@@ -83,9 +99,8 @@ def choose(
 
     host_bytes: for all of them together; None: no limit. gpu_bytes: what is left over on the device beside α = 0
     ([Note: what swapping takes on the device]), where as many of the last blocks as fit keep everything; None: not
-    known, none but `keep_last` do, and α is not bound by it. Blocks whose input and attention host memory has no room
-    for are recomputed: the last of those, since what they leave on the device is soonest free again. ValueError for
-    rates or sizes below zero.
+    known, none but `keep_last` do, and α is not bound by it. The others are as host memory has room for, see `fit`.
+    ValueError for rates or sizes below zero.
     """
     if link_bytes_per_s <= 0 or min(gpu_bytes or 0, host_bytes or 0, keep_last) < 0:
         raise ValueError(
@@ -102,11 +117,9 @@ def choose(
             break
         kept += 1
     away = costs[: len(costs) - kept]
-    slot_bytes = _largest(away)
-    num = len(away) if host_bytes is None or not slot_bytes else min(len(away), host_bytes // slot_bytes)
-    alpha = 0.0
-    if num and room:
-        most = math.inf if host_bytes is None else host_bytes
-        alpha = choose_alpha(away[:num], link_bytes_per_s=link_bytes_per_s, host_bytes=most)
-    swapped = [Choice("swap", math.floor(STEP * alpha) / STEP)] * num
-    return swapped + [Choice("recompute")] * (len(away) - num) + [Choice("keep")] * kept
+    most = math.inf if host_bytes is None else host_bytes
+    choices = fit(away, most)
+    if room and choices and choices[0].mode == "swap":
+        alpha = choose_alpha(away, link_bytes_per_s=link_bytes_per_s, host_bytes=most)
+        choices = [Choice("swap", math.floor(STEP * alpha) / STEP)] * len(away)
+    return choices + [Choice("keep")] * kept

@@ -5,7 +5,8 @@
 - of each matrix product of an `nn.Linear`, the results of the first α of the tokens;
 and nothing else. The backward first *replays* the block: the same Python runs again, but attention returns its stored
 output, a product returns its stored rows beside those that it computes again, and what is elementwise (norms,
-rotations, SwiGLU, residual sums) is done again on all tokens. What the operators of the replay save is, one by one,
+rotations, SwiGLU, residual sums) is done again on all tokens. A tape without `attention` keeps the input alone, and
+attention is done again as all else is. What the operators of the replay save is, one by one,
 what those of the recording saved: `saved_tensors_hooks` counts them. The replay ends with the last tensor that is
 wanted, so the last product is never computed.
 
@@ -117,12 +118,13 @@ class Tape:
         kwargs: dict[str, Any],
         *,
         alpha: float,
+        attention: bool = True,
         measure: bool = False,
         pack: Callable[[Tensor], Any] | None = None,
         unpack: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        """alpha: the fraction of the rows of each product that is stored, 0 to 1. measure: for `sizes`, also count what
-        a block that keeps everything would hold.
+        """alpha: the fraction of the rows of each product that is stored, 0 to 1. attention: whether what attention
+        saves is. measure: for `sizes`, also count what a block that keeps everything would hold.
         pack, unpack: another's hooks for saved tensors, asked first; what `pack` does not return unchanged is its."""
         self.sources: list[Source] = []
         self.saved: dict[int, weakref.ref[Saved]] = {}
@@ -135,6 +137,7 @@ class Tape:
         self._like: dict[int, tuple[torch.Size, torch.dtype]] = {}
         self._region: _Region | None = None
         self._last = -1
+        self._attention, self._attention_bytes = attention, 0
         self._rng: tuple[Tensor, ...] | None = None
         self._inputs: dict[int, tuple[View, bool]] = {}
         """Of the flattened arguments, those that are stored, and whether gradients flow to them."""
@@ -158,15 +161,18 @@ class Tape:
         self.device, self.num_tokens = first.device, max(1, first.numel() // first.size(-1))
 
     def sizes(self) -> dict[str, int]:
-        """Bytes on the device by kind: ``input``, ``attention``, and ``rest``, the products as if α were 1; ``kept``
-        where that was measured."""
-        found = {"input": 0, "attention": 0, "rest": 0}
-        if self._kept is not None:
-            found["kept"] = self._kept_bytes
-        for source in self.sources:
-            found[source.kind] += source.nbytes
+        """Bytes on the device by kind: ``input``, ``attention``, stored or not, and ``rest``, the products as if α were
+        1; ``kept`` where that was measured."""
         linears = [region for region in self.regions if region.kind == "linear" and region.stop <= self._last]
-        return {**found, "rest": sum(region.nbytes for region in linears)}
+        return {
+            "input": self._bytes_of("input"),
+            "attention": self._attention_bytes,
+            "rest": sum(region.nbytes for region in linears),
+            **({"kept": self._kept_bytes} if self._kept is not None else {}),
+        }
+
+    def _bytes_of(self, kind: str) -> int:
+        return sum(source.nbytes for source in self.sources if source.kind == kind)
 
     # ------------------------------------------------------------------------------------------------ recording
 
@@ -182,6 +188,23 @@ class Tape:
 
     def _finish(self) -> None:
         self._last = max(self.saved, default=-1)
+        self._drop_unused()
+        self._attention_bytes = self._bytes_of("attention")
+        if not self._attention:
+            self.forget_attention()
+        self._by_storage.clear()
+        for place in self._inputs:
+            self._leaves[place] = None
+
+    def forget_attention(self) -> None:
+        """Have the replay do attention again, and store nothing of it; before the sources leave."""
+        for region in self.regions:
+            if region.kind == "attention":
+                region.kind, region.output, region.stored = "plain", None, {}
+        self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        """Let go of the sources that a replay does not ask for."""
         used = {view.of for view, _ in self._inputs.values()}
         for region in self.regions:
             used |= {view.of for view in region.stored.values()}
@@ -190,10 +213,9 @@ class Tape:
         for number, source in enumerate(self.sources):
             if number not in used:  # of the last product: the replay ends before it
                 source.flat, source.numel, source.stored = None, 0, 0
-        self._by_storage.clear()
-        for place in self._inputs:
-            self._leaves[place] = None
 
+    # Compiled blocks call the hooks, and would have them compiled, and again for tensors that differ.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pack(self, tensor: Tensor) -> Any:
         number = self.num_seen
         self.num_seen += 1
@@ -303,6 +325,7 @@ class Tape:
         assert flat is not None
         return view.see(flat).detach()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _collect(self, tensor: Tensor) -> None:
         number = self.num_seen
         self.num_seen += 1

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-ACTIVATIONS = ("keep", "swap", "recompute", "auto", "checkpoint")
+ACTIVATIONS = ("keep", "swap", "input", "recompute", "auto", "checkpoint")
 STATES = ("none", "host", "nvme", "auto")
 WEIGHTS = ("device", "host")
 UPDATES = ("just_in_time", "speculate")
@@ -11,14 +11,16 @@ UPDATES = ("just_in_time", "speculate")
 @dataclass(frozen=True, kw_only=True)
 class ActivationOptions:
     mode: str = "keep"
-    """What a block does with what its backward needs: ``keep`` it; ``swap`` it to host memory; ``recompute`` it from
-    the block's input and attention's output; ``auto``: swap as much as hides behind compute; ``checkpoint``: PyTorch's,
-    all is recomputed from the input. ``offload.activations=swap`` is short for this key."""
+    """What a block does with what its backward needs: ``keep`` it; ``swap`` it to host memory; swap its ``input`` alone
+    and recompute all from it, attention too; ``recompute`` it from the block's input and attention's output, which
+    stay; ``auto``: swap as much as hides behind compute and fits; ``checkpoint``: PyTorch's, all is recomputed from the
+    input, which stays. ``offload.activations=swap`` is short for this key."""
     alpha: float | None = None
     """With ``swap``: the fraction of the tokens whose matrix products are swapped and not recomputed. None: chosen from
     measured times, as with ``auto``."""
     keep_last: int = 2
-    """With ``swap`` and ``auto``: the last blocks keep what they save, which would have to come back as it leaves."""
+    """With ``swap``, ``input`` and ``auto``: the last blocks keep what they save, which would have to come back as it
+    leaves."""
     host_bytes: int | None = None
     """The most host memory for activations. None: what is needed, and with a chosen α 80% of what is available."""
     tile_tokens: int | None = None
@@ -44,7 +46,12 @@ class ActivationOptions:
     @property
     def leave(self) -> bool:
         """Whether `offload.activations.Activations` is needed: not for what PyTorch does by itself."""
-        return self.mode in ("swap", "recompute", "auto")
+        return self.swaps or self.mode == "recompute"
+
+    @property
+    def swaps(self) -> bool:
+        """Whether host memory is taken, and the last blocks keep."""
+        return self.mode in ("swap", "input", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +94,8 @@ class OffloadOptions:
     """With states away: measure this machine and two blocks of the model before the first step (seconds, kept in the
     run's folder), and say how long a step should take and what limits it; later what it took."""
     threads: int | None = None
-    """Of the CPU optimizer on each rank, whatever OMP_NUM_THREADS says. None: the cores of this machine over its ranks,
-    but for one."""
+    """Of the CPU optimizer on each rank, and to take host memory for activations, whatever OMP_NUM_THREADS says. None:
+    the cores of this machine over its ranks, but for one."""
     activations: ActivationOptions = field(default_factory=ActivationOptions)
 
     def __post_init__(self) -> None:

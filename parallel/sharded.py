@@ -41,7 +41,7 @@ from parallel.collectives import BufferPool, Lane, Queue, Steps
 from parallel.cut import cut_units, move_without_memory, wrap_blocks
 from parallel.engine import Accept
 from parallel.mesh import Mesh
-from parallel.offloaded import Offloader, ranks_here
+from parallel.offloaded import Offloader, num_threads, ranks_here
 from parallel.options import OptimizerOptions, ParallelOptions
 from parallel.placement import Placement
 from parallel.transport import Transport
@@ -124,10 +124,11 @@ class ShardedModel:
         self.optimizer = optimizers.build(optimizer, self._resident)
         persistent = model.state_dict(keep_vars=True)
         self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-        sharing = ranks_here() if offload.activations.leave else 1
+        leave = offload.activations.leave
+        sharing, threads = (ranks_here(), num_threads(offload)) if leave else (1, None)
         self.activations = Activations(
             offload.activations, device,
-            pack=self._pack, unpack=self._unpack, sharing=sharing, most_tokens=most_tokens, say=say,
+            pack=self._pack, unpack=self._unpack, sharing=sharing, most_tokens=most_tokens, threads=threads, say=say,
         )  # fmt: skip
         self.activations.wrap(blocks)
         again = {*recompute, *(blocks if offload.activations.leave else ())}
@@ -406,6 +407,8 @@ class ShardedModel:
             return nullcontext()
         return saved_tensors_hooks(self._pack, self._unpack)
 
+    # Compiled blocks call it, and would have it compiled for each unit.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pack(self, tensor: Tensor) -> Tensor | _Handle:
         owner = self._owners.get(tensor.untyped_storage().data_ptr())
         if owner is None:

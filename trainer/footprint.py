@@ -1,7 +1,8 @@
 """What a step's activations take on the device and in host memory, for each thing that blocks may do with them.
 
 One block and the head are run under fake tensors, which computes nothing and takes no memory, at the job's own sizes;
-the rest is arithmetic. `atoll plan` shows it, and a run that is out of memory names by it what would fit.
+the rest is arithmetic. `atoll plan` shows it and ``parallel=auto`` reckons with it, and a run that is out of memory
+names by it what would fit. An α that is not chosen yet counts as 1, which takes most.
 
 Not counted: kernels' workspaces, what the compiler fuses away (a compiled block takes less while it runs), and holes.
 """
@@ -51,16 +52,17 @@ class Footprint:
             kept_bytes=self.kept_bytes,
         )
 
-    def host_bytes(self, options: ActivationOptions, alpha: float) -> int:
-        if options.mode not in ("swap", "auto"):
+    def host_bytes(self, options: ActivationOptions) -> int:
+        if not options.swaps:
             return 0
         num_away = max(0, self.num_blocks - options.keep_last)
-        return num_away * (self.input_bytes + self.attention_bytes + int(alpha * self.rest_bytes))
+        more = 0 if options.mode == "input" else self.attention_bytes + int(_alpha(options) * self.rest_bytes)
+        return num_away * (self.input_bytes + more)
 
-    def device_bytes(self, options: ActivationOptions, alpha: float) -> int:
+    def device_bytes(self, options: ActivationOptions) -> int:
         """At the peak: what blocks hold between forward and backward, and the block or head that runs.
 
-        With ``swap``: two buffers, or two blocks' worth on the way out, see `offload.activations`.
+        With ``swap`` and ``input``: two buffers, or two blocks' worth on the way out, see `offload.activations`.
         """
         n, least = self.num_blocks, self.input_bytes + self.attention_bytes
         running = max(self.work_bytes + self.kept_bytes, self.head_bytes)
@@ -71,8 +73,12 @@ class Footprint:
         if options.mode == "recompute":
             return n * least + running
         kept = min(n, options.keep_last)
-        whole = least + (self.rest_bytes if alpha else 0)
+        whole = self.input_bytes if options.mode == "input" else least + (self.rest_bytes if _alpha(options) else 0)
         return kept * self.kept_bytes + 2 * whole + running
+
+
+def _alpha(options: ActivationOptions) -> float:
+    return 1.0 if options.alpha is None else options.alpha
 
 
 class _Reached(Exception):
@@ -189,17 +195,16 @@ def _head(head: nn.Module, x: Tensor, targets: Tensor) -> int:
         return load_bytes(recorder.requests())
 
 
-def alternatives(options: ActivationOptions, alpha: float) -> list[tuple[str, ActivationOptions, float]]:
-    """What else blocks could do: the override, the options and α. Those that take less of the device come later."""
+def alternatives(options: ActivationOptions) -> dict[str, ActivationOptions]:
+    """What else blocks could do, by the override. Those that take less of the device come later."""
     plain = replace(options, mode="keep", alpha=None)
-    return [
-        ("offload.activations=keep", plain, 0.0),
-        ("offload.activations=swap offload.activations.alpha=1", replace(plain, mode="swap", alpha=1.0), 1.0),
-        ("offload.activations=recompute", replace(plain, mode="recompute"), 0.0),
-        ("offload.activations=checkpoint", replace(plain, mode="checkpoint"), 0.0),
-        (
-            "offload.activations=swap offload.activations.alpha=0 offload.activations.keep_last=0",
-            replace(plain, mode="swap", alpha=0.0, keep_last=0),
-            0.0,
+    return {
+        "offload.activations=keep": plain,
+        "offload.activations=swap offload.activations.alpha=1": replace(plain, mode="swap", alpha=1.0),
+        "offload.activations=recompute": replace(plain, mode="recompute"),
+        "offload.activations=checkpoint": replace(plain, mode="checkpoint"),
+        "offload.activations=swap offload.activations.alpha=0 offload.activations.keep_last=0": replace(
+            plain, mode="swap", alpha=0.0, keep_last=0
         ),
-    ]
+        "offload.activations=input offload.activations.keep_last=0": replace(plain, mode="input", keep_last=0),
+    }

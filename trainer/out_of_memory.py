@@ -59,7 +59,7 @@ def report(job: Job, where: Rank, engine: Engine, vocab_size: int, step: int, er
     lines = [f"out of memory on rank {where.rank} in step {step}: {error.split('. GPU')[0].splitlines()[0]}"]
     try:
         smaller = _smaller(job, micro, held, sizes)
-        estimate = sizes(job.offload.activations, micro).device_bytes(job.offload.activations, _alpha(job))
+        estimate = sizes(job.offload.activations, micro).device_bytes(job.offload.activations)
     except Exception as unknown:  # a model that fake tensors do not run: the owners are worth telling all the same
         log.warning("no estimate of what would fit: %s: %s", type(unknown).__name__, unknown)
         smaller, estimate = {}, 0
@@ -86,30 +86,22 @@ def _smaller(
     """Overrides that would take less, and how many bytes."""
     options, offload = job.offload.activations, job.offload
     own = sizes(options, micro)
-    now, saved = own.device_bytes(options, _alpha(job)), {}
-    for text, other, alpha in alternatives(options, _alpha(job)):
-        saved[text] = now - own.device_bytes(other, alpha)
+    now, saved = own.device_bytes(options), {}
+    for text, other in alternatives(options).items():
+        saved[text] = now - own.device_bytes(other)
     if micro > 1:
         half = sizes(options, micro // 2)
-        saved[f"train.micro_batch_size={micro // 2}"] = now - half.device_bytes(options, _alpha(job))
+        saved[f"train.micro_batch_size={micro // 2}"] = now - half.device_bytes(options)
     if options.tile_tokens is None and job.engine == "native":
         tokens = min(TILE_TOKENS, max(1, job.train.seq_len * micro // 4))
         tiled = replace(options, tile_tokens=tokens)
-        saved[f"offload.activations.tile_tokens={tokens}"] = now - sizes(tiled, micro).device_bytes(tiled, _alpha(job))
+        saved[f"offload.activations.tile_tokens={tokens}"] = now - sizes(tiled, micro).device_bytes(tiled)
     if job.engine == "native" and offload.states == "none":
         saved["offload=host"] = held["optimizer states"]
     if job.engine == "native" and offload.weights == "device":
         both = "offload=host offload.weights=host" if offload.states == "none" else "offload.weights=host"
         saved[both] = saved.get("offload=host", 0) + held["parameters"]
     return {text: size for text, size in saved.items() if size > 0}
-
-
-def _alpha(job: Job) -> float:
-    """What is known of α: a chosen one is not, and counts as 1, which takes most."""
-    options = job.offload.activations
-    if options.mode not in ("swap", "auto"):
-        return 0.0
-    return 1.0 if options.alpha is None else options.alpha
 
 
 def _gib(size_bytes: float) -> str:

@@ -44,10 +44,11 @@ def _activations(job: Job, model: LanguageModel) -> dict[str, str]:
     options, num = job.offload.activations, len(model.blocks())
     if options.mode == "keep":
         return {}
-    kept = min(num, options.keep_last) if options.mode in ("swap", "auto") else 0
+    kept = min(num, options.keep_last) if options.swaps else 0
     alpha = "what hides behind compute" if options.alpha is None else f"{options.alpha:g} of the tokens"
     how = {
         "swap": f"swap {alpha} to host memory, the rest is recomputed",
+        "input": "swap their input alone to host memory, all is recomputed",
         "recompute": "keep their input and attention's output, the rest is recomputed",
         "checkpoint": "keep their input, all is recomputed",
     }["swap" if options.mode == "auto" else options.mode]

@@ -87,6 +87,10 @@ class _Bytes:
     peak: int
 
 
+_UNSWAPPED = {"swap": "recompute", "auto": "recompute", "input": "checkpoint"}
+"""What computes as much again, with nothing in host memory."""
+
+
 def _run(
     job: Job, num_blocks: int, micro_batch_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[_Times, _Bytes]:
@@ -98,7 +102,7 @@ def _run(
         optimizer=OptimizerOptions(name="sgd", momentum=0.0),
         parallel=ParallelOptions(),
         # which blocks swap how much depends on how many there are
-        offload=OffloadOptions(activations=ActivationOptions(mode="recompute" if mode in ("swap", "auto") else mode)),
+        offload=OffloadOptions(activations=ActivationOptions(mode=_UNSWAPPED.get(mode, mode))),
     )
     seq_len = job.train.seq_len
     model = build_model(alone.model, vocab_size=vocab_size, seq_len=seq_len, dtype=dtype, device=device)

@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 
+from offload.options import ActivationOptions
 from parallel.planning.workload import Workload
 from trainer.job import Job
 from trainer.models import LanguageModel
 
 
 def workload_of(job: Job, model: LanguageModel, world: int, *, compute_bytes: int) -> Workload:
-    """Of one rank of `world`. compute_bytes: of an element of the compute dtype."""
+    """Of one rank of `world`. compute_bytes: of an element of the compute dtype. What activations take is estimated
+    from the units; `trainer.footprint` knows it better."""
     micro, count = job.micro_batches(world)
     options = job.parallel
     work = Workload.read(
@@ -20,8 +22,16 @@ def workload_of(job: Job, model: LanguageModel, world: int, *, compute_bytes: in
         reduce_bytes=2 if options.reduce_dtype == "bf16" else 4,
         moments=2 if job.optimizer.name == "adamw" else int(job.optimizer.momentum > 0),
         prefetch_units=options.prefetch_units,
-        recompute=job.offload.activations.mode in ("checkpoint", "recompute"),
+        recompute=again(job.offload.activations),
         loss_chunk_tokens=job.model.loss_chunk_tokens,
         exact=options.exact,
     )
     return replace(work, overlap=options.overlap)
+
+
+def again(options: ActivationOptions) -> float:
+    """The share of a block's forward that its backward does again, attention counted with the products; an α that is
+    not chosen yet counts as 0."""
+    if options.mode == "keep":
+        return 0.0
+    return 1.0 - (options.alpha or 0.0)

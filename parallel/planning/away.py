@@ -59,7 +59,7 @@ def by_flops(work: Workload, compute: float, unit_s: float = 0.0) -> Seconds:
     """Times of units at so many FLOP/s."""
 
     def times(unit: UnitCost) -> tuple[float, float]:
-        backward = unit.backward_flops + (unit.forward_flops if unit.recompute else 0.0)
+        backward = unit.backward_flops + unit.recompute * unit.forward_flops
         return work.tokens * unit.forward_flops / compute + unit_s, work.tokens * backward / compute + unit_s
 
     return times

@@ -111,7 +111,7 @@ class Clock:
         return unit.forward_flops * self._work.tokens * self._slow + (0.0 if unit.is_root else self._machine.unit_s)
 
     def backward(self, unit: UnitCost) -> float:
-        again = self.forward(unit) if unit.recompute else 0.0
+        again = unit.recompute * self.forward(unit)
         own = unit.backward_flops * self._work.tokens * self._slow + (0.0 if unit.is_root else self._machine.unit_s)
         return own + again
 
@@ -247,7 +247,8 @@ def update_s(work: Workload, traffic: Traffic, clock: Clock) -> float:
 
 
 def memory(work: Workload, traffic: Traffic) -> dict[str, float]:
-    """Bytes a rank at the step's peak, by `KINDS`: what the engine allocates, and an estimate of the activations."""
+    """Bytes a rank at the step's peak, by `KINDS`: what the engine allocates, and the activations: those of `work`, or
+    an estimate."""
     place = traffic.placement
     sizes = dict.fromkeys(KINDS, 0.0)
     alone = traffic.mesh.world == 1
@@ -268,7 +269,8 @@ def memory(work: Workload, traffic: Traffic) -> dict[str, float]:
     sizes["communication buffers"] = sum(buffers(work, traffic).values())
     kept = sum((u.input_bytes if u.recompute else u.activation_bytes) * u.count for u in work.units)
     widest = max((u.activation_bytes for u in work.units if u.recompute), default=0.0)
-    sizes["activations"] = work.tokens * (kept + widest) + max((u.fixed_bytes for u in work.units), default=0.0)
+    estimate = work.tokens * (kept + widest) + max((u.fixed_bytes for u in work.units), default=0.0)
+    sizes["activations"] = estimate if work.activation_bytes is None else work.activation_bytes
     return sizes
 
 

@@ -39,7 +39,8 @@ class UnitCost:
     """Workspace while the unit runs, whatever the micro-batch."""
     gathers_backward: bool = True
     """Whether the backward asks for the weights; an embedding's does not."""
-    recompute: bool = False
+    recompute: float = 0.0
+    """The share of the forward that the backward does again."""
     is_root: bool = False
     """Parameters outside all units or of several: gathered from the start of the forward to the end of the backward."""
 
@@ -67,6 +68,8 @@ class Workload:
     buffer_bytes: int = 0
     """Persistent buffers, broadcast once a step."""
     prefetch_units: int = 1
+    activation_bytes: float | None = None
+    """At the step's peak on the device, where that is known better than from the units."""
     overlap: bool = True
     """False: every collective is waited for where it starts."""
 
@@ -99,7 +102,7 @@ class Workload:
         reduce_bytes: int,
         moments: int = 2,
         prefetch_units: int = 1,
-        recompute: bool = False,
+        recompute: float = 0.0,
         loss_chunk_tokens: int = 2048,
         exact: Sequence[str] = (),
     ) -> "Workload":

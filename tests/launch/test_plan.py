@@ -1,19 +1,18 @@
 """The text of ``atoll plan``, from a composed config, without a GPU and without Ray."""
 
+import re
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-import torch
 from hydra import compose, initialize_config_module
 
 from launch.config import Config, register, to_config
-from launch.plan import named_machine, plan, settle, show
-from launch.plan_activations import activation_rows, chosen_alpha
+from launch.plan import Planned, named_machine, plan, settle, show
 from parallel.planning.cost import KINDS
 from parallel.planning.machine import PRESETS
-from trainer.footprint import footprint
 
 
 def composed(*overrides: str) -> Config:
@@ -116,11 +115,12 @@ AWAY = ("model=3b", "model.vocab_size=32000", "launch.workers=1", "train.seq_len
 
 
 def test_states_away_are_planned_as_they_were_measured() -> None:
-    """3b, 4 x 4096 on one H200: 22.2 GiB of GPU memory, 14.0 host bytes a parameter (results/offload.json)."""
+    """3b, 4 x 4096 on one H200: 22.2 GiB of GPU memory, 14.0 host bytes a parameter (results/offload.json). Blocks were
+    compiled, which the plan does not know: it says up to a tenth more."""
     streamed = ("offload=host", "offload.weights=host", f"offload.gpu_bytes={15 * 2**30}", "offload.update=speculate")
     planned = plan(composed(*AWAY, *streamed), PRESETS["single"])
     assert planned.away is not None and planned.away.fits
-    assert planned.away.device_bytes / 2**30 == pytest.approx(22.2, rel=0.05)
+    assert 22.2 < planned.away.device_bytes / 2**30 < 1.1 * 22.2
     assert planned.away.prediction.host_bytes / 3015355392 == pytest.approx(14.0, rel=0.01)
     assert planned.away.step_s == pytest.approx(0.818, rel=0.1)
     text = show(planned)
@@ -150,9 +150,14 @@ def test_what_is_away_and_does_not_fit_is_said() -> None:
     assert planned.away is not None and not planned.away.fits and "does NOT fit" in show(planned)
 
 
+def activation_rows(planned: Planned) -> list[str]:
+    assert planned.activations is not None
+    return planned.activations.rows(planned.machine.tier)
+
+
 def test_activation_tiers_and_the_alpha_that_would_be_chosen() -> None:
     config = composed("experiment=longcontext", "train.seq_len=32768")
-    text = "\n".join(activation_rows(config, plan(config, PRESETS["dgx-h100"])))
+    text = "\n".join(activation_rows(plan(config, PRESETS["dgx-h100"])))
     marked = [line for line in text.splitlines() if line.startswith("*")]
     assert len(marked) == 1 and "offload.activations=auto (α = " in marked[0]
     assert "GB leave at 50 GB/s" in text and "offload.activations=checkpoint" in text
@@ -163,8 +168,43 @@ def test_a_chosen_alpha_follows_the_machine() -> None:
     rate, alphas = PRESETS["dgx-h100"], []
     for compute in (rate.compute, 2 * rate.compute, 100 * rate.compute):
         planned = plan(config, replace(rate, compute=compute))
-        sizes = footprint(
-            config.job(), vocab_size=256, micro_batch_size=1, num_tokens=32768, dtype=torch.bfloat16
-        )  # fmt: skip
-        alphas.append(chosen_alpha(config, planned, sizes)[0])
+        assert planned.activations is not None
+        alphas.append(planned.activations.auto.alpha)
     assert 1 > alphas[0] > alphas[1] > alphas[2] == 0
+
+
+@pytest.mark.parametrize(
+    "mode",
+    ["keep", "swap", "swap offload.activations.alpha=1", "swap offload.activations.alpha=0.5", "input", "recompute",
+     "checkpoint", "auto"],
+)  # fmt: skip
+def test_the_table_of_memory_has_what_the_row_of_the_job_says(mode: str) -> None:
+    planned = plan(composed(*BIG, "parallel=hfsdp", *f"offload.activations.mode={mode}".split()), PRESETS["dgx-h100"])
+    row = re.search(r"^\* .* ([\d.]+) +[\d.]+$", "\n".join(activation_rows(planned)), re.MULTILINE)
+    table = re.search(r"^  activations +([\d.]+)$", show(planned), re.MULTILINE)
+    assert row and table and row[1] == table[1]
+    assert planned.candidate.cost.memory["activations"] == pytest.approx(float(row[1]) * 2**30, abs=2**20)
+
+
+def test_auto_is_planned_with_what_host_memory_holds() -> None:
+    """70b, 80 blocks, 4096 tokens: 10.7 GB of inputs and attention's outputs, 5.4 GB of inputs."""
+    again = []
+    for host_bytes, said in ((10**12, "auto (α = "), (7 * 10**9, "auto (input)"), (3 * 10**9, "auto (input)")):
+        asked = ("offload.activations.mode=auto", f"offload.activations.host_bytes={host_bytes}")
+        planned = plan(composed(*BIG, "parallel=hfsdp", *asked), PRESETS["dgx-h100"])
+        text = "\n".join(activation_rows(planned))
+        assert said in text and ("blocks: they are recomputed" in text) == (host_bytes < 5e9), text
+        again.append(max(unit.recompute for unit in planned.work.units))
+    assert again[0] < again[1] == again[2] == 1
+
+
+def test_a_model_that_fake_tensors_do_not_run_is_estimated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.MixtralConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    config = composed("model=hf", f"model.path={tmp_path}", "model.from_scratch=true", "launch.workers=1")
+    planned = plan(config, PRESETS["single"])
+    assert planned.activations is None and planned.candidate.cost.memory["activations"] > 0
+    assert "activations are estimated from layers' widths alone" in caplog.text

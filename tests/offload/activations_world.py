@@ -55,7 +55,7 @@ def run(rank: int, world: int, preset: str, store: str) -> None:
     limit = timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
     kept = train(preset, "keep", None)
-    for mode, alpha in (("swap", 1.0), ("swap", 0.0), ("recompute", None)):
+    for mode, alpha in (("swap", 1.0), ("swap", 0.0), ("recompute", None), ("input", None)):
         found = train(preset, mode, alpha)
         assert len(found) == len(kept)
         worst = max(float((a - b).abs().max()) for a, b in zip(found, kept, strict=True))

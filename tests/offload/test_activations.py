@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from offload.activations import Activations
 from offload.activations_memory import POISON
 from offload.activations_plan import BlockCost, Choice, choose, choose_alpha
+from offload.hostpool import HostPool
 from offload.options import ActivationOptions
 from offload.plan import Recorder
 from trainer.models.llama import Llama
@@ -29,7 +30,7 @@ from trainer.options import LlamaOptions
 CPU = torch.device("cpu")
 LAYERS, SEQ = 5, 48
 OPTIONS = LlamaOptions(dim=64, ffn_dim=192, num_layers=LAYERS, num_heads=4, num_kv_heads=2, head_dim=16)
-SWAPPED = [(mode, alpha) for mode, alpha in (("swap", 1.0), ("swap", 0.0), ("recompute", None))]
+SWAPPED = [("swap", 1.0), ("swap", 0.0), ("recompute", None), ("input", None)]
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +106,7 @@ def test_gradients_with_part_of_the_tokens_swapped(alpha: float) -> None:
 def test_every_block_may_choose_for_itself() -> None:
     expected, model = gradients(llama(), *batch()), llama()
     swap = leaving(model)
-    swap.set([Choice("recompute"), Choice("swap", 1.0), Choice("keep"), Choice("swap", 0.0), Choice("keep")])
+    swap.set([Choice("recompute"), Choice("swap", 1.0), Choice("keep"), Choice("input"), Choice("swap", 0.0)])
     assert_equal(gradients(model, *batch()), expected)
 
 
@@ -176,6 +177,31 @@ def test_dropout_drops_the_same_again(alpha: float) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+class NoisyAttention(nn.Module):
+    """Drops in attention and after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> tuple[Tensor, None]:
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.3).transpose(1, 2).flatten(2)
+        return x + F.dropout(self.out(y) * scale[:, :32].mean(), 0.3), None
+
+
+@pytest.mark.parametrize(("mode", "alpha"), SWAPPED)
+def test_attention_drops_the_same_again(mode: str, alpha: float | None) -> None:
+    found = []
+    for away in (False, True):
+        torch.manual_seed(3)
+        model, x = Chain([NoisyAttention() for _ in range(3)]), torch.randn(2, 32, 32)
+        if away:
+            leaving(model, mode, alpha, keep_last=0)
+        found.append([*gradients(model, x), torch.rand(4)])
+    assert_equal(*found)
+
+
 def tiny_hf(kind: str) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     sizes = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
@@ -204,14 +230,14 @@ class HFLoss(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2", "gpt2", "mixtral"])
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_any_model_of_hugging_face(kind: str, alpha: float) -> None:
+@pytest.mark.parametrize(("mode", "alpha"), [("swap", 0.0), ("swap", 1.0), ("input", None)])
+def test_any_model_of_hugging_face(kind: str, mode: str, alpha: float | None) -> None:
     expected, model = gradients(HFLoss(kind).train(), *batch()), HFLoss(kind).train()
-    leaving(model, "swap", alpha, keep_last=1)
+    leaving(model, mode, alpha, keep_last=1)
     assert_equal(gradients(model, *batch()), expected)
 
 
-@pytest.mark.parametrize(("mode", "alpha"), [("swap", 1.0), ("swap", 0.5), ("recompute", None)])
+@pytest.mark.parametrize(("mode", "alpha"), [("swap", 1.0), ("swap", 0.5), ("recompute", None), ("input", None)])
 def test_compiled_blocks(mode: str, alpha: float | None) -> None:
     """Linears and attention are graph breaks; the pieces are compiled once and the replay runs the same ones."""
     options = replace(OPTIONS, num_layers=3)
@@ -249,8 +275,13 @@ def test_what_is_computed_again_is_the_share_of_the_products_that_was_not_swappe
     assert flops("swap", 0.75) == kept + again // 4
 
 
-@pytest.mark.parametrize(("mode", "alpha"), [*SWAPPED, ("swap", 0.5)])
-def test_attention_runs_once(mode: str, alpha: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("mode", "alpha", "times"),
+    [("swap", 1.0, 1), ("swap", 0.5, 1), ("swap", 0.0, 1), ("recompute", None, 1), ("input", None, 2)],
+)
+def test_attention_runs_again_only_from_the_input_alone(
+    mode: str, alpha: float | None, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     real = F.scaled_dot_product_attention
 
@@ -262,7 +293,7 @@ def test_attention_runs_once(mode: str, alpha: float | None, monkeypatch: pytest
     model = llama()
     leaving(model, mode, alpha, keep_last=0)
     gradients(model, *batch())
-    assert len(calls) == LAYERS
+    assert len(calls) == times * LAYERS
 
 
 def held_after_forward(num_layers: int, mode: str, alpha: float | None, keep_last: int = 0) -> int:
@@ -291,6 +322,7 @@ def test_what_leaves_is_held_no_more() -> None:
     outside = held_after_forward(1, "keep", None) - block
     assert held_after_forward(6, "swap", 1.0) <= outside
     assert held_after_forward(6, "swap", 0.3, keep_last=2) <= outside + 2 * block
+    assert held_after_forward(6, "input", None) <= outside
     stays = 4 * tokens * (o.dim + o.num_heads * o.head_dim + o.num_heads)  # input, output, log-sum-exp
     assert held_after_forward(6, "recompute", None) <= outside + 6 * stays
     assert 6 * stays < block
@@ -322,6 +354,14 @@ def test_nothing_grows(num_steps: int) -> None:
     assert process.memory_info().rss < resident + (16 << 20)
     assert swap.pools.num_buffers == 2
     assert swap.pools._slots.num == LAYERS - 2
+
+
+def test_the_input_alone_takes_no_more_host_memory_than_that() -> None:
+    model = llama()
+    swap = leaving(model, "input", None, keep_last=1)
+    gradients(model, *batch())
+    wanted = (LAYERS - 1) * 4 * 2 * SEQ * OPTIONS.dim
+    assert wanted <= swap.pools.size_bytes()["host"] < wanted + 4096  # a page
 
 
 def test_a_model_that_is_let_go_of_is_gone_at_once() -> None:
@@ -401,6 +441,27 @@ def test_slots_and_buffers_are_made_for_the_longest_at_once() -> None:
     assert longest.pools.buffer_bytes <= buffers <= 1.1 * longest.pools.buffer_bytes
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_threads_take_the_pages_of_host_memory(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as we say, one time for all slots; where the C code is not to be had, one thread does it."""
+    taken, real = [], HostPool.call
+
+    def call(pool: HostPool, function: str, arguments: Any) -> None:
+        taken.append((function, pool.threads))
+        real(pool, function, arguments)
+
+    monkeypatch.setattr(HostPool, "call", call)
+    if not native:
+        monkeypatch.setattr("offload.hostpool._library", lambda: None)
+    expected, model = gradients(llama(), *batch()), llama()
+    swap = Activations(ActivationOptions(mode="swap", alpha=1.0), CPU, threads=3, poison=True)
+    swap.wrap(model.blocks())
+    for _ in range(2):
+        assert_equal(gradients(model, *batch()), expected)
+    assert taken == [("populate", 3)] * native
+    assert swap.pools.size_bytes()["host"] > 0
+
+
 def test_weights_go_through_the_engines_hooks() -> None:
     """As with weights that are gathered: autograd holds handles, and none of the weights."""
     expected, model = gradients(llama(), *batch()), llama()
@@ -469,7 +530,8 @@ def test_too_little_host_memory_is_told_in_bytes() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "swop"}, "choose one of keep, swap, recompute, auto"),
+        ({"mode": "swop"}, "choose one of keep, swap, input, recompute, auto"),
+        ({"mode": "input", "alpha": 0.5}, "is for offload.activations.mode=swap, not input"),
         ({"mode": "swap", "alpha": 1.5}, "must be from 0 to 1"),
         ({"mode": "recompute", "alpha": 0.5}, "is for offload.activations.mode=swap"),
         ({"mode": "swap", "keep_last": -1}, "must be 0 or more"),
@@ -497,11 +559,22 @@ def test_alpha_is_what_hides_and_fits(seconds: float, rate: float, host: float, 
     assert choose_alpha(costs, link_bytes_per_s=rate, host_bytes=2 * host) == pytest.approx(alpha)
 
 
-def test_a_block_without_room_in_host_memory_is_recomputed() -> None:
-    assert choose([cost()], link_bytes_per_s=1000, host_bytes=29, keep_last=0) == [Choice("recompute")]
-    assert choose([cost()] * 3, link_bytes_per_s=1000, host_bytes=60, keep_last=1)[0] == Choice("swap", 0.0)
-    modes = [c.mode for c in choose([cost()] * 3, link_bytes_per_s=1000, host_bytes=40, keep_last=0)]
-    assert modes == ["swap", "recompute", "recompute"]
+@pytest.mark.parametrize(
+    ("host_bytes", "keep_last", "modes"),
+    [
+        (60, 1, ["swap", "swap", "keep"]),
+        (59, 1, ["input", "input", "keep"]),
+        (30, 0, ["input", "input", "input"]),
+        (29, 0, ["input", "input", "recompute"]),
+        (9, 0, ["recompute", "recompute", "recompute"]),
+    ],
+)
+def test_without_room_in_host_memory_inputs_leave_alone_or_nothing(
+    host_bytes: int, keep_last: int, modes: list[str]
+) -> None:
+    chosen = choose([cost()] * 3, link_bytes_per_s=1000, host_bytes=host_bytes, keep_last=keep_last)
+    assert [choice.mode for choice in chosen] == modes
+    assert all(choice.alpha == 0 for choice in chosen)
 
 
 def test_memory_left_on_the_device_keeps_the_last_blocks() -> None:
@@ -528,7 +601,10 @@ def test_no_choice_takes_more_than_there_is(blocks, rate: float, host: int | Non
     costs = [BlockCost(input_bytes=a, attention_bytes=b, rest_bytes=c, forward_s=s) for a, b, c, s in blocks]
     chosen = choose(costs, link_bytes_per_s=rate, host_bytes=host, keep_last=0)
     assert len(chosen) == len(costs)
+    inputs = [c.input_bytes for c, choice in zip(costs, chosen, strict=True) if choice.mode == "input"]
+    assert host is None or len(inputs) * max(inputs, default=0) <= host
     swaps = [(c, choice.alpha) for c, choice in zip(costs, chosen, strict=True) if choice.mode == "swap"]
+    assert not (inputs and swaps)
     if not swaps:
         return
     taken = [c.least_bytes + alpha * c.rest_bytes for c, alpha in swaps]
@@ -552,6 +628,32 @@ def test_auto_measures_and_then_chooses() -> None:
     assert found.rest_bytes == 4 * tokens * (128 + 64 + 2 * o.ffn_dim)
     assert found.kept_bytes == kept_by_a_block()
     assert swap.choices[0].alpha > 0, "a copy in memory is faster than a block"
+
+
+def leaves_bytes(kind: str) -> int:
+    """Of a block in fp32: input, or attention's output and log-sum-exp."""
+    o = OPTIONS
+    return 4 * 2 * SEQ * (o.dim if kind == "input" else o.num_heads * (o.head_dim + 1))
+
+
+@pytest.mark.parametrize(("num_inputs", "mode"), [(LAYERS - 1, "input"), (LAYERS - 2, "recompute")])
+@pytest.mark.parametrize("most_tokens", [None, 4 * SEQ])
+def test_auto_swaps_inputs_alone_where_host_memory_holds_no_more(
+    num_inputs: int, mode: str, most_tokens: int | None
+) -> None:
+    """From the first step on, in which nothing is measured: `mode` is that of the last block that does not keep."""
+    expected, model = gradients(llama(), *batch()), llama()
+    host_bytes = (2 if most_tokens else 1) * num_inputs * leaves_bytes("input") + 1000
+    options = ActivationOptions(mode="auto", host_bytes=host_bytes, keep_last=1)
+    said: list[str] = []
+    swap = Activations(options, CPU, most_tokens=most_tokens, say=said.append, poison=True)
+    swap.wrap(model.blocks())
+    for _ in range(5):
+        assert_equal(gradients(model, *batch()), expected)
+        chosen = [choice.mode for choice in swap.choices]
+        assert chosen == ["input"] * num_inputs + [mode] * (LAYERS - 1 - num_inputs) + ["keep"]
+    assert swap.costs()[0].attention_bytes == leaves_bytes("attention"), "known, though it is not stored"
+    assert f"activations: {num_inputs} blocks swap their input alone" in said[0]
 
 
 # ---------------------------------------------------------------------------------------------------- on a GPU

@@ -46,7 +46,7 @@ def test_gradients_are_those_of_the_whole(num_tokens: int, dtype: torch.dtype) -
         torch.testing.assert_close(a, b, **near)
 
 
-@pytest.mark.parametrize(("mode", "alpha"), [("swap", 1.0), ("swap", 0.0), ("recompute", None)])
+@pytest.mark.parametrize(("mode", "alpha"), [("swap", 1.0), ("swap", 0.0), ("recompute", None), ("input", None)])
 def test_with_activations_that_leave_they_are_bitwise_those_of_tiles_that_stay(mode: str, alpha: float | None) -> None:
     plain, model = llama(), llama()
     for one in (plain, model):

@@ -66,9 +66,11 @@ def difference(case: dict) -> float:
     with sequence.attention(case["tokens"]):
         found = loss_and_gradients(model, rows, part)
     assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"
-    if isinstance(activations, Activations) and alpha == 0:
+    if isinstance(activations, Activations) and alpha != 1:
         # of two blocks the input, and of all tokens what this rank's heads make: not q, k and v, which are sent again
-        numel = 48 * (part.stop - part.start) + case["tokens"] * case["heads"] // sequence.size * (8 + 1)
+        numel = 48 * (part.stop - part.start)
+        if mode == "swap":
+            numel += case["tokens"] * case["heads"] // sequence.size * (8 + 1)
         assert activations.pools.size_bytes()["host"] <= 2 * (8 * case["batch"] * numel + 3 * 512) + 4096
     for tensor in found:
         dist.all_reduce(tensor)

@@ -22,6 +22,7 @@ CASES = {
     "key-value heads that ranks do not divide": {"heads": 12, "kv": 6, "tokens": 33, "batch": 1},
     "activations swapped": {"heads": 8, "kv": 2, "tokens": 37, "batch": 2, "activations": ["swap", 1.0]},
     "products recomputed": {"heads": 8, "kv": 2, "tokens": 37, "batch": 2, "activations": ["swap", 0.0]},
+    "inputs alone swapped": {"heads": 8, "kv": 2, "tokens": 37, "batch": 2, "activations": ["input", None]},
     "heads that ranks do not divide": {"heads": 5, "kv": 5, "tokens": 16, "batch": 1},
     "fewer tokens than ranks": {"heads": 8, "kv": 8, "tokens": 1, "batch": 1},
 }
@@ -44,7 +45,7 @@ def answers(world: int) -> dict[str, float | str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", list(CASES)[:6])
+@pytest.mark.parametrize("case", list(CASES)[:7])
 def test_loss_and_gradients_are_those_of_one_rank(world: int, case: str) -> None:
     difference = answers(world)[case]
     assert isinstance(difference, float), difference

@@ -1,13 +1,18 @@
 """A run whose activations leave is the run that keeps them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.fx.experimental._config
 
 from offload.options import ActivationOptions, OffloadOptions
+from trainer.build import Rank, build_engine
 from trainer.job import Job
 from trainer.loop import Trainer
+from trainer.models import build_model
 from trainer.options import DataOptions, HFOptions, LlamaOptions, LoggerOptions, RunOptions, TrainOptions
 
 MODEL = LlamaOptions(dim=64, ffn_dim=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16)
@@ -51,6 +56,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[float]:
     [
         ({"mode": "swap", "alpha": 1.0}, "2 swap 1 of the tokens to host memory"),
         ({"mode": "swap", "alpha": 0.0, "keep_last": 0}, "4 swap 0 of the tokens to host memory"),
+        ({"mode": "input"}, "2 swap their input alone to host memory, all is recomputed; the last 2 keep all"),
         ({"mode": "recompute"}, "4 keep their input and attention's output"),
         ({"mode": "checkpoint"}, "4 keep their input, all is recomputed"),
     ],
@@ -95,3 +101,35 @@ def test_a_run_chooses_alpha_and_says_so(tmp_path: Path, data: Path, kept: list[
     losses, text = run(tmp_path, "auto", data, mode="auto", keep_last=1)
     assert losses == pytest.approx(kept, rel=1e-4)  # a product cut in two may round otherwise
     assert "activations: 3 blocks swap" in text and "1 block keep" in text
+
+
+@pytest.mark.parametrize("tier", [{}, {"states": "host", "weights": "host"}])
+def test_compiled_blocks_are_not_compiled_again_for_another_length(tier: dict[str, str]) -> None:
+    """Nor what they call: the hooks that pack what they save, for each unit whose weights are brought."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    where = Rank(0, 1, torch.device("cpu"))
+    job = Job(
+        model=MODEL,
+        train=TrainOptions(seq_len=64, global_batch_size=2, micro_batch_size=2),
+        offload=OffloadOptions(activations=ActivationOptions(mode="swap", alpha=0.25, keep_last=1), **tier),
+    )
+    model = build_model(job.model, vocab_size=64, seq_len=64, dtype=torch.float32, device=where.device)
+    for block in model.blocks():
+        block.forward = torch.compile(block.forward, backend="aot_eager")
+    with (
+        torch._dynamo.config.patch(assume_static_by_default=False),
+        torch.fx.experimental._config.patch(use_duck_shape=False),
+    ):
+        engine = build_engine(job, model, where, torch.float32)
+
+        def step(num_tokens: int) -> float:
+            rows = torch.randint(0, 64, (2, num_tokens + 1))
+            loss = engine.forward_backward(rows[:, :-1], rows[:, 1:], scale=1.0, first=True, last=True)
+            engine.step(1e-3, 1.0)
+            return float(loss)
+
+        step(64)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert all(math.isfinite(step(num_tokens)) for num_tokens in (48, 17, 64))
+        engine.close()
