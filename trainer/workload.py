@@ -22,16 +22,16 @@ def workload_of(job: Job, model: LanguageModel, world: int, *, compute_bytes: in
         reduce_bytes=2 if options.reduce_dtype == "bf16" else 4,
         moments=2 if job.optimizer.name == "adamw" else int(job.optimizer.momentum > 0),
         prefetch_units=options.prefetch_units,
-        recompute=again(job.offload.activations),
+        recompute=products_again(job.offload.activations),
+        recompute_attention=job.offload.activations.mode in ("checkpoint", "input"),
         loss_chunk_tokens=job.model.loss_chunk_tokens,
         exact=options.exact,
     )
     return replace(work, overlap=options.overlap)
 
 
-def again(options: ActivationOptions) -> float:
-    """The share of a block's forward that its backward does again, attention counted with the products; an α that is
-    not chosen yet counts as 0."""
+def products_again(options: ActivationOptions) -> float:
+    """The share of a block's products that its backward does again; an α that is not chosen yet counts as 0."""
     if options.mode == "keep":
         return 0.0
     return 1.0 - (options.alpha or 0.0)

@@ -103,6 +103,7 @@ class Workload:
         moments: int = 2,
         prefetch_units: int = 1,
         recompute: float = 0.0,
+        recompute_attention: bool = False,
         loss_chunk_tokens: int = 2048,
         exact: Sequence[str] = (),
     ) -> "Workload":
@@ -110,8 +111,9 @@ class Workload:
 
         FLOPs of a block are its share of `flops_per_token`, so experts that a token does not visit and attention count
         as they do there. Activations of a block are the inputs and outputs of its linear layers: what a Llama whose
-        other operations are fused keeps (arXiv 2407.12117, sec. 3); an eager model keeps more. The head is taken to
-        make its gradients in the forward (`trainer.models.loss`), a chunk of logits at a time.
+        other operations are fused keeps (arXiv 2407.12117, sec. 3); an eager model keeps more. recompute: the share of
+        a block's products that its backward does again; its attention too where `recompute_attention` says so. The
+        head is taken to make its gradients in the forward (`trainer.models.loss`), a chunk of logits at a time.
         """
         readable = cast(Readable, model)
         modules = readable.units()
@@ -131,9 +133,11 @@ class Workload:
             widths = [(m.in_features, m.out_features) for m in module.modules() if isinstance(m, nn.Linear)]
             if module in blocks:
                 saved = compute_bytes * sum(map(sum, widths))
+                products_share = min(1.0, 2.0 * sizes[name] / block_flops)
+                again = recompute * products_share + (1.0 - products_share) * recompute_attention
                 unit = replace(
                     unit, forward_flops=block_flops, backward_flops=2 * block_flops, activation_bytes=saved,
-                    input_bytes=compute_bytes * (widths[0][0] if widths else 0), recompute=recompute,
+                    input_bytes=compute_bytes * (widths[0][0] if widths else 0), recompute=again,
                 )  # fmt: skip
             elif module is last:  # products of all its weights, the shared ones too
                 products = sum(p.numel() for p in module.parameters() if p.ndim >= 2)

@@ -265,4 +265,12 @@ def test_a_drive_that_dies_under_a_run(
 ) -> None:
     folder, image = loop_drive
     said = "(read|write) of .*Input/output error.*resume from the last checkpoint"
-    fail_and_resume(tmp_path, data, folder, whole, said, lambda: os.truncate(image, 64 * 1024), lambda: disk_folder)
+
+    def break_it() -> None:
+        looped = subprocess.run(["losetup", "-j", image], capture_output=True, text=True, check=True).stdout
+        device = Path(looped.split(":")[0])
+        while int((Path("/sys/class/block") / device.name / "size").read_text()) > 128:  # of 512 bytes
+            os.truncate(image, 64 * 1024)  # a write under way may make it longer again
+            subprocess.run(["losetup", "-c", device], check=True)
+
+    fail_and_resume(tmp_path, data, folder, whole, said, break_it, lambda: disk_folder)
