@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from launch.node import OVERRIDES
-from launch.submit import RUNS, Submission, Target, check_label
+from launch.submission import OVERRIDES, RUNS, Submission, Target, check_label
 
 if TYPE_CHECKING:
     from launch.config import Config

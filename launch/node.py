@@ -37,9 +37,9 @@ from types import FrameType
 import psutil
 
 from launch.address import probe
+from launch.submission import OVERRIDES
 
 RAY = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-OVERRIDES = "ATOLL_OVERRIDES"
 WRONG = 2
 STOPPED = 75
 NO_CLUSTER = 3

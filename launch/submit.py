@@ -15,9 +15,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from launch.kuberay import kuberay
+from launch.submission import RUNS, Submission, Target, check_label
 
 if TYPE_CHECKING:
     from launch.config import Config
@@ -30,30 +32,7 @@ atoll submit kuberay --nodes 4 --gpus-per-node 8 --image IMG --pvc CLAIM [--name
 
 OURS = ("launch.address", "launch.nodes")
 """Overrides that follow from the options here."""
-RUNS = "/runs"
-"""Where a pod sees the claim."""
-LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,39}[a-z0-9])?")
-"""Kubernetes' names (RFC 1123), short enough for what KubeRay appends."""
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
-
-
-@dataclass(frozen=True)
-class Target:
-    """What was typed before ``--``, and the job's overrides after it, completed."""
-
-    kind: str
-    options: argparse.Namespace
-    overrides: list[str]
-
-
-@dataclass(frozen=True)
-class Submission:
-    """What is written, and the command that then hands it over."""
-
-    file: Path
-    text: str
-    command: list[str]
-    notes: list[str] = field(default_factory=list)
 
 
 def parse(args: list[str]) -> Target:
@@ -135,11 +114,6 @@ def _check(options: argparse.Namespace) -> None:
             check_label(f"--{name}", getattr(options, name))
 
 
-def check_label(option: str, value: str | None) -> None:
-    if value is not None and not LABEL.fullmatch(value):
-        raise ValueError(f"{option} {value!r}: Kubernetes takes a-z, 0-9 and -, at most 41 characters")
-
-
 def _complete(options: argparse.Namespace, overrides: list[str]) -> list[str]:
     """The overrides, with what follows from the options. ValueError for what is no key=value, or contradicts them."""
     for override in overrides:
@@ -160,8 +134,6 @@ def _complete(options: argparse.Namespace, overrides: list[str]) -> list[str]:
 
 def send(target: Target, config: "Config") -> int:
     """Write and hand over, or with ``--dry-run`` print both; the exit code. ValueError where that cannot work."""
-    from launch.kuberay import kuberay
-
     render: dict[str, Callable[[Target, Config], Submission]] = {"slurm": slurm, "ssh": ssh, "kuberay": kuberay}
     made = render[target.kind](target, config)
     for note in made.notes:
