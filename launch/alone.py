@@ -50,13 +50,14 @@ class Alone:
             self._trainer.request_stop(reason)
 
     def run(self) -> dict[str, Any] | Failure:
-        """What the trainer returned, or the failure that was not recovered from."""
+        """What the trainer returned, or the failure that was not recovered from. ValueError for what cannot work,
+        before the first step."""
         left_behind = LeftBehind()
         while True:
             result = self._train(left_behind)
-            if not isinstance(result, Failure):
-                return result
-            if result.next_batch is None:
+            if isinstance(result, Failure) and result.user and not self._ledger.watched.moved:
+                raise ValueError(result.cause)
+            if not isinstance(result, Failure) or result.next_batch is None:
                 return result
             if why := self._go_back(result):
                 return replace(result, cause=f"{result.cause} (not recovered from: {why})")

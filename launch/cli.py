@@ -1,8 +1,8 @@
 """The command ``atoll``: errors in what was typed come from here, on one line, before torch is imported.
 
-Exit codes: 0 done, or stopped by the user with Ctrl-C; 1 the job failed; 2 what was typed or configured is wrong;
-75 (``EX_TEMPFAIL``) told to stop by SIGTERM, resumable by the same command, at whatever moment; 130 killed by a second
-Ctrl-C.
+Exit codes: 0 done, or stopped by the user with Ctrl-C; 1 the job failed; 2 what was typed or configured is wrong, also
+where only a worker could find it, before the first step; 75 (``EX_TEMPFAIL``) told to stop by SIGTERM, resumable by the
+same command, at whatever moment; 130 killed by a second Ctrl-C.
 """
 
 import os

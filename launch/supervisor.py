@@ -108,7 +108,7 @@ class Supervisor:
 
     def run(self, training: Callable[[], None]) -> dict[str, Any] | Failed:
         """Train to the end: what rank 0 returned, or the failure that was not recovered from. ValueError for what
-        cannot work, before training began; when it does, `training` is called."""
+        cannot work, before the first step; when training begins, `training` is called."""
         act = {
             State.ACQUIRE: self._acquire,
             State.START: self._start,
@@ -192,6 +192,8 @@ class Supervisor:
             self._left_behind = replace(self._left_behind, batches_before=failure.next_batch)
         if why := self._budget.give_up(failure, watched.step, watched.moved):
             self._ledger.give_up()
+            if failure.user and not watched.moved:
+                raise _wrong(team, rank)
             self._outcome = Failed(rank=rank, node=node.address, failure=_with(failure, why))
             return State.FINISH
         if failure.kind == "hang" and failure.trace:
@@ -396,7 +398,11 @@ def _complain(team: Team) -> None:
     """ValueError where a first start failed for what was asked for, or came too late: no try would be better."""
     for rank, failure in sorted(team.failures.items()):
         if failure.user or failure.kind == "hang":
-            raise ValueError(f"rank {rank} on node {team.members[rank].node.address}: {failure.cause}")
+            raise _wrong(team, rank)
+
+
+def _wrong(team: Team, rank: int) -> ValueError:
+    return ValueError(f"rank {rank} on node {team.members[rank].node.address}: {team.failures[rank].cause}")
 
 
 def _logged_steps(metrics: Path) -> int:
