@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import psutil
 
+from launch import EXIT_RESUMABLE
 from launch.address import probe
 from launch.checks import Crew, check, find_crew
 from launch.config import Config
@@ -30,8 +31,6 @@ from trainer.run import check_free, run_path
 if TYPE_CHECKING:
     from launch.policy import ScalingPolicy
 
-EXIT_RESUMABLE = 75
-"""``EX_TEMPFAIL`` of sysexits.h, "try again": what a batch system's requeue rule can look for."""
 EXIT_KILLED = 130
 
 

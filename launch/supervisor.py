@@ -299,7 +299,7 @@ class Supervisor:
         assert self._team is not None
         if self._stop_reason and not self._stop_told:
             self._stop_told = True
-            self._team.request_stop(self._stop_reason)
+            self._team.request_stop(self._stop_reason, self._ledger.watched.step_s)
         if time.monotonic() < self._looked + LOOK_S or not self._ledger.watched.stepped:
             return  # a start is not slowed down by the imports of others
         self._looked = time.monotonic()

@@ -122,12 +122,37 @@ def test_a_hang_ends_it_with_its_stack_and_a_stop_by_the_shell_does_not(tmp_path
     assert (failure.cause, failure.restored_from) == ("hang", None)
 
 
+def test_a_sigterm_in_a_hang_ends_it_soon_and_resumable(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    run = subprocess.Popen([COMMAND, "train", *ENDLESS], cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE)
+    try:
+        for _ in range(2):
+            read_until_a_step(reading)
+        fill(writing)
+        wait_until_still(tmp_path / "runs" / "tiny-stdlib" / "metrics.jsonl")
+        run.terminate()
+        assert run.wait(60) == 75
+        with run.stderr as errors:
+            said = errors.read().decode()
+        assert "a hang: it stands still in " in said and "s, as a stop was asked for)" in said
+    finally:
+        run.kill()
+        run.wait(20)
+        os.close(reading)
+        os.close(writing)
+
+
 def read_until_a_step(pipe: int) -> None:
     read = b""
     while not read.rpartition(b"step ")[2].partition(b"/1000000  loss ")[2]:
         more = os.read(pipe, 1 << 16)
         assert more, read
         read += more
+
+
+def wait_until_still(file: Path, still_s: float = 3) -> None:
+    while time.time() - file.stat().st_mtime < still_s:
+        time.sleep(0.1)
 
 
 def fill(pipe: int) -> None:
