@@ -143,6 +143,8 @@ class Supervisor:
         self._ledger.watched.starts()
         ranks = [member or self._fill(rank) for rank, member in enumerate(self._ranks)]
         self._ranks = list(ranks)
+        if self.crew.device == "cuda":  # there cores are left for their imports; on CPU the ranks compute with all
+            self._keep_spares()
         self._team = team = Team(ranks, self.crew, self._options)
         if not team.assemble(self._job, self._overrides, self._roster, self._left_behind):
             if self._generation == 1:
@@ -301,7 +303,7 @@ class Supervisor:
             self._stop_told = True
             self._team.request_stop(self._stop_reason, self._ledger.watched.step_s)
         if time.monotonic() < self._looked + LOOK_S or not self._ledger.watched.stepped:
-            return  # a start is not slowed down by the imports of others
+            return  # a start on CPU is not slowed down by the imports of others
         self._looked = time.monotonic()
         if self._options.address is not None and not self._pausing:
             self._look_for_preemptions()
