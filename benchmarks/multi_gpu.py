@@ -6,7 +6,8 @@ sequence trains, and how soon is a killed worker back?
 check   20 steps of a small Llama under every placement and quantization, fp32 and bf16, beside one rank alone
 time    3b and 8b at 4096 tokens: ours, FSDP2 and DeepSpeed; 3b on one GPU for the scaling efficiency
 long    7b with states and activations in host memory and a sequence over all GPUs, doubled until time or memory ends
-kill    SIGKILL for one worker of `atoll train` with a snapshot after every step; losses beside an undisturbed run's
+kill    SIGKILL for one worker of `atoll train`, with a snapshot after every step, once a spare is ready; losses beside
+        an undisturbed run's
 
 Runs on 1, 2, 4 or 8 GPUs and, for `check` and `kill`, on CPUs (``--device cpu --ranks 4``). Prints a table, writes
 benchmarks/results/multi_gpu.json after every row, last a JSON object. What does not fit into the budget is said.
@@ -25,6 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
@@ -39,6 +42,9 @@ LIMITS = {
     ("bf16", "quantized"): {"loss": 1e-1, "weights": 1e-1},
 }
 """Largest relative differences to one rank alone after 20 steps; AdamW makes much of a small gradient's last bits."""
+AFTER_STEPS = 10
+"""Steps that a job makes after its recovery."""
+RESUMABLE = 75
 CASE_S = {"check": 60.0, "time": 110.0}
 """The longest a case may take; what hangs is ended and the next ones go on without it."""
 
@@ -223,6 +229,24 @@ class Run:
             time.sleep(0.05)
         return time.monotonic()
 
+    def wait_for_spares(self, deadline: float) -> float:
+        """The moment at which a process stands ready that is no rank."""
+        ranks = {rank["pid"] for rank in json.loads((self.path / "team.json").read_text())["ranks"]}
+        while True:
+            family = psutil.Process(self.process.pid).children(recursive=True)
+            workers = [each for each in family if each.name().startswith("ray::Bootstrap") and each.pid not in ranks]
+            if workers and all(map(_has_loaded, workers)):
+                return time.monotonic()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no spare was ready: {self.tail()}")
+            time.sleep(0.1)
+
+    def stop(self, deadline: float) -> None:
+        """End it after a step, with a checkpoint."""
+        self.process.terminate()
+        if (code := self.process.wait(max(1.0, deadline - time.monotonic()))) != RESUMABLE:
+            raise TimeoutError(f"it ended with {code} at a SIGTERM: {self.tail()}")
+
     def finish(self, deadline: float) -> int:
         """The exit code, started again while it is not 0, as a requeue rule would. Ends what outlasts the deadline."""
         while True:
@@ -239,51 +263,61 @@ class Run:
         return self.log.read_text()[-1500:] if self.log.exists() else ""
 
 
+def _has_loaded(worker: psutil.Process) -> bool:
+    """Whether it has torch, and is done with importing: Ray's title names the call that a worker is in."""
+    has_torch = any("libtorch" in each.path for each in worker.memory_maps())
+    return has_torch and "".join(worker.cmdline()).strip() == "ray::Bootstrap"
+
+
 def kill(ranks: int, device: str, root: Path, deadline: float) -> dict[str, Any]:
-    """One worker of a job killed: seconds until the next step, steps lost, and whether the losses are the same."""
+    """One worker of a job that has been running killed: seconds until the next step, steps lost, and whether the losses
+    are those of a job of as many steps that is left alone."""
     overrides = [
-        f"launch.workers={ranks}", f"launch.device={device}", "train.steps=60", "train.eval_every_steps=0",
-        "train.sample_tokens=0", f"train.global_batch_size={8 * ranks}", "checkpoint.snapshot_every_steps=1",
+        f"launch.workers={ranks}", f"launch.device={device}", "train.eval_every_steps=0", "train.sample_tokens=0",
+        f"train.global_batch_size={8 * ranks}", "optimizer.schedule=constant", "checkpoint.snapshot_every_steps=1",
         "logger.tensorboard=false", "logger.plot=false",
     ]  # fmt: skip
     if device == "cuda":
         overrides += ["model.dim=1024", "model.ffn_dim=2816", "model.num_layers=12", "model.num_heads=16"]
-        overrides += ["model.num_kv_heads=8", "model.head_dim=64", "train.seq_len=1024", "train.steps=200"]
-        overrides += ["train.deterministic=true"]
-    undisturbed, broken = Run("undisturbed", root, overrides), None
+        overrides += ["model.num_kv_heads=8", "model.head_dim=64", "train.seq_len=1024", "train.deterministic=true"]
+    broken, undisturbed = Run("broken", root, [*overrides, "train.steps=1000000"]), None
     try:
+        row = _killed(broken, deadline)
+        undisturbed = Run("undisturbed", root, [*overrides, f"train.steps={len(broken.steps())}"])
         undisturbed.finish(deadline)
-        broken = Run("broken", root, overrides)
-        return _killed(undisturbed, broken, deadline)
+        losses = [[line["loss"] for line in run.steps()] for run in (undisturbed, broken)]
+        same = losses[0] == losses[1]
+        return row | {"bitwise": same, "steps": len(losses[1]), "ok": same and len(losses[0]) > AFTER_STEPS}
     except (TimeoutError, OSError) as error:
         return {"name": "a worker killed", "failed": str(error)}
     finally:
-        for run in (undisturbed, broken):
+        for run in (broken, undisturbed):
             if run and run.process.poll() is None:
                 os.killpg(run.process.pid, signal.SIGKILL)
 
 
-def _killed(undisturbed: Run, broken: Run, deadline: float) -> dict[str, Any]:
-    broken.wait_for(20, deadline)
-    team = json.loads((broken.path / "team.json").read_text())
+def _killed(run: Run, deadline: float) -> dict[str, Any]:
+    """Kill a worker once a spare is ready, and stop the run when it has made some steps more."""
+    trains = run.wait_for(0, deadline)
+    team = json.loads((run.path / "team.json").read_text())
+    ready = run.wait_for_spares(deadline)
     victim = team["ranks"][-1]
-    before = broken.steps()[-1]["step"]
+    before = run.steps()[-1]["step"]
     os.kill(victim["pid"], signal.SIGKILL)
     killed = time.monotonic()
     time.sleep(0.3)
-    reached = max(before, broken.steps()[-1]["step"])
-    back_s = broken.wait_for(reached + 1, deadline) - killed
-    broken.finish(deadline)
-    losses = [[line["loss"] for line in run.steps()] for run in (undisturbed, broken)]
-    records = (broken.path / "failures.jsonl").read_text().splitlines()
+    reached = max(before, run.steps()[-1]["step"])
+    back_s = run.wait_for(reached + 1, deadline) - killed
+    run.wait_for(reached + AFTER_STEPS, deadline)
+    run.stop(deadline)
+    records = (run.path / "failures.jsonl").read_text().splitlines()
     return {
         "name": f"rank {victim['rank']} killed after step {before}",
         "next_step_after_s": back_s,
+        "spare_ready_after_s": ready - trains,
+        "killed_after_s": killed - trains,
         "failures": [json.loads(record) for record in records],
-        "took": next((line for line in broken.log.read_text().splitlines() if line.startswith("recovered in")), None),
-        "bitwise": losses[0] == losses[1],
-        "steps": len(losses[1]),
-        "ok": losses[0] == losses[1] and len(losses[0]) > 20,
+        "took": next((line for line in run.log.read_text().splitlines() if line.startswith("recovered in")), None),
     }
 
 

@@ -98,7 +98,8 @@ def check_nodes(options: CheckpointOptions, num_nodes: int) -> tuple[int, list[i
     sizes = [num_nodes // num_groups + (number < num_nodes % num_groups) for number in range(num_groups)]
     parity = options.parity if options.parity is not None else int(min(sizes) > 1)
     if parity >= min(sizes):
-        where = f"{num_nodes} nodes" if num_groups == 1 else f"a group of {min(sizes)} of {num_nodes} nodes"
+        where = f"a group of {min(sizes)} of {num_nodes} nodes" if num_groups > 1 else f"{num_nodes} nodes"
+        where = "one node" if num_nodes == 1 else where
         most = min(sizes) - 1
         raise ValueError(
             f"checkpoint.parity={parity} over {where}: at most {most}, as one node at least must be left; "

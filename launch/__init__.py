@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "LaunchOptions", "run"]
 __version__ = "0.1.0"
+EXIT_RESUMABLE = 75
+"""``EX_TEMPFAIL`` of sysexits.h, "try again": what a batch system's requeue rule can look for."""
 
 _HOMES = {"Config": "launch.config", "LaunchOptions": "launch.options", "run": "launch.driver"}
 

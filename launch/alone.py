@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from launch import EXIT_RESUMABLE
 from launch.config import Config
 from launch.leave import free_memory
 from launch.ledger import Ledger
@@ -46,17 +47,20 @@ class Alone:
     def request_stop(self, reason: str) -> None:
         """From a signal handler; also between two starts."""
         self._stop_reason = reason
+        if step_s := self._ledger.watched.step_s:
+            self._limits = self._limits.stopping(step_s)
         if self._trainer is not None:
             self._trainer.request_stop(reason)
 
     def run(self) -> dict[str, Any] | Failure:
-        """What the trainer returned, or the failure that was not recovered from."""
+        """What the trainer returned, or the failure that was not recovered from. ValueError for what cannot work,
+        before the first step."""
         left_behind = LeftBehind()
         while True:
             result = self._train(left_behind)
-            if not isinstance(result, Failure):
-                return result
-            if result.next_batch is None:
+            if isinstance(result, Failure) and result.user and not self._ledger.watched.moved:
+                raise ValueError(result.cause)
+            if not isinstance(result, Failure) or result.next_batch is None:
                 return result
             if why := self._go_back(result):
                 return replace(result, cause=f"{result.cause} (not recovered from: {why})")
@@ -110,8 +114,8 @@ class Alone:
     def _watch(self, trainer: Trainer, ended: threading.Event) -> None:
         """The time that counts is what this thread has waited itself: a process that was stopped as a whole, and goes
         on, does not hang."""
-        last, still_s, every_s = Beat(), 0.0, self._limits.every_s
-        while not ended.wait(every_s):
+        last, still_s = Beat(), 0.0
+        while not ended.wait(every_s := self._limits.every_s):
             beat, _ = trainer.pulse.read()
             last, still_s = beat, still_s + every_s if beat is last else 0.0
             if still_s > self._limits.of(beat):
@@ -127,4 +131,4 @@ class Alone:
         telling = threading.Thread(target=os.write, args=(2, text.encode()), daemon=True)
         telling.start()
         telling.join(TELL_S)
-        os._exit(1)
+        os._exit(EXIT_RESUMABLE if self._stop_reason == "SIGTERM" else 1)

@@ -1,8 +1,8 @@
 """The command ``atoll``: errors in what was typed come from here, on one line, before torch is imported.
 
-Exit codes: 0 done, or stopped by the user with Ctrl-C; 1 the job failed; 2 what was typed or configured is wrong;
-75 (``EX_TEMPFAIL``) told to stop by SIGTERM, resumable by the same command, at whatever moment; 130 killed by a second
-Ctrl-C.
+Exit codes: 0 done, or stopped by the user with Ctrl-C; 1 the job failed; 2 what was typed or configured is wrong, also
+where only a worker could find it, before the first step; 75 (``EX_TEMPFAIL``) told to stop by SIGTERM, resumable by the
+same command, at whatever moment; 130 killed by a second Ctrl-C.
 """
 
 import os
@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch import __version__, names
+from launch import EXIT_RESUMABLE, __version__, names
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -39,7 +39,6 @@ atoll chaos kill=worker|node|hang|corrupt|disk [run.name=NAME ...]
 atoll --version"""
 
 WRONG = 2
-RESUMABLE = 75
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(args: list[str]) -> int:
     """Compose the config, check it, run it (or each of a sweep), and return the exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(RESUMABLE))  # until the driver listens; nothing is begun
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_RESUMABLE))  # until the driver listens; nothing is begun
     return _composed(args, _run)
 
 

@@ -17,21 +17,20 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import psutil
 
+from launch import EXIT_RESUMABLE
 from launch.address import probe
 from launch.checks import Crew, check, find_crew
 from launch.config import Config
 from launch.devices import this_machine
 from launch.failures import FILE, FailureRecord
 from launch.report import show_failures
-from launch.worker import Failed, Failure, check_device, describe, take_cores
+from launch.worker import Failed, Failure, check_device, take_cores
 from trainer import timeline
 from trainer.run import check_free, run_path
 
 if TYPE_CHECKING:
     from launch.policy import ScalingPolicy
 
-EXIT_RESUMABLE = 75
-"""``EX_TEMPFAIL`` of sysexits.h, "try again": what a batch system's requeue rule can look for."""
 EXIT_KILLED = 130
 
 
@@ -96,7 +95,8 @@ class Stop:
 def run(config: Config, overrides: Sequence[str] = (), stream: TextIO | None = None) -> Report:
     """Train as `config` says and show the progress on `stream` (standard output).
 
-    Raises ValueError, before anything is started, for what cannot work. For the main thread: it listens to signals.
+    Raises ValueError for what cannot work: before anything is started, or before the first step where only a worker can
+    find it. For the main thread: it listens to signals.
     """
     stop = Stop(config.launch.notice_s)
     with stop.listening():
@@ -153,10 +153,7 @@ def _run_here(config: Config, crew: Crew, overrides: tuple[str, ...], stream: Te
 
     torch.set_num_threads(threads)
     show = Progress(config.train.steps, stream, config.logger.every_steps).show
-    try:
-        check_device(crew.device)
-    except ValueError as error:
-        return _failed(0, WHERE, describe(error))
+    check_device(crew.device)
     alone = Alone(config, overrides, show)
     stop.act = alone.request_stop
     with _noted(config):

@@ -20,6 +20,8 @@ class Watched:
     """Whether one was done since the driver started."""
     stepped: bool = False
     """Whether one was done since this start of the ranks."""
+    step_s: float = 0.0
+    """What the last of these took; 0: there was none."""
     last_sign: float = field(default_factory=time.time)
     """Unix time of the last event."""
     restored: tuple[Source, int] = ("start", 0)
@@ -30,7 +32,7 @@ class Watched:
 
     def starts(self) -> None:
         """The ranks are about to restore and train."""
-        self.restored, self.stepped = ("start", 0), False
+        self.restored, self.stepped, self.step_s = ("start", 0), False, 0.0
 
     def see(self, event: Event) -> None:
         self.last_sign = time.time()
@@ -40,6 +42,7 @@ class Watched:
             self.times["restored"] = self.last_sign
         elif event["type"] == "step":
             self.step, self.moved, self.stepped = event["step"] + 1, True, True
+            self.step_s = event["step_s"]
 
     def breakdown(self) -> str:
         """``out 0.4 s, joined 0.9 s, …``: how long each part of the recovery took, in order."""

@@ -36,12 +36,12 @@ from types import FrameType
 
 import psutil
 
+from launch import EXIT_RESUMABLE
 from launch.address import probe
 from launch.submission import OVERRIDES
 
 RAY = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
 WRONG = 2
-STOPPED = 75
 NO_CLUSTER = 3
 """The nodes did not come together: other nodes may. The scripts know it; it does not reach the user."""
 PORTS = range(20000, 30000)
@@ -137,7 +137,7 @@ def _take_lease(part: str, ended: threading.Event) -> str:
         ended.set()
         if part == "train":
             time.sleep(LAST_S)
-            os._exit(STOPPED)
+            os._exit(EXIT_RESUMABLE)
 
     threading.Thread(target=watch, daemon=True).start()
     return line.decode().strip()
@@ -233,16 +233,17 @@ def _train(options: argparse.Namespace, overrides: list[str], ended: threading.E
         _wait_for_nodes(options, ended)
         signal.signal(signal.SIGTERM, _raise_told)  # Ray has put its own in place
         if ended.is_set():
-            return STOPPED
+            return EXIT_RESUMABLE
         from launch.cli import main as atoll
 
         atoll(["train", *overrides, f"launch.address={options.head}"])
         return 0
     except _Told:
-        return STOPPED
+        return EXIT_RESUMABLE
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-        return code if code in (0, WRONG) or not ended.is_set() else STOPPED  # a stop is no failure, however it went
+        # a stop is no failure, however it went
+        return EXIT_RESUMABLE if ended.is_set() and code not in (0, WRONG) else code
 
 
 def _raise_told(number: int, frame: FrameType | None) -> None:

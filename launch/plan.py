@@ -21,6 +21,7 @@ from parallel.planning.machine import PRESETS, Machine, load_machine
 from parallel.planning.simulate import simulate
 from parallel.planning.workload import Workload
 from parallel.transport import Transport
+from trainer.progress import plural
 
 HEADROOM = 0.92
 """The part of a tier's memory that a plan may fill: the rest is the driver's, the allocator's and the collectives'."""
@@ -141,10 +142,10 @@ def show(planned: Planned) -> str:
     rate = work.tokens * work.micro_batches / (away.step_s if away else simulation.step_s)
     model_rate = rate * planned.flops_per_token
     lines = [
-        f"machine    {machine.name}, {mesh.world:,} ranks: {mesh}",
+        f"machine    {machine.name}, {plural(mesh.world, 'rank')}: {mesh}",
         f"placement  {named}: {made.placement.describe(mesh.names)}",
         f"transport  {made.transport.describe(mesh.names)}",
-        f"step       {work.micro_batches} micro-batches of {work.tokens:,} tokens a rank",
+        f"step       {plural(work.micro_batches, 'micro-batch', 'es')} of {work.tokens:,} tokens a rank",
         "",
         *(away.rows() if away else _memory_rows(planned)),
         "",

@@ -108,7 +108,7 @@ class Supervisor:
 
     def run(self, training: Callable[[], None]) -> dict[str, Any] | Failed:
         """Train to the end: what rank 0 returned, or the failure that was not recovered from. ValueError for what
-        cannot work, before training began; when it does, `training` is called."""
+        cannot work, before the first step; when training begins, `training` is called."""
         act = {
             State.ACQUIRE: self._acquire,
             State.START: self._start,
@@ -143,6 +143,8 @@ class Supervisor:
         self._ledger.watched.starts()
         ranks = [member or self._fill(rank) for rank, member in enumerate(self._ranks)]
         self._ranks = list(ranks)
+        if self.crew.device == "cuda":  # there cores are left for their imports; on CPU the ranks compute with all
+            self._keep_spares()
         self._team = team = Team(ranks, self.crew, self._options)
         if not team.assemble(self._job, self._overrides, self._roster, self._left_behind):
             if self._generation == 1:
@@ -192,6 +194,8 @@ class Supervisor:
             self._left_behind = replace(self._left_behind, batches_before=failure.next_batch)
         if why := self._budget.give_up(failure, watched.step, watched.moved):
             self._ledger.give_up()
+            if failure.user and not watched.moved:
+                raise _wrong(team, rank)
             self._outcome = Failed(rank=rank, node=node.address, failure=_with(failure, why))
             return State.FINISH
         if failure.kind == "hang" and failure.trace:
@@ -297,9 +301,9 @@ class Supervisor:
         assert self._team is not None
         if self._stop_reason and not self._stop_told:
             self._stop_told = True
-            self._team.request_stop(self._stop_reason)
+            self._team.request_stop(self._stop_reason, self._ledger.watched.step_s)
         if time.monotonic() < self._looked + LOOK_S or not self._ledger.watched.stepped:
-            return  # a start is not slowed down by the imports of others
+            return  # a start on CPU is not slowed down by the imports of others
         self._looked = time.monotonic()
         if self._options.address is not None and not self._pausing:
             self._look_for_preemptions()
@@ -396,7 +400,11 @@ def _complain(team: Team) -> None:
     """ValueError where a first start failed for what was asked for, or came too late: no try would be better."""
     for rank, failure in sorted(team.failures.items()):
         if failure.user or failure.kind == "hang":
-            raise ValueError(f"rank {rank} on node {team.members[rank].node.address}: {failure.cause}")
+            raise _wrong(team, rank)
+
+
+def _wrong(team: Team, rank: int) -> ValueError:
+    return ValueError(f"rank {rank} on node {team.members[rank].node.address}: {team.failures[rank].cause}")
 
 
 def _logged_steps(metrics: Path) -> int:

@@ -153,7 +153,10 @@ class Team:
                 self._running = {call: rank for call, rank in self._running.items() if rank not in found}
         return not self.failures
 
-    def request_stop(self, reason: str) -> None:
+    def request_stop(self, reason: str, step_s: float) -> None:
+        """step_s: what a step has taken; 0: none was made, and what the ranks are at may take as long as ever."""
+        if step_s:
+            self._watchdog.limits = self._watchdog.limits.stopping(step_s)
         for member in self.members:
             member.control("request_stop", reason)
 

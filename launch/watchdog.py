@@ -15,6 +15,9 @@ is passed all are looked at, and the culprit is, in this order: who does not ans
 that others are in; who is in no collective while others are; who is furthest behind in its beats. Ranks that are alike
 in all of that are not told apart, and the report says so.
 
+After the user or the machine has asked for a stop, little time is left: ``launch.hang_timeout_s`` then gives way to a
+few of the run's usual steps (`Limits.stopping`), and ``launch.collective_timeout_s`` stays.
+
 The driver's main thread does all; nothing here blocks but `look` once a limit was passed, for `ANSWER_S` at most a
 rank that is silent.
 """
@@ -33,6 +36,8 @@ from trainer.pulse import DEFAULT_GROUP, Beat, Look
 
 ANSWER_S = 3.0
 """How long a rank has to answer once something is wrong."""
+STOP_STEPS, STOP_S = 5, 10.0
+"""After a stop was asked for, what has stood still for so many usual steps, and so long at least, hangs."""
 DUMP_S = 1.0
 """How long `faulthandler` has to write a silent process's stack into its log."""
 
@@ -64,6 +69,15 @@ class Limits:
 
     hang_timeout_s: float
     long_s: float
+    asked: str = ""
+    """What the first is for people; empty: what the user set it to."""
+
+    def stopping(self, step_s: float) -> "Limits":
+        """After a stop was asked for. step_s: what a step takes."""
+        limit_s = max(STOP_S, STOP_STEPS * step_s)
+        if not 0 < limit_s < self.hang_timeout_s:
+            return self
+        return Limits(limit_s, max(self.hang_timeout_s, self.long_s), f"({limit_s:g} s, as a stop was asked for)")
 
     @property
     def every_s(self) -> float:
@@ -76,7 +90,7 @@ class Limits:
         return known[beat.limit]
 
     def __str__(self) -> str:
-        return f"(launch.hang_timeout_s={self.hang_timeout_s:g})"
+        return self.asked or f"(launch.hang_timeout_s={self.hang_timeout_s:g})"
 
 
 def stands_still(rank: int, look: Look, limits: Limits) -> Failure:
@@ -93,7 +107,7 @@ class Watchdog:
 
         self._ray: Any = ray
         self._watched = list(watched)
-        self._limits, self._every_s = limits, limits.every_s
+        self.limits = limits
         now = time.monotonic()
         for each in self._watched:
             each.moved_at_s = each.answered_at_s = now
@@ -101,20 +115,20 @@ class Watchdog:
     def look(self) -> dict[int, Failure]:
         """Take what was answered and ask again where it is time. Once a limit is passed, the culprits by rank, with
         what was found; their processes still live."""
-        if self._every_s == float("inf"):
+        if self.limits.every_s == float("inf"):
             return {}
         self._collect(0)
         now = time.monotonic()
         for each in self._watched:
-            if each.call is None and not each.gone and now - each.asked_at_s >= self._every_s:
+            if each.call is None and not each.gone and now - each.asked_at_s >= self.limits.every_s:
                 each.asked_at_s = now
                 each.call = each.actor.pulse.options(concurrency_group="control").remote()
         late = [each for each in self._watched if not each.gone and self._is_late(each, now)]
         return self._examine() if late else {}
 
     def _is_late(self, each: Watched, now: float) -> bool:
-        silent = now - each.answered_at_s > self._limits.hang_timeout_s
-        return silent or now - each.moved_at_s > self._limits.of(each.beat)
+        silent = now - each.answered_at_s > self.limits.hang_timeout_s
+        return silent or now - each.moved_at_s > self.limits.of(each.beat)
 
     def _collect(self, wait_s: float) -> None:
         calls = {each.call: each for each in self._watched if each.call is not None}
@@ -179,7 +193,7 @@ class Watchdog:
         for each in others[:1]:
             if each.rank in looks:
                 trace += f"stack of rank {each.rank}, which waits:\n{looks[each.rank].stack}"
-        failure = Failure(cause=f"a hang: {what} {self._limits}", trace=trace, kind="hang")
+        failure = Failure(cause=f"a hang: {what} {self.limits}", trace=trace, kind="hang")
         return {each.rank: failure for each in culprits or [first]}
 
     def _see_process(self, each: Watched) -> tuple[str, str]:

@@ -25,6 +25,7 @@ import psutil
 from launch.devices import count_cores
 from launch.failures import Cause
 from launch.leave import WayOut, leave
+from launch.names import PACKAGES
 from trainer.numbers import Rewind
 from trainer.pulse import Beat, Look, Pulse
 from trainer.run import LeftBehind, run_path
@@ -77,7 +78,7 @@ class Failure:
     next_batch: int | None = None
     """Of bad numbers that are to be recovered from: the batch that the newest version is to go on with."""
     user: bool = False
-    """What was asked for is wrong, as far as its type tells: trying again would not help."""
+    """What was asked for is wrong, and `cause` alone says so: trying again would not help."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,15 +356,21 @@ def _interface(address: str) -> str | None:
 
 
 def describe(error: BaseException) -> Failure:
-    cause = f"{type(error).__name__}: {error}".rstrip(": ")
+    user = is_users(error)
     return Failure(
-        cause=cause,
+        cause=str(error) if user else f"{type(error).__name__}: {error}".rstrip(": "),
         trace="".join(traceback.format_exception(error)),
         symptom=is_symptom(error),
         kind=kind_of(error),
         next_batch=error.next_batch if isinstance(error, Rewind) else None,
-        user=isinstance(error, ValueError | TypeError),
+        user=user,
     )
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether `error` is a sentence on what was asked for: a ValueError that code of ours has raised."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, ValueError) and bool(modules) and modules[-1].partition(".")[0] in PACKAGES
 
 
 def kind_of(error: BaseException) -> Cause:

@@ -7,7 +7,7 @@ from trainer.build import Rank, choose_dtype, mesh_of
 from trainer.data import Corpus
 from trainer.job import Job
 from trainer.models import LanguageModel
-from trainer.progress import size
+from trainer.progress import plural, size
 from trainer.run import run_path
 
 AWAY = {"host": "offloaded to host memory", "nvme": "offloaded to NVMe"}
@@ -20,7 +20,7 @@ def describe(job: Job, where: Rank, corpus: Corpus, model: LanguageModel, engine
     dtype, why = choose_dtype(job.train.dtype, where.device)
     micro, count = job.micro_batches(where.world)
     tokens, sharing = job.train.global_batch_size * job.train.seq_len, job.parallel.sequence_ranks
-    groups = f"{where.world} ranks" if sharing == 1 else f"{where.world // sharing} x {sharing} ranks"
+    groups = plural(where.world, "rank") if sharing == 1 else f"{where.world // sharing} x {sharing} ranks"
     state = engine.state_bytes()
     away = "".join(f"; {size(num)} {place}" for name, place in AWAY.items() if (num := state.pop(name, 0)))
     tier = "GPU" if where.device.type == "cuda" else "host"
@@ -30,7 +30,7 @@ def describe(job: Job, where: Rank, corpus: Corpus, model: LanguageModel, engine
         "data": corpus.describe(),
         "world": f"{where.world} x {where.device.type}, {_mesh(job, where)}",
         **_transport(job, where),
-        "step": f"{tokens:,} tokens = {groups} x {count} micro-batches x {micro} x {job.train.seq_len}",
+        "step": f"{tokens:,} tokens = {groups} x {plural(count, 'micro-batch', 'es')} x {micro} x {job.train.seq_len}",
         "state": f"{size(sum(state.values()))} a rank in {tier} memory ({held}){away}",
         **_activations(job, model),
         "dtype": f"{str(dtype).removeprefix('torch.')}: {why}",

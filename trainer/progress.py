@@ -134,6 +134,11 @@ def count(number: float, gap: str = "") -> str:
     return f"{number:.3g}{gap}P"
 
 
+def plural(number: int, noun: str, ending: str = "s") -> str:
+    """``1 rank``, ``2 ranks``."""
+    return f"{number:,} {noun}{'' if number == 1 else ending}"
+
+
 def size(size_bytes: float) -> str:
     """``512 B``, ``3.4 GiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):

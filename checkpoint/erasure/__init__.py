@@ -2,13 +2,12 @@
 
 from checkpoint.erasure.code import ReedSolomon, TooManyErasures
 from checkpoint.erasure.isal import aligned_empty
-from checkpoint.erasure.layout import Element, GroupLayout, Repair, Stripe, stripes
+from checkpoint.erasure.layout import Element, GroupLayout, Stripe, stripes
 
 __all__ = [
     "Element",
     "GroupLayout",
     "ReedSolomon",
-    "Repair",
     "Stripe",
     "TooManyErasures",
     "aligned_empty",

@@ -19,8 +19,6 @@ Memory a node: k chunks of its own (S) and m of parity (S·m/k).
 Traffic of a snapshot: one node encodes a stripe, that of parity 0; it gets the k chunks and sends m - 1 parities on.
 Every node encodes one stripe, so each sends, and gets, k + m - 1 chunks: S·(1 + (m-1)/k). With every chunk sent to all
 m parity nodes it would be S·m.
-Traffic of a repair: each stripe is decoded once, whatever l: k - 1 chunks to a decoder that has the k-th, l chunks from
-it to the replacements: n·(k - 1 + l) chunks in all.
 
 Source: rotating parity as in RAID-5, D. Patterson et al., 1988; over snapshots of nodes: REFT, arXiv 2310.12670.
 """
@@ -55,16 +53,6 @@ class Stripe:
     def left(self, lost: Collection[int]) -> dict[int, Element]:
         """The elements, by number, that are not on a lost node."""
         return {number: element for number, element in enumerate(self.elements) if element.node not in lost}
-
-
-@dataclass(frozen=True)
-class Repair:
-    """One stripe's work after nodes were lost: `decoder` reads `sources` (by element number) and makes `wanted`."""
-
-    stripe: Stripe
-    decoder: int
-    sources: tuple[int, ...]
-    wanted: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -116,25 +104,6 @@ class GroupLayout:
         """(stripe, element number) of all n elements on a node: its k chunks in order, then its m parities."""
         data = [((node - self.m - c) % self.n, c) for c in range(self.k)]
         return data + [((node - p) % self.n, self.k + p) for p in range(self.m)]
-
-    def repairs(self, lost: Collection[int]) -> list[Repair]:
-        """How to make again all that the lost nodes held, spread evenly over the survivors.
-
-        A decoder has one of the k sources itself; it gets k - 1 and sends what it made to the replacements.
-        ValueError where more than m nodes are lost.
-        """
-        if len(set(lost)) > self.m or any(not 0 <= node < self.n for node in lost):
-            raise ValueError(f"lost nodes {sorted(lost)} of {self.n}: at most {self.m} can be made again")
-        repairs = []
-        work = {node: 0 for node in range(self.n) if node not in lost}
-        for stripe in self.stripes() if lost else ():
-            left = stripe.left(lost)
-            sources = tuple(sorted(left))[: self.k]
-            decoder = min((left[number].node for number in sources), key=lambda node: (work[node], node))
-            work[decoder] += 1
-            wanted = tuple(number for number in range(self.n) if number not in left)
-            repairs.append(Repair(stripe, decoder, sources, wanted))
-        return repairs
 
 
 def stripes(n: int, m: int, size: int) -> tuple[Stripe, ...]:

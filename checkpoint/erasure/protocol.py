@@ -49,9 +49,3 @@ def recoverable(groups: Sequence[tuple[Held, int]]) -> list[int]:
         enough = {version for version in versions if versions.count(version) >= k}
         found = enough if found is None else found & enough
     return sorted(found or (), reverse=True)
-
-
-def next_version(groups: Sequence[tuple[Held, int]], last_issued: int = 0) -> int:
-    """A number that no attempt has had, as far as anyone who answers knows."""
-    seen = [version for held, _ in groups for prepared in held.values() for version in prepared]
-    return max([last_issued, *seen]) + 1

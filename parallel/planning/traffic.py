@@ -335,9 +335,3 @@ class Traffic:
 
 
 PHASES = ("gather", "reduce", "reduce_last", "refresh", "control")
-
-
-def wire_bytes(payload: float, *, mtu: int = 1500) -> float:
-    """What an interface counts for `payload` bytes over TCP in full packets: Ethernet, IPv4 and TCP headers with
-    timestamps. Segmentation offload makes real counters see fewer headers."""
-    return payload * (mtu + 14) / (mtu - 52)

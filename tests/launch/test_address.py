@@ -3,6 +3,7 @@
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -50,10 +51,14 @@ def test_a_server_that_greets_like_ray_and_then_falls_silent(atoll, server: sock
     connections = []
 
     def greet() -> None:
-        while True:
-            connections.append(server.accept()[0])
-            connections[-1].sendall(b"\0\0\0\4\0\0\0\0\0")
+        with suppress(OSError):  # the server is shut down, or who has greeted is gone
+            while True:
+                connections.append(server.accept()[0])
+                connections[-1].sendall(b"\0\0\0\4\0\0\0\0\0")
 
-    threading.Thread(target=greet, daemon=True).start()
+    greeting = threading.Thread(target=greet)
+    greeting.start()
     done = atoll("train", f"launch.address={address(server)}", "launch.start_timeout_s=1", timeout_s=40)
+    server.shutdown(socket.SHUT_RDWR)
+    greeting.join(10)
     assert done.returncode == 2 and "launch.start_timeout_s=1" in done.stderr

@@ -188,7 +188,7 @@ def test_files_that_are_not_there(change: dict, words: str, tmp_path: Path) -> N
         ({"offload": OffloadOptions(gpu_bytes=1)}, "offload.gpu_bytes=1 is not read with offload.states=none"),
         ({"offload": OffloadOptions(states="host", nvme_bytes=1)}, "offload.nvme_bytes=1 is not read"),
         ({"checkpoint": CheckpointOptions(parity=1)}, "checkpoint.snapshot_every_steps=0"),
-        ({"checkpoint": CheckpointOptions(parity=1, snapshot_every_steps="1")}, "checkpoint.parity=1 over 1 nodes"),
+        ({"checkpoint": CheckpointOptions(parity=1, snapshot_every_steps="1")}, "checkpoint.parity=1 over one node"),
         (
             {"offload": OffloadOptions(states="host"), "optimizer": OptimizerOptions(name="sgd")},
             "offload.states=host updates by AdamW",

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from launch.failures import FILE, FailureRecord
+from launch.options import LaunchOptions
+from launch.worker import describe
 from tests.launch.conftest import COMMAND
 
 SMALL = (
@@ -57,11 +59,28 @@ def test_a_second_signal_ends_at_once(atoll_started) -> None:
     assert run.wait(30) == 130
 
 
-def test_a_failure_says_the_rank_and_the_cause_first(atoll) -> None:
+def test_what_only_the_start_finds_wrong_is_one_line(atoll) -> None:
     done = atoll("train", *SMALL, "model.vocab_size=10")
-    assert done.returncode == 1
-    first = done.stderr.splitlines()[0]
-    assert first.startswith("atoll: rank 0 on this machine: ") and "model.vocab_size=10" in first
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("atoll: model.vocab_size=10")
+
+
+def test_a_step_to_resume_from_that_is_not_there_is_one_line(atoll) -> None:
+    done = atoll("train", *SMALL, "run.resume=7")
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("atoll: run.resume=7")
+
+
+def test_a_value_error_is_the_users_where_our_own_code_has_raised_it() -> None:
+    told = {}
+    for name, act in {"ours": lambda: LaunchOptions(workers=0), "a library's": lambda: json.loads("{")}.items():
+        with pytest.raises(ValueError) as found:
+            act()
+        told[name] = describe(found.value)
+    assert told["ours"].user and told["ours"].cause.startswith("launch.workers=0: ")
+    assert not told["a library's"].user and told["a library's"].cause.startswith("JSONDecodeError: ")
 
 
 def test_a_last_checkpoint_that_is_lost_is_a_failure(atoll_started, tmp_path: Path) -> None:
@@ -103,12 +122,37 @@ def test_a_hang_ends_it_with_its_stack_and_a_stop_by_the_shell_does_not(tmp_path
     assert (failure.cause, failure.restored_from) == ("hang", None)
 
 
+def test_a_sigterm_in_a_hang_ends_it_soon_and_resumable(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    run = subprocess.Popen([COMMAND, "train", *ENDLESS], cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE)
+    try:
+        for _ in range(2):
+            read_until_a_step(reading)
+        fill(writing)
+        wait_until_still(tmp_path / "runs" / "tiny-stdlib" / "metrics.jsonl")
+        run.terminate()
+        assert run.wait(60) == 75
+        with run.stderr as errors:
+            said = errors.read().decode()
+        assert "a hang: it stands still in " in said and "s, as a stop was asked for)" in said
+    finally:
+        run.kill()
+        run.wait(20)
+        os.close(reading)
+        os.close(writing)
+
+
 def read_until_a_step(pipe: int) -> None:
     read = b""
     while not read.rpartition(b"step ")[2].partition(b"/1000000  loss ")[2]:
         more = os.read(pipe, 1 << 16)
         assert more, read
         read += more
+
+
+def wait_until_still(file: Path, still_s: float = 3) -> None:
+    while time.time() - file.stat().st_mtime < still_s:
+        time.sleep(0.1)
 
 
 def fill(pipe: int) -> None:

@@ -62,7 +62,7 @@ def test_nothing_fits_is_one_error() -> None:
 
 def test_the_default_job_on_one_gpu() -> None:
     text = show(plan(composed("launch.workers=1"), PRESETS["single"]))
-    assert "1 ranks" in text and "bottleneck compute" in text
+    assert "1 rank: " in text and "1 micro-batch of" in text and "bottleneck compute" in text
 
 
 def test_a_config_that_does_not_divide_is_refused() -> None:

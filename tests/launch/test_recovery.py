@@ -50,6 +50,6 @@ def test_a_worker_that_is_stopped_is_killed_and_replaced(tmp_path: Path) -> None
 def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xff" * 1000)
     with running(tmp_path, "launch.workers=2", SNAPSHOTS, "data=text", "data.paths=[bad.txt]") as run:
-        assert run.end() == 1
-        assert "not recovered from: it came before the first step" in run.said
+        assert run.end() == 2
+        assert "bad.txt" in run.said and "Traceback" not in run.said
         assert len(run.failures) == 1 and run.failures[0].restored_from is None

@@ -83,7 +83,8 @@ def test_more_nodes_lost_than_parity_goes_back_to_storage_and_says_so(tmp_path: 
 
 
 def test_a_spent_budget_ends_the_job_with_its_reason(tmp_path: Path) -> None:
-    with running(tmp_path, "launch.workers=2", SNAPSHOTS, "launch.max_failures=1", "train.steps=1000") as run:
+    brief = "checkpoint.snapshot_hold_s=20"  # nothing drops the snapshots of a job that has failed
+    with running(tmp_path, "launch.workers=2", SNAPSHOTS, brief, "launch.max_failures=1", "train.steps=1000") as run:
         for generation in (1, 2):
             run.wait(lambda generation=generation: run.generation == generation and len(run.failures) == generation - 1)
             reached = run.steps

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch.failures import FILE, TEAM_FILE, FailureRecord
 from trainer import timeline
 
 SMALL = (
@@ -131,6 +132,25 @@ def test_while_it_compiles(atoll_started, num: int) -> None:
     began = time.monotonic()
     ends_resumable(run, 60)
     assert time.monotonic() - began < 50
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_while_a_rank_hangs(atoll_started, tmp_path: Path) -> None:
+    """Long before ``launch.hang_timeout_s`` it is replaced, and the run ends with all that was done."""
+    run = atoll_started("train", *ENDLESS, "launch.workers=2", "checkpoint.snapshot_every_steps=1")
+    assert any(int(found[1]) > 9 for line in run.stdout if (found := re.match(r"step (\d+)/", line)))
+    ranks = json.loads((tmp_path / "runs" / "it" / TEAM_FILE).read_text())["ranks"]
+    os.kill(ranks[1]["pid"], signal.SIGSTOP)
+    time.sleep(1)
+    began, done = time.monotonic(), steps_logged(tmp_path)
+    said = ends_resumable(run, 60)
+    assert time.monotonic() - began < 60
+    assert "s, as a stop was asked for)" in said and "the same command resumes it" in said
+    [failure] = FailureRecord.read(tmp_path / "runs" / "it" / FILE)
+    assert (failure.cause, failure.rank, failure.restored_from) == ("hang", 1, "memory")
+    saved = [int(each.name.rpartition("-")[2]) for each in (tmp_path / "runs" / "it" / "checkpoints").iterdir()]
+    assert max(saved) == failure.resumed_step >= len(done) - 1  # whose snapshot may not have been whole
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 from parallel import Mesh, ParallelOptions, Placement
 from parallel.planning.cost import Clock, Plan, estimate, memory, traffic_of
 from parallel.planning.machine import PRESETS, Fit, Link, Machine, Packing, expected_max, load_machine
-from parallel.planning.traffic import EXACT, Traffic, wire_bytes
+from parallel.planning.traffic import EXACT, Traffic
 from parallel.planning.workload import UnitCost, Workload
 from parallel.transport import Transport
 
@@ -127,10 +127,6 @@ def test_memory_is_the_known_formula() -> None:
         held = memory(work, traffic_of(work, Plan(mesh, Placement.of(options, 2)), PRESETS["dgx-a100"]))
         states = held["parameters"] + held["gradients"] + held["optimizer states"]
         assert states == pytest.approx(expected * PSI + 2 * PSI / 64, rel=0.001)  # and one unit's gradients as made
-
-
-def test_wire_bytes_count_headers() -> None:
-    assert wire_bytes(1448) == 1514
 
 
 # ---------------------------------------------------------------------------------------------------- time on paper
