@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import psutil
 
@@ -61,21 +61,25 @@ class Stop:
         self.signal: signal.Signals | None = None
         self.act: Callable[[str], None] | None = None
         """How to stop gently; None while nothing runs that could."""
+        self.ended: Killed | None = None
+        """What was raised to end at once."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGALRM:
-            raise Killed("stopped", f"launch.notice_s={self._notice_s:g} is over")
+            self._end("stopped", f"launch.notice_s={self._notice_s:g} is over")
         if self.signal is not None or self.act is None:
             gentle = self.signal is None and number == signal.SIGTERM
-            raise Killed(
-                "stopped" if gentle else "killed", "ended before training began" if gentle else "ended at once"
-            )
+            self._end("stopped" if gentle else "killed", "ended before training began" if gentle else "ended at once")
         self.signal = signal.Signals(number)
         if self.signal == signal.SIGTERM and self._notice_s:
             signal.setitimer(signal.ITIMER_REAL, self._notice_s)
         # not print(): the signal may have come in the middle of one
         os.write(2, f"\natoll: {self.signal.name}: stopping after this step; once more ends it at once\n".encode())
         self.act(self.signal.name)
+
+    def _end(self, status: str, why: str) -> NoReturn:
+        self.ended = Killed(status, why)
+        raise self.ended
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -102,7 +106,9 @@ def run(config: Config, overrides: Sequence[str] = (), stream: TextIO | None = N
     with stop.listening():
         try:
             return _run(config, tuple(overrides), stream or sys.stdout, stop)
-        except Killed as end:
+        except (Killed, SystemError):  # the latter where Killed was raised in the middle of Ray's C code
+            if (end := stop.ended) is None:
+                raise
             print(f"atoll: {end.why}; the same command goes on from the last checkpoint", file=sys.stderr)
             return Report(status=end.status, exit_code=EXIT_RESUMABLE if end.status == "stopped" else EXIT_KILLED)
 
