@@ -31,6 +31,8 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
 from checkpoint.crc import crc32c
+from checkpoint.folder import PAGE_BYTES
+from offload.space import round_up
 from offload.state import Piece
 
 FORMAT = 1
@@ -100,9 +102,14 @@ class ArrayLayout:
 
     @classmethod
     def cut(cls, kind: str, dtype: str, length: int, chunk_bytes: int) -> "ArrayLayout":
-        """Chunks of at most `chunk_bytes`, as even as can be, so that hardly anything is padded."""
-        num_chunks = math.ceil(length * DTYPES[dtype].torch.itemsize / chunk_bytes)
-        return cls(kind=kind, dtype=dtype, length=length, chunk=math.ceil(length / num_chunks))
+        """Chunks of at most `chunk_bytes`, as even as can be, so that hardly anything is padded. Several begin at pages:
+        else none but the first could be written past the page cache."""
+        item_bytes = DTYPES[dtype].torch.itemsize
+        num_chunks = math.ceil(length * item_bytes / chunk_bytes)
+        chunk = math.ceil(length / num_chunks)
+        if num_chunks > 1 and chunk_bytes % PAGE_BYTES == 0:
+            chunk = round_up(chunk * item_bytes, PAGE_BYTES) // item_bytes
+        return cls(kind=kind, dtype=dtype, length=length, chunk=chunk)
 
     @property
     def name(self) -> str:
