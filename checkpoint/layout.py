@@ -102,8 +102,8 @@ class ArrayLayout:
 
     @classmethod
     def cut(cls, kind: str, dtype: str, length: int, chunk_bytes: int) -> "ArrayLayout":
-        """Chunks of at most `chunk_bytes`, as even as can be, so that hardly anything is padded. Several begin at pages:
-        else none but the first could be written past the page cache."""
+        """Chunks of at most `chunk_bytes`, as even as can be, so that hardly anything is padded. They begin at
+        pages: else only the first could be written past the page cache."""
         item_bytes = DTYPES[dtype].torch.itemsize
         num_chunks = math.ceil(length * item_bytes / chunk_bytes)
         chunk = math.ceil(length / num_chunks)
