@@ -8,7 +8,6 @@ several threads.
 import errno
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterable
 
 import fsspec
@@ -17,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from checkpoint.crc import Bytes
 from checkpoint.erasure import aligned_empty
+from offload.mounts import try_writing
 
 PAGE_BYTES = 4096
 _DIRECT_BYTES = 1 << 20
@@ -48,9 +48,7 @@ class Folder:
         if not self.local:
             return
         try:
-            os.makedirs(self.path, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path, buffering=0) as file:
-                file.write(bytes(PAGE_BYTES))
+            try_writing(self.path)
         except OSError as error:
             raise ValueError(
                 f"checkpoint.url={self.path}: cannot be written there ({error.strerror}: "

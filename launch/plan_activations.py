@@ -33,7 +33,7 @@ class ActivationPlan:
     @property
     def settled(self) -> ActivationOptions:
         """What the job's blocks do."""
-        return self.auto if _chooses(self.asked) else self.asked
+        return self.auto if self.asked.chooses else self.asked
 
     @property
     def device_bytes(self) -> int:
@@ -45,7 +45,7 @@ class ActivationPlan:
         auto = "offload.activations=auto (" + (
             f"α = {self.auto.alpha:.2f})" if self.auto.alpha is not None else f"{self.auto.mode})"
         )
-        if _chooses(self.asked):
+        if self.asked.chooses:
             mine = auto
         else:
             mine = next((text for text, one in rows.items() if _same(one, self.asked)), "as configured")
@@ -109,10 +109,6 @@ def _auto(
 def link_rate(machine: Machine) -> float:
     """Between where a rank computes and host memory; without a GPU a copy in memory."""
     return LINK_BYTES_PER_S if machine.tier == "gpu" else machine.memory_rate / 2
-
-
-def _chooses(options: ActivationOptions) -> bool:
-    return options.mode == "auto" or (options.mode == "swap" and options.alpha is None)
 
 
 def _same(a: ActivationOptions, b: ActivationOptions) -> bool:

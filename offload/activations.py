@@ -111,7 +111,7 @@ class Activations:
         """Forwards of blocks so far."""
         self._ended: list[_Lease] = []
         """Of tapes that are no more; what reads their buffers may not be launched yet."""
-        self._auto = options.mode == "auto" or (options.mode == "swap" and options.alpha is None)
+        self._auto = options.chooses
         """Whether α is still to be chosen."""
         self._wrapped: list[weakref.ref[nn.Module]] = []
         """Linears that tell of their products."""

@@ -34,12 +34,14 @@ def intercept(module: nn.Module) -> bool:
     return True
 
 
-def told(attention: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+def told(
+    attention: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
     """`attention` of these, told to this thread's watcher if there is one."""
     watcher = getattr(_thread, "watcher", None)
     if watcher is None:
-        return attention(query, key, value, **kwargs)
-    out: Tensor = watcher("attention", (query, key, value), lambda: attention(query, key, value, **kwargs))
+        return attention(query, key, value, *args, **kwargs)
+    out: Tensor = watcher("attention", (query, key, value), lambda: attention(query, key, value, *args, **kwargs))
     return out
 
 
@@ -48,8 +50,7 @@ def _stand_in(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: A
     if getattr(attention, "tells", False):
         out: Tensor = attention(query, key, value, *args, **kwargs)
         return out
-    names = ("attn_mask", "dropout_p", "is_causal")
-    return told(attention, query, key, value, **dict(zip(names, args, strict=False)), **kwargs)
+    return told(attention, query, key, value, *args, **kwargs)
 
 
 _watched_attention = torch.compiler.disable(_stand_in)

@@ -1,6 +1,7 @@
-"""What kind of file system a folder is on."""
+"""What a folder on a disk is good for: its kind of file system, and whether it can be written in."""
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -17,3 +18,10 @@ def filesystem_of(folder: Path) -> str:
         if folder.resolve().is_relative_to(point):
             inside.append((len(point), kind))
     return max(inside, default=(0, "unknown"))[1]
+
+
+def try_writing(folder: str | Path) -> None:
+    """Make a folder and write a page in it, which is gone again. OSError where that fails."""
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        file.write(bytes(4096))

@@ -53,6 +53,11 @@ class ActivationOptions:
         """Whether host memory is taken, and the last blocks keep."""
         return self.mode in ("swap", "input", "auto")
 
+    @property
+    def chooses(self) -> bool:
+        """Whether α, or more, is still to be chosen by what is measured."""
+        return self.mode == "auto" or (self.mode == "swap" and self.alpha is None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OffloadOptions:

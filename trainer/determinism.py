@@ -23,11 +23,11 @@ def deterministic(wanted: bool) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     algorithms = torch.are_deterministic_algorithms_enabled()
-    before = [(module, name, getattr(module, name)) for module, name, _ in SETTINGS if hasattr(module, name)]
+    known = [setting for setting in SETTINGS if hasattr(*setting[:2])]  # inductor's: from torch 2.10 on
+    before = [(module, name, getattr(module, name)) for module, name, _ in known]
     torch.use_deterministic_algorithms(True)
-    for module, name, value in SETTINGS:
-        if hasattr(module, name):  # inductor's: from torch 2.10 on
-            setattr(module, name, value)
+    for module, name, value in known:
+        setattr(module, name, value)
     try:
         yield
     finally:

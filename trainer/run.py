@@ -23,7 +23,6 @@ import logging
 import os
 import platform
 import socket
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
+from offload.mounts import try_writing
 from trainer import timeline
 from trainer.changes import Change, as_plain, changes, show
 from trainer.job import Job
@@ -42,8 +42,6 @@ log = logging.getLogger(__name__)
 
 LOCK_WAIT_S = 5.0
 """How long a start waits for the processes of a run that was just killed to be gone."""
-PROBE_BYTES = 4096
-"""What is written to see whether a disk is full."""
 PACKAGES = ("atoll", "torch", "numpy", "zarr", "fsspec", "ray", "transformers", "deepspeed")
 
 
@@ -72,9 +70,7 @@ def check_writable(job: Job) -> None:
             f"run.root={job.run.root}: must be a folder; checkpoints alone go to a URL, by checkpoint.url="
         )
     try:
-        run_path(job).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_path(job), buffering=0) as file:
-            file.write(bytes(PROBE_BYTES))
+        try_writing(run_path(job))
     except OSError as error:
         raise ValueError(
             f"run.root={job.run.root}: the folder of run {job.run_name} cannot be written there "
