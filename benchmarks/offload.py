@@ -59,7 +59,7 @@ RUNS = [
     Run("3b:4096:8", "streamed+12~0.6", 10, 70),
     Run("3b:4096:8", "auto", 10, 80),
     Run("3b:4096:4:4", "streamed+3~0.6", 8, 80),
-    Run("1b:4096:4", "infinity", 4, 120),
+    Run("1b:4096:4", "infinity", 4, 170),
     Run("8b:4096:4", "streamed+7", 6, 130),
     Run("3b:4096:4", "super", 5, 110),
     Run("3b:4096:4", "streamed+15", 10, 60),

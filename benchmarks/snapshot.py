@@ -3,8 +3,8 @@ lm-resiliency.
 
     python benchmarks/snapshot.py [--workers 2] [--dcp-folder /dev/shm]                  CPU: a widened tiny model
     python benchmarks/snapshot.py --workers 6 --nodes 6 --parity 2                       memory of RS(4+2)
-    python benchmarks/snapshot.py --device cuda --model 3b --seq-len 4096 --batch 8      one GPU, no Ray
-    python benchmarks/snapshot.py --device cuda --model 3b --seq-len 4096 --batch 8 --states host
+    python benchmarks/snapshot.py --device cuda --model 3b --seq-len 4096 --batch 2 --accumulation 4     one GPU, no Ray
+    python benchmarks/snapshot.py --device cuda --model 3b --seq-len 4096 --batch 4 --accumulation 4 --states host
 
 One run: blocks of steps without and with, in turn, in the same processes. A block of "with" begins with a step that is
 not counted, so that the clock starts and ends with one snapshot under way: all work in the background is in the figure,
@@ -72,7 +72,11 @@ class Training:
         )  # fmt: skip
         job = Job(
             model=preset(args.model) if args.model else wide,
-            train=TrainOptions(seq_len=args.seq_len, global_batch_size=args.batch * world),
+            train=TrainOptions(
+                seq_len=args.seq_len,
+                global_batch_size=args.batch * args.accumulation * world,
+                micro_batch_size=args.batch,
+            ),
             optimizer=OptimizerOptions(lr=1e-5),
             parallel=ParallelOptions(),
             offload=OffloadOptions(states=args.states),
@@ -85,7 +89,7 @@ class Training:
         self.num_params = sum(p.numel() for p in model.parameters())
         self.engine = build_engine(job, model, where, dtype)
         self.rows = torch.randint(0, vocab, (args.batch, args.seq_len + 1), device=where.device)
-        self.world, self.number = world, 0
+        self.world, self.number, self.accumulation = world, 0, args.accumulation
         self.lazily = args.states == "host"
 
     def pieces(self) -> Any:
@@ -96,8 +100,10 @@ class Training:
         return {f"{p.name}/{p.kind}/{p.start}": p.tensor.detach() for p in self.engine.pieces()}
 
     def step(self, before_update: Callable[[], None], after: Callable[[int], None]) -> None:
-        rows = self.rows
-        self.engine.forward_backward(rows[:, :-1], rows[:, 1:], scale=1 / self.world, first=True, last=True)
+        rows, most = self.rows, self.accumulation
+        for number in range(most):
+            first, last = number == 0, number == most - 1
+            self.engine.forward_backward(rows[:, :-1], rows[:, 1:], scale=1 / self.world / most, first=first, last=last)
         before_update()
         self.engine.expect(1e-5)
         self.engine.step(1e-5, 1.0)
@@ -288,16 +294,15 @@ def worker(args: argparse.Namespace, rank: int, port: int) -> None:
     with attention_backends(torch.device(args.device)):
         for _ in range(3):  # compile, grow the pools
             training.block(1, nothing, nothing)
-        rows: list[dict[str, Any] | None] = [measure_snapshots(training, args, ranks, folder)]
-        if "lmr" in args.beside:
-            rows.append(measure_lm_resiliency(training, args, ranks, folder))
-        if "dcp" in args.beside:
-            rows.append(measure_dcp(training, args, ranks, folder))
-    if rank == 0:
+        sides = [measure_snapshots]
+        sides += [measure_lm_resiliency] if "lmr" in args.beside else []
+        sides += [measure_dcp] if "dcp" in args.beside else []
         common = {"workers": world, "device": args.device, "model": args.model or f"dim {args.dim}"}
-        common |= {"params": training.num_params, "tokens_a_step": args.batch * world * args.seq_len}
-        common |= {"states": args.states, "nodes": args.nodes}
-        print("ROWS", json.dumps([common | row for row in rows if row]), flush=True)
+        common |= {"params": training.num_params, "states": args.states, "nodes": args.nodes}
+        common |= {"tokens_a_step": args.batch * args.accumulation * world * args.seq_len}
+        for measure in sides:
+            if (row := measure(training, args, ranks, folder)) and rank == 0:
+                print("ROW", json.dumps(common | row), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -309,6 +314,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch", type=int, default=16, help="sequences a worker and step")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of --batch sequences a step")
     parser.add_argument("--workers", type=int, default=1, help="on a GPU: 1")
     parser.add_argument("--steps", type=int, default=8, help="of a block")
     parser.add_argument("--rounds", type=int, default=5)
@@ -337,16 +343,23 @@ def main() -> None:
             for rank in range(args.workers)
         ]
         try:
-            said = crew[0].communicate(timeout=args.timeout_s)[0]
+            said, ended = crew[0].communicate(timeout=args.timeout_s)[0], ""
             codes = [process.wait(timeout=60) for process in crew]
+        except subprocess.TimeoutExpired:
+            crew[0].kill()
+            said, codes, ended = crew[0].communicate()[0], [], f"cut off after --timeout-s {args.timeout_s:g}"
         finally:
             for process in crew:
                 process.kill()
-    found = [line for line in said.splitlines() if line.startswith("ROWS ")]
-    if any(codes) or not found:
-        sys.exit(f"the workers ended with {codes}\n{said}")
-    rows = json.loads(found[0].removeprefix("ROWS "))
+    rows = [json.loads(line.removeprefix("ROW ")) for line in said.splitlines() if line.startswith("ROW ")]
+    if any(codes) or not rows:
+        sys.exit(f"{ended or f'the workers ended with {codes}'}\n{said}")
+    if ended:
+        print(ended)
+        rows.append({"side": "the rest", "failed": ended})
     for row in rows:
+        if "failed" in row:
+            continue
         print(
             f"{row['side']:22} ratio {row['ratio']:.4f}  step {row['step_s_without']:.4f} -> {row['step_s_with']:.4f} s"
             f"  stall {row['stall_ms']:.2f} ms  state {row['state_bytes'] / 1e6:.0f} MB"

@@ -49,7 +49,7 @@ class Copier:
         end = array_offsets(index)[1]
         away = sorted((p for p in places if p[1].is_cuda), key=lambda place: place[0].ctypes.data)
         marks = self._issue(away, area, after, end) if away else [Mark(end, None)]
-        _copy_on_idle_cores([place for place in places if not place[1].is_cuda])
+        _copy_in_host_memory([place for place in places if not place[1].is_cuda])
         return marks
 
     def _issue(
@@ -95,14 +95,19 @@ def seal(area: Bytes, marks: Sequence[Mark]) -> list[int]:
     return crcs
 
 
-def _copy_on_idle_cores(places: Sequence[tuple[Bytes, Tensor]]) -> None:
-    """By numpy: it frees the GIL, and does not start torch's threads on a second set of cores."""
+def _copy_in_host_memory(places: Sequence[tuple[Bytes, Tensor]]) -> None:
+    """By numpy: it frees the GIL, and does not start torch's threads on a second set of cores.
+
+    Beside a GPU half of this rank's cores copy: the next update is what they would do, and that waits for the copy.
+    On CPUs training computes on them, and the copy takes what is left idle.
+    """
     parts = [
         (target[start : start + PART_BYTES], source.numpy()[start : start + PART_BYTES])
         for target, source in places
         for start in range(0, len(target), PART_BYTES)
     ]
-    with ThreadPoolExecutor(idle_threads()) as pool:
+    threads = max(idle_threads(), torch.get_num_threads() // 2) if torch.cuda.is_initialized() else idle_threads()
+    with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(lambda part: np.copyto(*part), parts):
             pass
 
