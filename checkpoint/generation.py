@@ -48,6 +48,8 @@ class Making:
     keep: set[int]
     draft: Draft | None = None
     written: dict[int, Written] = field(default_factory=dict)
+    fault: str = ""
+    """Why a rank wants none of it."""
     sealed: bool = False
     arrived: dict[int, list[int]] = field(default_factory=dict)
     """By number of a parity that others make, the CRCs of its pieces as they came."""
@@ -149,14 +151,15 @@ class Generation:
             self._go_on(making)  # where there are no ranks
             return making.draft.slot
 
-    def written(self, version: int, part: Written) -> None:
-        """A rank's part is there. With the last one, the snapshot goes on by itself."""
+    def written(self, version: int, part: Written, fault: str) -> None:
+        """A rank's part is there. With the last one, the snapshot goes on by itself, or is given up for a `fault`."""
         with self._changed:
             making = self._expect(version)
             start, size = self.areas[part.rank]
             if making.draft is None or part.start != start or not 0 <= part.data_bytes + part.blob_bytes <= size:
                 raise GivenUp(f"rank {part.rank} wrote {part}, its area is {start} + {size}")
             making.written[part.rank] = part
+            making.fault = making.fault or fault
             self._go_on(making)
 
     def left(self, rank: int) -> None:
@@ -176,6 +179,8 @@ class Generation:
     def _make(self, making: Making) -> None:
         begun, cpu, problem = time.monotonic(), time.process_time(), ""
         try:
+            if making.fault:
+                raise GivenUp(making.fault)
             self._seal(making)
             sealed = time.monotonic()
             self._encode(making)

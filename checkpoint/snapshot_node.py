@@ -172,7 +172,7 @@ class SnapshotNode:
         if what == "begin":
             return {"slot": self._running().begin(int(message["version"]), int(message["step"]))}
         if what == "written":
-            self._running().written(int(message["version"]), Written(**message["part"]))
+            self._running().written(int(message["version"]), Written(**message["part"]), str(message["fault"]))
             return {}
         if what == "header":
             header = self._running().header_of(int(message["version"]), int(message["stripe"]))

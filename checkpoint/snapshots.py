@@ -72,6 +72,7 @@ class _Job:
     rank_state: bytes
     meta: bytes
     after: torch.cuda.Event | None
+    fault: Callable[[], str]
     area: Bytes | None = None
     """Where to, where the training thread copies itself."""
     begun: threading.Event = field(default_factory=threading.Event)
@@ -205,13 +206,15 @@ class Snapshots:
         meta: Mapping[str, Any],
         *,
         background: bool = True,
+        fault: Callable[[], str] = str,
     ) -> None:
         """Hand this rank's state over and return; every rank calls it. The state must not change before `wait_copied`.
 
         pieces: those of a function are got on another thread, where they may wait for an update that is still under
         way. background: without, all is copied before `save` returns, and a piece need be good only until the next is
         asked for. In both cases the pieces must be those that `start` got. `rank_state` and `meta` as in
-        `Checkpoints.save`. Waits while the snapshot before is being made.
+        `Checkpoints.save`. fault: asked once the state is copied, on another thread; why there shall be no snapshot of
+        it, and then the one before stays the newest. Waits while the snapshot before is being made.
         """
         begun = time.perf_counter()
         if background and not callable(pieces):
@@ -225,6 +228,7 @@ class Snapshots:
             values.dumps(dict(rank_state)),
             values.dumps(dict(meta)) if self._ranks.rank == 0 else b"{}",
             torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None,
+            fault,
         )
         with self._changed:
             ready = self._changed.wait_for(
@@ -389,7 +393,7 @@ class Snapshots:
         self.stats.taken += 1
         self.stats.state_bytes = data_bytes
         try:
-            wire.ask({"do": "written", "version": version, "part": asdict(part)})
+            wire.ask({"do": "written", "version": version, "part": asdict(part), "fault": job.fault()})
         except Refused as error:
             self._skip(version, job, error)
 
@@ -507,7 +511,7 @@ class NoSnapshots:
     def due(self, step: int) -> bool:
         return False
 
-    def save(self, *state: Any, background: bool = True) -> None:
+    def save(self, *state: Any, background: bool = True, fault: Callable[[], str] = str) -> None:
         pass
 
     def wait_copied(self) -> None:

@@ -472,7 +472,8 @@ class Trainer:
         states = self.job.offload.states
         pieces = self.engine.pieces if states == "host" else self.engine.pieces()
         self._snapshot_step = self.step
-        self.snapshots.save(self.step, pieces, rng_state(), self._meta(), background=states != "nvme")
+        fault = self._reports[-1].unfit if self._reports else str  # a step that was not reported yet may be a bad one
+        self.snapshots.save(self.step, pieces, rng_state(), self._meta(), background=states != "nvme", fault=fault)
 
     def _meta(self) -> dict[str, Any]:
         """What is saved beside the state, once for all ranks."""

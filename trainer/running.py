@@ -26,6 +26,12 @@ class Running:
         if self.ready:
             self.ready.synchronize()
 
+    def unfit(self) -> str:
+        """Why nobody should go on from its state, once the device has computed it; empty where it has numbers, or
+        was skipped."""
+        self.wait()
+        return "" if self.fault or bool(self.values.isfinite().all()) else f"step {self.step} left no numbers"
+
 
 def to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """`values` on the host, and the event after which they are there. Reading a CUDA tensor would wait for all that was

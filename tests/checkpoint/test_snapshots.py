@@ -255,6 +255,30 @@ def test_a_state_that_is_copied_before_save_returns(four: Nodes):
     check_restored(SnapshotReader(found, four.token), 5)
 
 
+def test_a_state_that_turns_out_bad_is_not_kept_and_the_one_before_is(four: Nodes):
+    said: list[str] = []
+
+    def act(snapshots, rank: int) -> None:
+        snapshots.start(pieces(rank, 4, 0), {"rank": rank}, {"step": 0})
+        for step, fault in ((1, ""), (2, "step 2 left no numbers"), (3, "step 3 left no numbers"), (4, "")):
+            state = {"rank": rank, "step": step}
+            snapshots.save(step, pieces(rank, 4, step), state, {"step": step}, fault=lambda fault=fault: fault)
+            snapshots.wait_copied()
+            snapshots.wait()
+            if rank == 0:
+                said.append(str(snapshots.error() or ""))
+                found = newest_snapshot(four.roster([]))
+                assert found is not None and found.step == (1 if step < 4 else 4)
+            snapshots._ranks.tell(b"looked")
+
+    four.ranks(4, act, parity=1)
+    assert [bool(text) for text in said] == [False, True, True, False], said
+    assert "the snapshot of step 2 was given up" in said[1] and "left no numbers" in said[1]
+    found = newest_snapshot(four.roster([], without=[0]))
+    assert found is not None
+    check_restored(SnapshotReader(found, four.token), 4)
+
+
 def test_states_of_several_slices_and_groups(tmp_path: Path):
     """Chunks of more than a slice, in two groups of two nodes."""
     nodes = Nodes(4, folder=tmp_path)

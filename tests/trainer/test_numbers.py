@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from checkpoint.options import CheckpointOptions
 from launch.checks import Crew, check
@@ -17,6 +18,7 @@ from trainer.loop import Trainer
 from trainer.numbers import FEWEST_STEPS, MOST_IN_A_ROW, BadNumbers, Judge, Rewind
 from trainer.options import DataOptions, LlamaOptions, LoggerOptions, RunOptions, TrainOptions
 from trainer.run import LeftBehind
+from trainer.running import Running
 
 
 def test_what_is_bad() -> None:
@@ -46,6 +48,14 @@ def test_too_many_in_a_row_end_the_run() -> None:
         assert judge.fault(math.nan, 1.0)
     with pytest.raises(BadNumbers, match="17 steps in a row"):
         judge.fault(math.nan, 1.0)
+
+
+def test_a_state_without_numbers_is_unfit_unless_its_step_was_skipped() -> None:
+    def step(grad_norm: float, fault: str = "") -> str:
+        return Running(7, 1e-3, torch.tensor([1.0, 0, 0, grad_norm]), None, 0.1, fault).unfit()
+
+    assert not step(1.0) and not step(math.nan, "its gradient norm is nan")
+    assert step(math.nan) == step(math.inf) == "step 7 left no numbers"
 
 
 def spiky_job(folder: Path, name: str, **train: object) -> Job:
