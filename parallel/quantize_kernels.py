@@ -24,8 +24,8 @@ Every thread with a part of a block does what is done once a block: its scale, t
 accesses are of 16 bytes, so fewer threads share a block where each holds SPLIT pieces of its halves. A tile is then
 (SPLIT * ROWS, block / 2 / SPLIT): the first pieces of all blocks, then the second. Threads go along a row and then down
 the rows, so with no fewer rows than they reach, a thread holds what lies ROWS apart. In a third dimension it would be
-the compiler's choice. 4 threads a block of 256 instead of 8 take an eighth of
-the instructions from the sum of two four-bit chunks.
+the compiler's choice. 4 threads a block of 256 instead of 8 take an eighth of the instructions from the sum of two
+four-bit chunks.
 
 Every other operation is one IEEE operation in fp32, and the kernels are compiled without fusing a product and a sum
 into one (`enable_fp_fusion=False`): that is what makes them equal the CPU's arithmetic bit by bit.
