@@ -41,6 +41,8 @@ SMALL = 1 << 22
 """Elements where bits are compared or kernels compiled."""
 TRIED = ((1024, 1, (4, 8)), (2048, 2, (4, 8, 16)), (4096, 2, (8, 16)), (4096, 4, (4, 16)), (8192, 4, (16,)))
 """Tile, warps and vectors."""
+SPLIT = ((2048, 1, 8, 2), (2048, 1, 16, 2), (4096, 2, 16, 2), (8192, 4, 16, 2))
+"""Tile, warps, vector and split: what is tried besides for fused kernels."""
 
 
 @dataclass(frozen=True)
@@ -179,11 +181,11 @@ def compare(case: Case, copy: Callable[[], None], copy_bytes: int, rounds: int, 
 # ------------------------------------------------------------------------------------------------------- tuning
 
 
-def compile_here(kind: str, tile: int, warps: int, vector: int, block: int) -> None:
+def compile_here(kind: str, setting: tuple[int, ...], block: int) -> None:
     """In a process of its own: fills the disk's cache of compiled kernels."""
     from parallel import quantize_kernels as kernels
 
-    kernels.SETTINGS[kind] = kernels.Setting(tile, warps, vector)
+    kernels.SETTINGS[kind] = kernels.Setting(*setting)
     for case in cases(SMALL, block, "cuda"):
         if case.kind == kind:
             case.run()
@@ -198,23 +200,24 @@ def tune(all_cases: list[Case], copy: Callable[[], None], copy_bytes: int, below
     for name, ratio in first.items():
         print(f"{name:34} {ratio:.3f} before tuning", flush=True)
     kinds = list(dict.fromkeys(case.kind for case in all_cases if first[case.name] < below))
-    tried = [(tile, warps, vector) for tile, warps, vectors in TRIED for vector in vectors]
+    plain = [(tile, warps, vector) for tile, warps, vectors in TRIED for vector in vectors]
+    tried = {kind: [*plain, *(SPLIT if kind.startswith("fused") else ())] for kind in kinds}
     started = time.perf_counter()
     workers = max(1, min(16, (os.cpu_count() or 2) - 2))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(compile_here, kind, *setting, block) for kind in kinds for setting in tried]
+        jobs = [pool.submit(compile_here, kind, setting, block) for kind in kinds for setting in tried[kind]]
         for job in jobs:
             job.result()
     print(f"compiled {len(jobs)} settings of {', '.join(kinds) or 'nothing'} in {time.perf_counter() - started:.0f} s")
     for kind in kinds:
         found = []
-        for setting in tried:
+        for setting in tried[kind]:
             kernels.SETTINGS[kind] = kernels.Setting(*setting)
             rows = [compare(case, copy, copy_bytes, 1, True)["ratio"] for case in all_cases if case.kind == kind]
             found.append((min(rows), setting, rows))
         found.sort(key=lambda item: item[0], reverse=True)
         kernels.SETTINGS[kind] = kernels.Setting(*found[0][1])
-        print(f"{kind}: tile, warps, vector; the ratio of each case")
+        print(f"{kind}: tile, warps, vector, split; the ratio of each case")
         for _, setting, rows in found[:6]:
             print(f"  {setting!s:16} " + " ".join(f"{ratio:.3f}" for ratio in rows), flush=True)
     print("SETTINGS of this run: " + ", ".join(f'"{kind}": {kernels.SETTINGS[kind]}' for kind in kinds))

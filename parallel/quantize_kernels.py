@@ -19,6 +19,14 @@ quotient, and no quotient of a float by 7 or 127 is nearer than 2^-33 to the mid
 rounded quotient, always (the tests go through every mantissa). A division takes ten instructions, in every thread of a
 block.
 
+[Note: pieces]
+Every thread with a part of a block does what is done once a block: its scale, the reciprocal, addresses. A thread's
+accesses are of 16 bytes, so fewer threads share a block where each holds SPLIT pieces of its halves. A tile is then
+(SPLIT * ROWS, block / 2 / SPLIT): the first pieces of all blocks, then the second. Threads go along a row and then down
+the rows, so with no fewer rows than they reach, a thread holds what lies ROWS apart. In a third dimension it would be
+the compiler's choice. 4 threads a block of 256 instead of 8 take an eighth of the instructions from the sum of two
+four-bit chunks.
+
 Every other operation is one IEEE operation in fp32, and the kernels are compiled without fusing a product and a sum
 into one (`enable_fp_fusion=False`): that is what makes them equal the CPU's arithmetic bit by bit.
 """
@@ -44,6 +52,8 @@ class Setting:
     """Neighbouring elements of a half that a thread holds: at most 16 bytes of each tensor in one access. Where a
     kernel's tensors differ in bytes an element, what keeps them in one layout: else data passes through shared
     memory."""
+    split: int = 1
+    """Of a fused kernel: pieces of a half that a thread holds. See [Note: pieces]."""
 
 
 SETTINGS = {
@@ -54,7 +64,7 @@ SETTINGS = {
     "dequantize bf16": Setting(4096, 4, 8),
     "sum fp32": Setting(4096, 4, 16),  # most of what it moves is packed, so the loads are to be wide, not the stores
     "sum bf16": Setting(2048, 2, 4),
-    "fused few": Setting(2048, 2, 16),
+    "fused few": Setting(2048, 1, 16, 2),
     "fused many": Setting(1024, 1, 4),
     "fused feedback": Setting(4096, 4, 4),
 }
@@ -65,8 +75,19 @@ EXPONENT = 0x4B000000
 
 
 @triton.jit
-def _max(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+def _spread(x, SPLIT: tl.constexpr):
+    """From one of each block (ROWS) to one of each of its pieces (SPLIT * ROWS, 1). See [Note: pieces]."""
+    if SPLIT > 1:
+        x = tl.broadcast_to(x[None, :], SPLIT, x.shape[0]).reshape(SPLIT * x.shape[0])
+    return x[:, None]
+
+
+@triton.jit
+def _pieces(ptr, row, STRIDE: tl.constexpr, LENGTH: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr):
+    """(SPLIT * ROWS, LENGTH / SPLIT): to the first LENGTH elements of the rows `row` (ROWS, int64) of STRIDE."""
+    piece: tl.constexpr = LENGTH // SPLIT
+    column = tl.arange(0, SPLIT * row.shape[0])[:, None] // row.shape[0] * piece + tl.arange(0, piece)[None, :]
+    return tl.max_contiguous(ptr + _spread(row, SPLIT) * STRIDE + column, [1, VECTOR])
 
 
 @triton.jit
@@ -92,13 +113,15 @@ def _bytes(words, scale, scale_8, exponent, SHIFT: tl.constexpr, BITS: tl.conste
 
 
 @triton.jit
-def _unpack(packed_ptr, scales_offset, exponent, row, BITS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+def _unpack(
+    packed_ptr, scales_offset, exponent, row,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """Of the blocks `row` (ROWS) of one packed chunk: their values as halves."""
-    scale = tl.load((packed_ptr + scales_offset).to(tl.pointer_type(tl.float32)) + row)[:, None]
+    scale = _spread(tl.load((packed_ptr + scales_offset).to(tl.pointer_type(tl.float32)) + row), SPLIT)
     scale_8 = scale * 0.00390625
-    column = tl.arange(0, BLOCK // 8)[None, :]
-    words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + row[:, None] * (BLOCK * BITS // 32) + column
-    words_ptr = tl.max_contiguous(words_ptr, [1, VECTOR // 4])
+    words_ptr = packed_ptr.to(tl.pointer_type(tl.int32))
+    words_ptr = _pieces(words_ptr, row, BLOCK * BITS // 32, BLOCK // 8, SPLIT, VECTOR // 4)
     words = tl.load(words_ptr)
     if BITS == 8:
         low = _bytes(words, scale, scale_8, exponent, 0, 8)
@@ -112,20 +135,20 @@ def _unpack(packed_ptr, scales_offset, exponent, row, BITS: tl.constexpr, BLOCK:
 @triton.jit
 def _sum(
     packed_ptr, chunk_bytes, scales_offset, exponent, row,
-    PARTS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    PARTS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Of the blocks `row` (ROWS, int64) of PARTS consecutive packed chunks: the sum in their order, as halves."""
     chunk_bytes = tl.cast(chunk_bytes, tl.int64)
-    low, high = _unpack(packed_ptr, scales_offset, exponent, row, BITS, BLOCK, VECTOR)
+    low, high = _unpack(packed_ptr, scales_offset, exponent, row, BITS, BLOCK, SPLIT, VECTOR)
     if PARTS <= 8:  # unrolled, the loads of all parts are under way together
         for part in tl.static_range(1, PARTS):
             part_ptr = packed_ptr + part * chunk_bytes
-            more_low, more_high = _unpack(part_ptr, scales_offset, exponent, row, BITS, BLOCK, VECTOR)
+            more_low, more_high = _unpack(part_ptr, scales_offset, exponent, row, BITS, BLOCK, SPLIT, VECTOR)
             low, high = low + more_low, high + more_high
     else:
         for part in range(1, PARTS):
             part_ptr = packed_ptr + part * chunk_bytes
-            more_low, more_high = _unpack(part_ptr, scales_offset, exponent, row, BITS, BLOCK, VECTOR)
+            more_low, more_high = _unpack(part_ptr, scales_offset, exponent, row, BITS, BLOCK, SPLIT, VECTOR)
             low, high = low + more_low, high + more_high
     return low, high
 
@@ -141,24 +164,38 @@ def _code(x, inverse, BIAS: tl.constexpr):
 
 
 @triton.jit
+def _store(ptr, codes, zero, good, inside, VECTOR: tl.constexpr):
+    """The last byte of each of `codes`, or `zero` in blocks that are not good.
+
+    A second store that is mostly masked takes fewer instructions than a selection for each byte, if stores are wide.
+    """
+    if VECTOR >= 8:
+        tl.store(ptr, codes.to(tl.uint8), inside & good)
+        tl.store(ptr, zero, inside & (good == 0))
+    else:
+        tl.store(ptr, tl.where(good, codes, zero).to(tl.uint8), inside)
+
+
+@triton.jit
 def _pack(
     low, high, out_ptr, scales_offset, residual_ptr, row, blocks,
-    HAS_RESIDUAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Quantize halves into the blocks `row` (ROWS, int32) of one packed chunk of `blocks` blocks.
 
     low, high: fp32, the residual not yet added; residual_ptr: the chunk's part of it.
     """
     half: tl.constexpr = BLOCK // 2
-    inside = (row < blocks)[:, None]
-    column = tl.arange(0, half)[None, :]
+    inside = _spread(row < blocks, SPLIT)
     if HAS_RESIDUAL:
-        residual_ptr += tl.minimum(row, blocks - 1).to(tl.int64)[:, None] * BLOCK + column
-        residual_ptr = tl.max_contiguous(residual_ptr, [1, VECTOR])
+        last = tl.minimum(row, blocks - 1).to(tl.int64)
+        residual_ptr = _pieces(residual_ptr, last, BLOCK, half, SPLIT, VECTOR)
         low += tl.load(residual_ptr)
         high += tl.load(residual_ptr + half)
 
-    largest = tl.reduce(_max(tl.abs(low), tl.abs(high)), 1, _max)
+    # floats without a sign are in the order of their bits, NaN last; of whole numbers one instruction compares three
+    largest = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL).to(tl.int32, bitcast=True)
+    largest = tl.max(tl.max(largest.reshape(SPLIT, row.shape[0], half // SPLIT), 0), 1).to(tl.float32, bitcast=True)
     qmax: tl.constexpr = 127.0 if BITS == 8 else 7.0
     rounded = tl.full(largest.shape, 0.007874015718698502 if BITS == 8 else 0.1428571492433548, tl.float32)
     quotient = largest * rounded
@@ -173,18 +210,18 @@ def _pack(
     # the padding behind the scales is written too: equal values make equal bytes
     tl.store(scales_ptr, tl.where(row < blocks, scale, 0.0), row < (blocks + 3) // 4 * 4)
 
-    good, scale, inverse = good[:, None], scale[:, None], inverse[:, None]
+    good, scale, inverse = _spread(good, SPLIT), _spread(scale, SPLIT), _spread(inverse, SPLIT)
     bias: tl.constexpr = 0 if BITS == 8 else 8
     low_bits, low_code = _code(low, inverse, bias)
     high_bits, high_code = _code(high, inverse, bias)
     if BITS == 8:
-        out_ptr = tl.max_contiguous(out_ptr + row.to(tl.int64)[:, None] * BLOCK + column, [1, VECTOR])
-        tl.store(out_ptr, tl.where(good, low_bits, 0).to(tl.uint8), inside)
-        tl.store(out_ptr + half, tl.where(good, high_bits, 0).to(tl.uint8), inside)
+        out_ptr = _pieces(out_ptr, row.to(tl.int64), BLOCK, half, SPLIT, VECTOR)
+        _store(out_ptr, low_bits, 0, good, inside, VECTOR)
+        _store(out_ptr + half, high_bits, 0, good, inside, VECTOR)
     else:
         # low's last byte is 1..15 and needs no mask; 136 is a pair of codes 0
-        out_ptr = tl.max_contiguous(out_ptr + row.to(tl.int64)[:, None] * half + column, [1, VECTOR])
-        tl.store(out_ptr, tl.where(good, low_bits + (high_bits << 4), 136).to(tl.uint8), inside)
+        out_ptr = _pieces(out_ptr, row.to(tl.int64), half, half, SPLIT, VECTOR)
+        _store(out_ptr, low_bits + (high_bits << 4), 136, good, inside, VECTOR)
     if HAS_RESIDUAL:
         tl.store(residual_ptr, tl.where(good, low - low_code * scale, 0.0), inside)
         tl.store(residual_ptr + half, tl.where(good, high - high_code * scale, 0.0), inside)
@@ -203,7 +240,7 @@ def _quantize(
     values_ptr = tl.max_contiguous(values_ptr, [1, VECTOR])
     low, high = tl.load(values_ptr).to(tl.float32), tl.load(values_ptr + BLOCK // 2).to(tl.float32)
     out_ptr += chunk * chunk_bytes
-    _pack(low, high, out_ptr, scales_offset, residual_ptr + start, row, blocks, HAS_RESIDUAL, BITS, BLOCK, VECTOR)
+    _pack(low, high, out_ptr, scales_offset, residual_ptr + start, row, blocks, HAS_RESIDUAL, BITS, BLOCK, 1, VECTOR)
 
 
 @triton.jit
@@ -217,7 +254,7 @@ def _dequantize(
     inside = (row < blocks)[:, None]
     row = tl.minimum(row, blocks - 1).to(tl.int64)
     packed_ptr += chunk * chunk_bytes
-    low, high = _sum(packed_ptr, chunk_bytes, scales_offset, exponent, row, PARTS, BITS, BLOCK, VECTOR)
+    low, high = _sum(packed_ptr, chunk_bytes, scales_offset, exponent, row, PARTS, BITS, BLOCK, 1, VECTOR)
     out_ptr += (chunk * blocks + row[:, None]) * BLOCK + tl.arange(0, BLOCK // 2)[None, :]
     tl.store(out_ptr, low.to(out_ptr.dtype.element_ty), inside)
     tl.store(out_ptr + BLOCK // 2, high.to(out_ptr.dtype.element_ty), inside)
@@ -228,20 +265,26 @@ def _dequantize_sum_quantize(
     packed_ptr, out_ptr, residual_ptr, in_blocks, in_chunk_bytes, in_scales_offset,
     blocks, chunk_bytes, scales_offset, exponent,
     PARTS: tl.constexpr, IN_BITS: tl.constexpr, IN_BLOCK: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """in_blocks: in all of one input chunk; blocks: of one output chunk, a whole number of input blocks."""
+    """in_blocks: in all of one input chunk; blocks: of one output chunk, a whole number of input blocks; SPLIT: 1 if
+    IN_BLOCK is not BLOCK."""
     in_rows: tl.constexpr = ROWS * BLOCK // IN_BLOCK
     tile, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start = chunk * blocks * BLOCK
-    in_row = tl.minimum(chunk * (blocks * BLOCK // IN_BLOCK) + tile * in_rows + tl.arange(0, in_rows), in_blocks - 1)
-    low, high = _sum(packed_ptr, in_chunk_bytes, in_scales_offset, exponent, in_row, PARTS, IN_BITS, IN_BLOCK, VECTOR)
+    chunk_in_blocks = blocks // (IN_BLOCK // BLOCK) if IN_BLOCK > BLOCK else blocks * (BLOCK // IN_BLOCK)
+    in_row = tl.minimum(chunk * chunk_in_blocks + tile * in_rows + tl.arange(0, in_rows), in_blocks - 1)
+    low, high = _sum(
+        packed_ptr, in_chunk_bytes, in_scales_offset, exponent, in_row, PARTS, IN_BITS, IN_BLOCK, SPLIT, VECTOR
+    )  # fmt: skip
     if IN_BLOCK != BLOCK:
         tile_in_order = tl.join(low, high).permute(0, 2, 1).reshape(ROWS, 2, BLOCK // 2)
         low, high = tl.split(tile_in_order.permute(0, 2, 1))
     row = tile * ROWS + tl.arange(0, ROWS)
     out_ptr += chunk * chunk_bytes
-    _pack(low, high, out_ptr, scales_offset, residual_ptr + start, row, blocks, HAS_RESIDUAL, BITS, BLOCK, VECTOR)
+    residual_ptr += start
+    _pack(low, high, out_ptr, scales_offset, residual_ptr, row, blocks, HAS_RESIDUAL, BITS, BLOCK, SPLIT, VECTOR)
 
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -300,11 +343,12 @@ def dequantize_sum_quantize(
     setting = SETTINGS[fused_kind(chunks, residual is not None)]
     tile = max(setting.tile, in_block, block)
     tiles = triton.cdiv(triton.cdiv(out_numel // block, 4) * 4, tile // block)
+    split = setting.split if in_block == block >= 2 * setting.split * setting.vector else 1
     _dequantize_sum_quantize[tiles, out_chunks](
         packed, out, packed if residual is None else residual,
         numel // in_block, packed.numel() // chunks, _scales_offset(numel, in_bits),
         out_numel // block, out.numel() // out_chunks, _scales_offset(out_numel, bits), EXPONENT,
         PARTS=chunks, IN_BITS=in_bits, IN_BLOCK=in_block,
         HAS_RESIDUAL=residual is not None, BITS=bits, BLOCK=block, ROWS=tile // block,
-        VECTOR=setting.vector, num_warps=setting.warps, enable_fp_fusion=False,
+        SPLIT=split, VECTOR=setting.vector, num_warps=setting.warps, enable_fp_fusion=False,
     )  # fmt: skip

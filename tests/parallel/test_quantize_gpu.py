@@ -58,23 +58,34 @@ def test_dequantize_sum_equals_the_cpu(fmt, chunks, dtype) -> None:
         assert_same_bits(out.cpu(), expected)
 
 
+def assert_fused_equals_the_cpu(fmt, out_fmt, feedback, chunks, out_chunks, blocks) -> None:
+    numel = out_chunks * blocks * max(fmt.block, out_fmt.block)
+    packed, expected = packed_for(fmt, chunks * numel, chunks), packed_for(out_fmt, numel, out_chunks)
+    quantize(awkward(chunks * numel, torch.float32, blocks), fmt, packed, chunks=chunks)
+    lost = awkward(numel, torch.float32, blocks + 1) if feedback else None
+    out, residual = expected.cuda(), None if lost is None else lost.cuda()
+    dequantize_sum_quantize(
+        packed.cuda(), fmt, out, out_fmt, chunks=chunks, out_chunks=out_chunks, residual=residual
+    )  # fmt: skip
+    dequantize_sum_quantize(packed, fmt, expected, out_fmt, chunks=chunks, out_chunks=out_chunks, residual=lost)
+    assert_same_bits(out.cpu(), expected)
+    if feedback:
+        assert_same_bits(residual.cpu(), lost)
+
+
 @pytest.mark.parametrize("feedback", [False, True])
 @pytest.mark.parametrize("out_fmt", [Format(8, 256), Format(4, 256), Format(4, 64), Format(8, 4096)])
 @pytest.mark.parametrize("fmt", [Format(8, 256), Format(4, 256), Format(4, 32), Format(8, 1024)])
 def test_dequantize_sum_quantize_equals_the_cpu(fmt, out_fmt, feedback) -> None:
     for chunks, out_chunks, blocks in ((1, 1, 1), (2, 3, 7), (8, 4, 33), (9, 1, 5)):
-        numel = out_chunks * blocks * max(fmt.block, out_fmt.block)
-        packed, expected = packed_for(fmt, chunks * numel, chunks), packed_for(out_fmt, numel, out_chunks)
-        quantize(awkward(chunks * numel, torch.float32, blocks), fmt, packed, chunks=chunks)
-        lost = awkward(numel, torch.float32, blocks + 1) if feedback else None
-        out, residual = expected.cuda(), None if lost is None else lost.cuda()
-        dequantize_sum_quantize(
-            packed.cuda(), fmt, out, out_fmt, chunks=chunks, out_chunks=out_chunks, residual=residual
-        )  # fmt: skip
-        dequantize_sum_quantize(packed, fmt, expected, out_fmt, chunks=chunks, out_chunks=out_chunks, residual=lost)
-        assert_same_bits(out.cpu(), expected)
-        if feedback:
-            assert_same_bits(residual.cpu(), lost)
+        assert_fused_equals_the_cpu(fmt, out_fmt, feedback, chunks, out_chunks, blocks)
+
+
+@pytest.mark.parametrize("block", [32, 64, 128, 512, 4096])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_threads_with_several_pieces_of_a_block_equal_the_cpu(bits, block) -> None:
+    for chunks, out_chunks, blocks in ((2, 3, 7), (3, 1, 130)):
+        assert_fused_equals_the_cpu(Format(bits, block), Format(4, block), False, chunks, out_chunks, blocks)
 
 
 def test_more_elements_than_an_int32_counts() -> None:
