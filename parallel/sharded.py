@@ -128,7 +128,8 @@ class ShardedModel:
         sharing, threads = (ranks_here(), num_threads(offload)) if leave else (1, None)
         self.activations = Activations(
             offload.activations, device,
-            pack=self._pack, unpack=self._unpack, sharing=sharing, most_tokens=most_tokens, threads=threads, say=say,
+            pack=self._pack, unpack=self._unpack, sharing=sharing, most_tokens=most_tokens, threads=threads,
+            drives=self._offloader.drives(offload), say=say,
         )  # fmt: skip
         self.activations.wrap(blocks)
         again = {*recompute, *(blocks if offload.activations.leave else ())}
