@@ -1,8 +1,9 @@
 """Activations that leave the device between forward and backward, by block: what remains is made again.
 
 `Activations.wrap` gives each block a mode: ``keep``, ``swap`` (to host memory, and on to drives where that is short; of
-the matrix products the rows of the first α of the tokens, see `offload.activations_tape`), ``input`` (that alone is swapped) or ``recompute`` (the input
-and attention's output stay on the device). On CPU the same code runs without streams.
+the matrix products the rows of the first α of the tokens, see `offload.activations_tape`), ``input`` (that alone is
+swapped) or ``recompute`` (the input and attention's output stay on the device). On CPU the same code runs without
+streams.
 
 [Note: who may use which memory, and when] Compute runs on the caller's stream, copies out and in on one each.
 - What a forward leaves is copied out when the block ends. Its tensors are held until the forward of the block two later
@@ -96,7 +97,7 @@ class Activations:
         self.options, self.device, self._say = options, device, say
         self._hooks = {"pack": pack, "unpack": unpack}
         self.most_tokens = most_tokens
-        """May be changed between steps."""
+        """Changed by `make_for`."""
         self.pools = Pools(
             device, options.host_bytes, drives=drives, sharing=sharing, threads=threads, say=say, poison=poison
         )
@@ -172,6 +173,13 @@ class Activations:
     def measure(self) -> None:
         """Measure `costs` from the third forward on, as ``auto`` does by itself, and choose nothing."""
         self._measuring = True
+
+    def make_for(self, most_tokens: int) -> None:
+        """Between steps: the next one makes its memory anew, for forwards of so many tokens."""
+        self.most_tokens = most_tokens
+        self._settle(0)
+        self._give_back()
+        self.pools.close()
 
     def device_bytes(self) -> int:
         """On the device now: the buffers, and what is on its way out."""

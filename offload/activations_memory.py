@@ -208,6 +208,8 @@ class Pools:
         return num, on_drives
 
     def close(self) -> None:
+        """Let go of all memory; what is taken afterwards is made anew."""
+        self.num_buffers -= len(self._buffers)
         self.buffer_bytes -= sum(memory.data.numel() for memory in self._buffers)
         self._buffers.clear()
         slots, self._slots = self._slots, None

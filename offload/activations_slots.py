@@ -215,7 +215,7 @@ class Slots:
 
 
 def _check(answer: "Future[None]") -> None:
-    """Wait, and raise what failed: a copy, or a Future that a graph leads to would hold its own graph by the frames that
-    the error passes, where no collector sees it."""
+    """Wait, and raise what failed: a copy, or a Future that a graph leads to would hold that graph by the frames that
+    its error passes, where no collector sees it."""
     if (error := answer.exception()) is not None:
         raise copy(error) from error

@@ -302,6 +302,9 @@ class ShardedModel:
             "swapped activations": self.activations.device_bytes(),
         }
 
+    def written_bytes_per_s(self) -> float:
+        return self.activations.pools.written_bytes_per_s()
+
     # ------------------------------------------------------------------------------------------------ units
 
     def _watch(self, unit: Unit, position: int) -> None:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from offload.activations import Activations
-from offload.activations_memory import Pools
 from offload.activations_plan import BlockCost, Choice, DriveRoom, choose
 from offload.activations_slots import Drives
 from offload.drive import DriveError, SystemCalls
