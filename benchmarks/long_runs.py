@@ -139,7 +139,9 @@ class Trace:
             taken_s, self._last_s = now_s - self._last_s, now_s
             # a backward's mark is where it begins: the time before it is that of the block above, or of the head
             self._seen[f"{what}_s"].append(round(taken_s, 2))
-            self._seen |= {"nvme_written_GB": round(self._engine.activations.pools.written_bytes / 1e9, 1)}
+            if (slots := self._engine.activations.pools._slots) and (tier := slots.tier):
+                self._seen |= {"written_GB": round(tier.bytes_written / 1e9, 1)}
+                self._seen |= {"read_GB": round(tier.bytes_read / 1e9, 1)}
             self._seen |= {"host_free_GiB": gib(host_available_bytes())}
             if self._cuda:
                 self._seen |= {"gpu_allocated_GiB": gib(torch.cuda.max_memory_allocated())}
