@@ -5,8 +5,8 @@ after each figure, the last of which stands.
 
 ladder  two steps at each length, doubling until it does not fit or the time is up, or at ``lengths``; the second is
         timed, since at a length that is new kernels are made (cuDNN's attention, indices of 64 bits), where time is
-        left for it. ``nvme``: a folder for what host memory does not hold; ``activations``: changes their options;
-        ``trace``: a line, and RESULT, as the device comes to each block
+        left for it. ``nvme``: a folder for what host memory does not hold, ``nvme_bytes`` at the most;
+        ``activations``: changes their options; ``trace``: a line, and RESULT, as the device comes to each block
 sweep   the blocks alone: α as `auto` chooses it, then each α of a sweep, in one engine
 vary    steps of lengths drawn at random, and what of the memory that PyTorch reserved was in use at the peak
 """
@@ -59,7 +59,7 @@ def open_engine(spec: Spec, seq_len: int, made_for: int) -> tuple[Any, Any, torc
         torch.cuda.set_per_process_memory_fraction(min(1.0, spec["cap"] * 2**30 / total))
     model = replace(preset(spec["model"]), **spec.get("fields", {}))
     activations = ActivationOptions(**chosen["activations"] | spec.get("activations", {}))
-    drives = {"nvme_path": [spec["nvme"]]} if spec.get("nvme") else {}
+    drives = {"nvme_path": [spec["nvme"]], "nvme_bytes": spec.get("nvme_bytes")} if spec.get("nvme") else {}
     job = Job(
         model=model,
         train=TrainOptions(seq_len=made_for, global_batch_size=1),
@@ -148,7 +148,7 @@ class Trace:
             rest = {key: value for key, value in self._seen.items() if not isinstance(value, list)}
             does = "forward ended" if what == "forward" else "backward begins"
             print(f"{now_s - self._begin_s:7.1f} s  block {number:2} {does}, {taken_s:.2f} s  {rest}", flush=True)
-            result({**self._found, "under_way": self._seen})
+            result({**self._found, "ended": "cut off", "under_way": self._seen})
 
 
 def ladder(spec: Spec) -> None:

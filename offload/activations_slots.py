@@ -75,8 +75,10 @@ class Drives:
 
     def bytes_per_s(self) -> float:
         """What they take, or twice what they give where that is less: a backward lasts twice as long as a forward, or
-        longer. Measured on 1 GiB, the better of two rounds; seconds."""
-        size_bytes = round_up(min(MEASURED_BYTES, self.most_bytes or MEASURED_BYTES), BLOCK)
+        longer. Measured on 1 GiB, or what they have room for, the better of two rounds; seconds."""
+        size_bytes = int(min(MEASURED_BYTES, self.room_bytes())) // BLOCK * BLOCK
+        if not size_bytes:
+            return 0.0
         rates = []
         with Arena(size_bytes) as arena, self.open(size_bytes) as tier:
             memory = arena.take(size_bytes, torch.uint8, align=BLOCK)

@@ -130,6 +130,19 @@ def test_lengths_may_vary(disk_folder: Path, most_tokens: int | None) -> None:
     swap.close()
 
 
+def test_memory_is_made_anew_for_longer_ones(disk_folder: Path) -> None:
+    """With the next step, whatever its length is."""
+    plain, model = llama(), llama()
+    swap = leaving(model, disk_folder, slots=4)
+    for most_tokens, on_drive in ((2 * SEQ, LAYERS - 4), (4 * SEQ, LAYERS - 2), (2 * SEQ, LAYERS - 4)):
+        swap.make_for(most_tokens)
+        assert_equal(gradients(model, *batch()), gradients(plain, *batch()))
+        assert swap.pools.size_bytes()["nvme"] == on_drive * slot_bytes("swap", 0.0, most_tokens)
+        assert swap.pools.num_buffers == 2
+    swap.close()
+    assert swap.pools.written_bytes == (2 * (LAYERS - 4) + LAYERS - 2) * slot_bytes("swap", 0.0)
+
+
 def test_every_block_may_choose_for_itself(disk_folder: Path) -> None:
     expected, model = gradients(llama(), *batch()), llama()
     swap = leaving(model, disk_folder)
@@ -414,6 +427,7 @@ def test_auto_measures_the_drive_and_chooses(
 
 def test_the_rate_of_a_drive(disk_folder: Path) -> None:
     assert 1e6 < Drives(folders=[disk_folder], most_bytes=64 << 20).bytes_per_s() < 1e12
+    assert Drives(folders=[disk_folder], most_bytes=5).bytes_per_s() == 0
     assert Drives(folders=[disk_folder], most_bytes=5).room_bytes() == 5 < Drives(folders=[disk_folder]).room_bytes()
 
 
