@@ -1,6 +1,6 @@
 """Long sequences on one GPU: activations swapped beside activations recomputed, with fp32 master states on the host.
 
-    python benchmarks/long_context.py [--cases long sweep vary ladder short24 short32] [--budget-s 460]
+    python benchmarks/long_context.py [--cases long sweep vary ladder short24 short32] [--budget-s 460] [--nvme FOLDER]
 
 long     4b, 1 x 131072, 80 GiB of GPU memory (less on a smaller card): the kernel limit, which is the same products and
          attention alone; swapped; checkpointed, which recomputes all; `save_on_cpu` where host memory would hold it
@@ -170,6 +170,7 @@ class Bench:
         for model in self.args.ladder:
             spec = {"run": "ladder", "model": model, "name": self.args.ladder_name, "cap": 24}
             spec |= {"from": self.args.ladder_from, "to": LADDER[model]}
+            spec |= {"nvme": self.args.nvme} if self.args.nvme else {}
             run_s = min(self.args.ladder_s, self.left_s() - 10)
             started = self.spec({**spec, "budget_s": run_s})
             self.add("ladder", model, started, 40, run_s + 8)
@@ -222,6 +223,7 @@ def main() -> None:
     parser.add_argument("--ladder-name", default="streamed%swap:0:0^16384")
     parser.add_argument("--ladder-from", type=int, default=16384)
     parser.add_argument("--ladder-s", type=float, default=110, help="for each model")
+    parser.add_argument("--nvme", default="", help="a folder for what host memory does not hold of a ladder")
     parser.add_argument("--short", nargs="*", default=["streamed+15~0.6%auto"])
     parser.add_argument("--out", default=str(HERE / "results" / "long_context.json"))
     args = parser.parse_args()

@@ -3,17 +3,22 @@ after each figure, the last of which stands.
 
     python benchmarks/long_runs.py '{"run": "ladder", "model": "1b", "from": 16384, "to": 1048576, "budget_s": 120, …}'
 
-ladder  two steps at each length, doubling until it does not fit or the time is up; the second is timed, since at a
-        length that is new kernels are made (cuDNN's attention, indices of 64 bits), where time is left for it
+ladder  two steps at each length, doubling until it does not fit or the time is up, or at ``lengths``; the second is
+        timed, since at a length that is new kernels are made (cuDNN's attention, indices of 64 bits), where time is
+        left for it. ``nvme``: a folder for what host memory does not hold, ``nvme_bytes`` at the most;
+        ``activations``: changes their options; ``trace``: a line, and RESULT, as the device comes to each block
 sweep   the blocks alone: α as `auto` chooses it, then each α of a sweep, in one engine
 vary    steps of lengths drawn at random, and what of the memory that PyTorch reserved was in use at the peak
 """
 
 import json
+import queue
 import random
 import statistics
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,7 @@ from offload.activations import ActivationOptions, Activations, describe  # noqa
 from offload.activations_memory import link_bytes_per_s, spare_bytes  # noqa: E402
 from offload.activations_plan import Choice, choose  # noqa: E402
 from offload.arena import capacity_bytes  # noqa: E402
-from offload.device import peak_flops  # noqa: E402
+from offload.device import host_available_bytes, peak_flops  # noqa: E402
 from offload.options import OffloadOptions  # noqa: E402
 from trainer.models.attention import attention_backends  # noqa: E402
 
@@ -53,11 +58,13 @@ def open_engine(spec: Spec, seq_len: int, made_for: int) -> tuple[Any, Any, torc
         total = torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, spec["cap"] * 2**30 / total))
     model = replace(preset(spec["model"]), **spec.get("fields", {}))
+    activations = ActivationOptions(**chosen["activations"] | spec.get("activations", {}))
+    drives = {"nvme_path": [spec["nvme"]], "nvme_bytes": spec.get("nvme_bytes")} if spec.get("nvme") else {}
     job = Job(
         model=model,
         train=TrainOptions(seq_len=made_for, global_batch_size=1),
         optimizer=OptimizerOptions(lr=1e-5),
-        offload=OffloadOptions(**chosen | {"activations": ActivationOptions(**chosen["activations"])}),
+        offload=OffloadOptions(**chosen | drives | {"activations": activations}),
     )
     torch.manual_seed(0)
     torch._dynamo.config.assume_static_by_default = False  # one compilation for all lengths,
@@ -93,43 +100,108 @@ def gib(size_bytes: float) -> float:
 # ---------------------------------------------------------------------------------------------------- ladder
 
 
+class Trace:
+    """Says when the device has come to each block, from a thread of its own: the run is not held up."""
+
+    def __init__(self, engine: Any, llama: Any, device: torch.device, found: Spec) -> None:
+        self._engine, self._cuda, self._found = engine, device.type == "cuda", found
+        self._marks: queue.SimpleQueue[tuple[str, int, Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, daemon=True).start()
+        for number, block in enumerate(llama.blocks()):
+            block.register_forward_hook(partial(self._passed, number))
+
+    def start(self, num_tokens: int) -> None:
+        """A step of so many tokens begins; what comes before the first block counts as its time."""
+        self._marks.put(("start", num_tokens, None))
+
+    def _passed(self, number: int, _: Any, __: Any, out: Any) -> None:
+        self._mark("forward", number)
+        out = out if isinstance(out, torch.Tensor) else out[0]
+        if out.requires_grad:
+            out.register_hook(lambda _: self._mark("backward", number))
+
+    def _mark(self, what: str, number: int) -> None:
+        event = torch.cuda.Event(blocking=True) if self._cuda else None
+        if event is not None:
+            event.record(torch.cuda.current_stream())
+        self._marks.put((what, number, event))
+
+    def _serve(self) -> None:
+        while True:
+            what, number, event = self._marks.get()
+            if event is not None:
+                event.synchronize()
+            now_s = time.perf_counter()
+            if what == "start":
+                self._seen: Spec = {"tokens": number, "forward_s": [], "backward_s": []}
+                self._begin_s = self._last_s = now_s
+                continue
+            taken_s, self._last_s = now_s - self._last_s, now_s
+            # a backward's mark is where it begins: the time before it is that of the block above, or of the head
+            self._seen[f"{what}_s"].append(round(taken_s, 2))
+            if (slots := self._engine.activations.pools._slots) and (tier := slots.tier):
+                self._seen |= {"written_GB": round(tier.bytes_written / 1e9, 1)}
+                self._seen |= {"read_GB": round(tier.bytes_read / 1e9, 1)}
+            self._seen |= {"host_free_GiB": gib(host_available_bytes())}
+            if self._cuda:
+                self._seen |= {"gpu_allocated_GiB": gib(torch.cuda.max_memory_allocated())}
+            rest = {key: value for key, value in self._seen.items() if not isinstance(value, list)}
+            does = "forward ended" if what == "forward" else "backward begins"
+            print(f"{now_s - self._begin_s:7.1f} s  block {number:2} {does}, {taken_s:.2f} s  {rest}", flush=True)
+            result({**self._found, "ended": "cut off", "under_way": self._seen})
+
+
 def ladder(spec: Spec) -> None:
     deadline = time.perf_counter() + spec["budget_s"]
     engine, llama, device = open_engine(spec, spec["to"], spec["from"])
     peak = peak_flops(device, torch.bfloat16)
     rungs: list[Spec] = []
     found: Spec = {"model": spec["model"], "name": spec["name"], "rungs": rungs, "ended": "longest reached"}
-    num_tokens, last_s = spec["from"], 0.0
+    found |= {key: spec[key] for key in ("fields", "activations", "nvme") if key in spec}
+    last_s, lengths = 0.0, spec.get("lengths") or doubled(spec["from"], spec["to"])
+    trace = Trace(engine, llama, device, found) if spec.get("trace") else None
+
+    def step(num_tokens: int) -> float:
+        if trace:
+            trace.start(num_tokens)
+        return step_s(engine, num_tokens, device)
+
     with attention_backends(device):
-        step_s(engine, num_tokens, device)  # compiles
-        while num_tokens <= spec["to"]:
+        print(f"compiled in {step(spec['from']):.1f} s", flush=True)
+        for num_tokens in lengths:
             left_s = deadline - time.perf_counter()
             if 3.8 * last_s > left_s:  # what attention makes of twice the tokens
                 found["ended"] = f"{num_tokens} tokens would not end within {left_s:.0f} s"
                 break
             try:
-                engine.activations.most_tokens = num_tokens
-                step_s(engine, spec["from"], device)  # makes host memory and buffers, which is not to be timed
+                engine.activations.make_for(num_tokens)
+                made_s = step(spec["from"])  # host memory and buffers, which are not to be timed
+                print(f"memory made in {made_s:.1f} s {engine.activations.pools.size_bytes()}", flush=True)
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                first_s = last_s = step_s(engine, num_tokens, device)
+                first_s = last_s = step(num_tokens)
                 if warm := 1.1 * first_s < deadline - time.perf_counter():
-                    last_s = step_s(engine, num_tokens, device)
-            except (torch.OutOfMemoryError, OSError, MemoryError) as error:
+                    last_s = step(num_tokens)
+            except (torch.OutOfMemoryError, OSError, MemoryError, ValueError) as error:
                 found["ended"] = f"{num_tokens} tokens: {type(error).__name__}: {str(error)[:200]}"
                 break
             flops = llama.flops_per_token(num_tokens) * num_tokens
             rung = {"tokens": num_tokens, "step_s": round(last_s, 3), "mfu": peak and round(flops / last_s / peak, 4)}
             rung |= {"first_s": round(first_s, 3), "warm": warm}
-            rung |= {"host_GiB": gib(engine.activations.pools.size_bytes()["host"])}
+            sizes = engine.activations.pools.size_bytes()
+            rung |= {"host_GiB": gib(sizes["host"]), "nvme_GiB": gib(sizes["nvme"])}
             if device.type == "cuda":
                 rung |= {"gpu_GiB": gib(torch.cuda.max_memory_reserved())}
                 rung |= {"gpu_allocated_GiB": gib(torch.cuda.max_memory_allocated())}
             rungs.append(rung)
             print(rung, flush=True)
             result(found)
-            num_tokens *= 2
     result(found)
+
+
+def doubled(first: int, last: int) -> list[int]:
+    """From `first`, up to `last`."""
+    return [first << n for n in range((last // first).bit_length())]
 
 
 # ---------------------------------------------------------------------------------------------------- sweep

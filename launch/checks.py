@@ -237,12 +237,15 @@ def _check_offload(job: Job) -> None:
     """What would be ignored, or refused by the ranks."""
     options, drives = job.offload, ("nvme_path", "nvme_bytes", "nvme_tbw", "nvme_direct")
     unread = {"none": ("gpu_bytes", "host_bytes", "threads", *drives), "host": drives}.get(options.states, ())
+    if options.activations.swaps and options.nvme_path:
+        unread = tuple(key for key in unread if key not in drives)
     for key in unread:
         value = getattr(options, key)
         if value != getattr(OffloadOptions(), key):
             raise ValueError(
                 f"offload.{key}={value} is not read with offload.states={options.states}; leave it out, or choose "
                 f"other offload.states"
+                + (", or offload.activations that swap and offload.nvme_path" if key in drives else "")
             )
     if options.away and job.optimizer.name != "adamw":
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 
 from launch.config import Config
 from launch.plan_activations import ActivationPlan, plan_activations
+from offload.nvme import endurance
 from parallel.mesh import Mesh
 from parallel.options import QUANTIZE
 from parallel.placement import Placement
@@ -43,6 +44,14 @@ class Planned:
     """None for a model that is not run for it."""
     away: AwayPlan | None = None
     """Where states or weights leave the device."""
+    tbw: float | None = None
+    """``offload.nvme_tbw``."""
+
+    @property
+    def written_bytes(self) -> float:
+        """To drives by one rank, a step: states and activations."""
+        states = self.away.prediction.written_bytes if self.away else 0
+        return states + (self.activations.written_bytes * self.work.micro_batches if self.activations else 0)
 
 
 def named_machine(config: Config) -> Machine:
@@ -105,7 +114,7 @@ def plan(config: Config, machine: Machine) -> Planned:
         simulation = candidate.simulation
         waits_s = simulation.step_s - simulation.compute_s if simulation else 0.0
         away = plan_away(work, candidate.plan, machine, config.offload, cap_bytes=cap_bytes, waits_s=waits_s)
-    return Planned(work, machine, candidate, choice, cap_bytes, flops, activations, away)
+    return Planned(work, machine, candidate, choice, cap_bytes, flops, activations, away, config.offload.nvme_tbw)
 
 
 def read_workload(config: Config, machine: Machine, world: int) -> tuple[Workload, ActivationPlan | None, int]:
@@ -139,7 +148,8 @@ def show(planned: Planned) -> str:
     mesh = made.mesh
     named = preset_of(made.placement, mesh.num_levels) or "free"
     away = planned.away
-    rate = work.tokens * work.micro_batches / (away.step_s if away else simulation.step_s)
+    step_s = away.step_s if away else simulation.step_s
+    rate = work.tokens * work.micro_batches / step_s
     model_rate = rate * planned.flops_per_token
     lines = [
         f"machine    {machine.name}, {plural(mesh.world, 'rank')}: {mesh}",
@@ -158,6 +168,8 @@ def show(planned: Planned) -> str:
         f"{rate * mesh.world:,.0f} tokens/s in all",
         f"bottleneck {away.prediction.bottleneck if away else simulation.bottleneck}",
     ]
+    if planned.written_bytes:
+        lines.append(f"endurance  {endurance(planned.written_bytes, step_s, tbw=planned.tbw)}")
     if planned.choice:
         lines.append(f"chosen     {planned.choice.why}; {planned.choice.fitting} of {planned.choice.total} fit")
     return "\n".join(lines)

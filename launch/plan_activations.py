@@ -4,13 +4,15 @@ Its figure of the job's own choice is the one that the table of memory and ``par
 """
 
 import logging
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
 from launch.config import Config
-from offload.activations_plan import choose
+from offload.activations_plan import DriveRoom, choose
 from offload.options import ActivationOptions
+from parallel.planning.away import rates_of
 from parallel.planning.machine import Machine
 from parallel.planning.workload import Workload
 from trainer.footprint import Footprint, alternatives, footprint
@@ -29,6 +31,10 @@ class ActivationPlan:
     auto: ActivationOptions
     """What ``auto`` would come to by the machine's rates; a run measures instead."""
     why: str
+    host_room: float = math.inf
+    """Bytes of host memory for them, where what it does not hold goes on to drives."""
+    hides: bool = False
+    """Whether `auto` lets it."""
 
     @property
     def settled(self) -> ActivationOptions:
@@ -38,6 +44,16 @@ class ActivationPlan:
     @property
     def device_bytes(self) -> int:
         return self.footprint.device_bytes(self.settled)
+
+    @property
+    def written_bytes(self) -> int:
+        """To drives, a micro-batch."""
+        return self._host_bytes(self.settled)[1]
+
+    def _host_bytes(self, one: ActivationOptions) -> tuple[int, int]:
+        """In host memory and on drives."""
+        room = math.inf if one is self.auto and not self.hides else self.host_room
+        return self.footprint.host_bytes(one, room)
 
     def rows(self, tier: str) -> list[str]:
         """A table; the row with an asterisk is the job's."""
@@ -50,11 +66,13 @@ class ActivationPlan:
         else:
             mine = next((text for text, one in rows.items() if _same(one, self.asked)), "as configured")
         rows = {mine: self.settled, **rows, auto: self.auto} if mine == "as configured" else {**rows, auto: self.auto}
-        width = max(map(len, rows)) + 4
-        lines = [f"{'activations of a micro-batch':{width}}{tier + ', GiB':>12}{'host, GiB':>12}"]
+        width, drives = max(map(len, rows)) + 4, self.host_room < math.inf
+        heads = [f"{name}, GiB" for name in (tier, "host", *(["nvme"] if drives else []))]
+        lines = [f"{'activations of a micro-batch':{width}}" + "".join(f"{head:>12}" for head in heads)]
         for text, one in rows.items():
-            device, host = self.footprint.device_bytes(one) / 2**30, self.footprint.host_bytes(one) / 2**30
-            lines.append(f"{'*' if text == mine else ' '} {text:{width - 2}}{device:12.3f}{host:12.3f}")
+            sizes = self.footprint.device_bytes(one), *self._host_bytes(one)
+            columns = "".join(f"{size / 2**30:12.3f}" for size in sizes[: len(heads)])
+            lines.append(f"{'*' if text == mine else ' '} {text:{width - 2}}{columns}")
         return [*lines, f"  {self.why}"]
 
 
@@ -72,25 +90,40 @@ def plan_activations(config: Config, work: Workload, machine: Machine, world: in
     except Exception as error:
         log.warning("activations are estimated from layers' widths alone: %s: %s", type(error).__name__, error)
         return None
-    return ActivationPlan(found, config.offload.activations, *_auto(config, work, machine, world, found))
+    options, host = config.offload.activations, _host_room(config, work, machine, world)
+    drives = None
+    if config.offload.nvme_path and options.swaps:
+        size_bytes = config.offload.nvme_bytes or machine.memory.get("nvme", math.inf)
+        drives = DriveRoom(size_bytes, rates_of(machine).drive or 0.0)
+    auto, why, hides = _auto(options, work, machine, found, host, drives)
+    return ActivationPlan(found, options, auto, why, host if drives else math.inf, hides)
+
+
+def _host_room(config: Config, work: Workload, machine: Machine, world: int) -> float:
+    """Bytes of host memory for a rank's activations."""
+    host = machine.memory.get("host", math.inf)
+    away = STATE_BYTES * work.numel / world if config.offload.states == "host" else 0.0
+    return config.offload.activations.host_bytes or max(0.0, host - away)
 
 
 def _auto(
-    config: Config, work: Workload, machine: Machine, world: int, found: Footprint
-) -> tuple[ActivationOptions, str]:
-    """What ``auto`` would come to, and why."""
-    options = config.offload.activations
+    options: ActivationOptions,
+    work: Workload,
+    machine: Machine,
+    found: Footprint,
+    host: float,
+    drives: DriveRoom | None,
+) -> tuple[ActivationOptions, str, bool]:
+    """What ``auto`` would come to, why, and whether it has drives behind host memory."""
     block = max(work.row, key=lambda unit: unit.forward_flops * unit.count)
     cost = found.cost(work.tokens * block.forward_flops / machine.compute)
     rate = link_rate(machine)
-    host = options.host_bytes or machine.memory.get("host")
-    if host is not None and not options.host_bytes and config.offload.states == "host":
-        host = max(0.0, host - STATE_BYTES * work.numel / world)
     choices = choose(
         [cost] * found.num_blocks,
         link_bytes_per_s=rate,
-        host_bytes=None if host is None else int(host),
+        host_bytes=None if host == math.inf else int(host),
         keep_last=min(options.keep_last, found.num_blocks),
+        drives=drives,
     )
     away = [choice for choice in choices if choice.mode != "keep"]
     mode, alpha = (away[0].mode, away[0].alpha) if away else ("keep", 0.0)
@@ -103,7 +136,13 @@ def _auto(
         why += f"; host memory does not hold inputs and attention: {inputs} blocks swap their input alone"
     if recomputed := sum(choice.mode == "recompute" for choice in away):
         why += f"; it does not hold the inputs of {recomputed} blocks: they are recomputed"
-    return replace(options, mode=mode, alpha=alpha if mode == "swap" else None), why
+    settled = replace(options, mode=mode, alpha=alpha if mode == "swap" else None)
+    if drives and mode == "swap" and (size_bytes := found.host_bytes(settled, host)[1]):
+        why += (
+            f"; {size_bytes / 1e9:.3g} GB, which host memory does not hold, go on to NVMe at "
+            f"{drives.bytes_per_s / 1e9:.2g} GB/s beside {found.num_blocks} of these forwards"
+        )
+    return settled, why, mode == "swap"
 
 
 def link_rate(machine: Machine) -> float:

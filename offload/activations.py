@@ -1,17 +1,19 @@
 """Activations that leave the device between forward and backward, by block: what remains is made again.
 
-`Activations.wrap` gives each block a mode: ``keep``, ``swap`` (to host memory; of the matrix products the rows of the
-first α of the tokens, see `offload.activations_tape`), ``input`` (that alone is swapped) or ``recompute`` (the input
-and attention's output stay on the device). On CPU the same code runs without streams.
+`Activations.wrap` gives each block a mode: ``keep``, ``swap`` (to host memory, and on to drives where that is short; of
+the matrix products the rows of the first α of the tokens, see `offload.activations_tape`), ``input`` (that alone is
+swapped) or ``recompute`` (the input and attention's output stay on the device). On CPU the same code runs without
+streams.
 
 [Note: who may use which memory, and when] Compute runs on the caller's stream, copies out and in on one each.
 - What a forward leaves is copied out when the block ends. Its tensors are held until the forward of the block two later
   begins, which waits for that copy on its stream: at most two blocks' worth is in flight. The host never waits.
 - The backward of a block begins the copy-in of the block before it, into one of two buffers that take turns.
-- A buffer and a slot of host memory are given back once autograd has let go of the last saved tensor of the tape, or of
-  the whole graph, and the next block begins, forward or backward: autograd may let go of a tensor before it launches
-  what reads it (it does for compiled blocks), but not later than it begins another block. Who takes a buffer next
-  waits for the event recorded then, who takes a slot for the copy-in that read it.
+- A slot of host memory is given back with its copy-in; who takes it next waits for that. Where drives are behind the
+  slots, only they are waited for by the host: `offload/activations_slots.py`.
+- A buffer is given back once autograd has let go of the last saved tensor of the tape, or of the whole graph, and the
+  next block begins, forward or backward: autograd may let go of a tensor before it launches what reads it (it does for
+  compiled blocks), but not later than it begins another block. Who takes it next waits for the event recorded then.
 
 Source: arXiv 2407.12117, sections 4.1 and 4.2; arXiv 2403.06504 (which layers to swap).
 """
@@ -30,8 +32,6 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 
 from offload.activations_memory import (
-    Event,
-    Memory,
     Pools,
     elapsed_s,
     link_bytes_per_s,
@@ -44,15 +44,13 @@ from offload.activations_memory import (
     spare_bytes,
     wait,
 )
-from offload.activations_plan import BlockCost, Choice, choose, fit
+from offload.activations_plan import BlockCost, Choice, DriveRoom, choose, fit
+from offload.activations_slots import Drives, Event, Memory, Stored
 from offload.activations_tape import Tape
 from offload.activations_watch import intercept
-from offload.arena import capacity_bytes
 from offload.options import ActivationOptions
 
 log = logging.getLogger(__name__)
-HOST_SHARE = 0.8
-"""Of the memory still available, what ``auto`` may take where `ActivationOptions.host_bytes` does not say."""
 WARM_UP = 2
 """Forwards before the one that ``auto`` measures: the first may compile."""
 
@@ -61,9 +59,10 @@ WARM_UP = 2
 class _Lease:
     """What a tape holds and gives back when it dies."""
 
-    slot: Memory
+    slot: Memory | Stored | None
+    """None once what was there is in `buffer`."""
     left: Event
-    """After it the sources are in `slot`."""
+    """After it the sources are in the slot that they left to."""
     buffer: Memory | None = None
     arrived: Event = None
     """After it they are in `buffer`."""
@@ -85,19 +84,23 @@ class Activations:
         sharing: int = 1,
         most_tokens: int | None = None,
         threads: int | None = None,
+        drives: Drives | None = None,
         say: Callable[[str], None] = log.info,
         poison: bool = False,
     ) -> None:
         """pack, unpack: hooks for weights that are gathered, as `torch.autograd.graph.saved_tensors_hooks` takes them;
         what `pack` returns unchanged is an activation. sharing: how many ranks take of this machine's memory.
         most_tokens: of a forward that is to come, all its sequences together; None: not known. threads: that take the
-        pages of host memory; None: one for each core. say: gets what ``auto`` chose. poison: fill memory with NaN when
-        it is given back, to find who still reads it."""
-        self.options, self.device, self._say, self._sharing = options, device, say, sharing
+        pages of host memory; None: one for each core. drives: for what host memory does not hold. say: gets what
+        ``auto`` chose, and what goes to drives. poison: fill memory with NaN when it is given back, to find who still
+        reads it."""
+        self.options, self.device, self._say = options, device, say
         self._hooks = {"pack": pack, "unpack": unpack}
         self.most_tokens = most_tokens
-        """May be changed between steps."""
-        self.pools = Pools(device, options.host_bytes, threads=threads, poison=poison)
+        """Changed by `make_for`."""
+        self.pools = Pools(
+            device, options.host_bytes, drives=drives, sharing=sharing, threads=threads, say=say, poison=poison
+        )
         cuda = device.type == "cuda"
         self._out = torch.cuda.Stream(device) if cuda else None
         self._in = torch.cuda.Stream(device) if cuda else None
@@ -171,6 +174,13 @@ class Activations:
         """Measure `costs` from the third forward on, as ``auto`` does by itself, and choose nothing."""
         self._measuring = True
 
+    def make_for(self, most_tokens: int) -> None:
+        """Between steps: the next one makes its memory anew, for forwards of so many tokens."""
+        self.most_tokens = most_tokens
+        self._settle(0)
+        self._give_back()
+        self.pools.close()
+
     def device_bytes(self) -> int:
         """On the device now: the buffers, and what is on its way out."""
         leaving = sum(flat.nbytes for _, _, flats in self._leaving for flat in flats)
@@ -227,19 +237,20 @@ class Activations:
             if self._auto and choice.mode == "swap":
                 choice = self._fit(position, tape)
             if choice.leaves:
-                self._depart(tape)
+                self._depart(position, tape)
             self._tapes.append(weakref.ref(tape))
         if outputs := [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]:
             register_multi_grad_hook(outputs, lambda _: self._before_backward(previous), mode="any")
         return out
 
-    def _depart(self, tape: Tape) -> None:
+    def _depart(self, position: int, tape: Tape) -> None:
         """Copy a tape's sources to host memory; they are let go of once they are there."""
         sources = [source for source in tape.sources if source.flat is not None]
-        num = sum(choice.leaves for choice in self._choices)
+        number, num = (sum(choice.leaves for choice in some) for some in (self._choices[:position], self._choices))
         alpha = max(choice.alpha for choice in self._choices)  # slots are equal, so they are made for the largest
         longest = longest_room(sources, self._growth(tape), alpha, whole=False)
-        slot = self.pools.take_slot(room(sources, whole=False), num, longest)
+        size_bytes = room(sources, whole=False)
+        slot = self.pools.take_slot(size_bytes, num, longest)
         flats: list[Tensor] = []
         wait(self.device, self._out, mark(self.device, None), slot.free)
         with on(self._out):
@@ -248,8 +259,9 @@ class Activations:
                 place.copy_(source.flat[: source.stored], non_blocking=True)
                 flats.append(source.flat)
                 source.flat = None
-        lease = _Lease(slot, mark(self.device, self._out))
-        self._leaving.append((self._clock, lease.left, flats))
+        left = mark(self.device, self._out)
+        lease = _Lease(self.pools.pass_on(slot, size_bytes, left, number, num), left)
+        self._leaving.append((self._clock, left, flats))
         self._leases[tape] = lease
         weakref.finalize(tape, self._ended.append, lease).atexit = False
         tape.restore = self._restore
@@ -272,14 +284,16 @@ class Activations:
         self._give_back()
         if 0 <= previous < len(self._tapes) and (tape := self._tapes[previous]()) is not None:
             lease = self._leases.get(tape)
-            if lease is not None and lease.buffer is None:
+            if lease is not None and lease.slot is not None and self.pools.is_there(lease.slot):
                 self._fetch(tape, lease)
 
     def _fetch(self, tape: Tape, lease: _Lease) -> None:
+        assert lease.slot is not None
+        slot = self.pools.brought(lease.slot)
         sources = [source for source in tape.sources if source.numel]
         longest = longest_room(sources, self._growth(tape), tape.alpha, whole=True)
         lease.buffer = self.pools.take_buffer(room(sources, whole=True), longest)
-        stored = places(lease.slot.data, sources, whole=False)
+        stored = places(slot.data, sources, whole=False)
         wait(self.device, self._in, lease.left, lease.buffer.free)
         with on(self._in):
             for source, place, piece in zip(
@@ -287,7 +301,9 @@ class Activations:
             ):
                 place[: source.stored].copy_(piece, non_blocking=True)
                 source.flat = place
-        lease.arrived = mark(self.device, self._in)
+        lease.arrived, lease.slot = mark(self.device, self._in), None
+        self.pools.give_slot(slot, lease.arrived)
+        self.pools.load_ahead()
 
     def _restore(self, tape: Tape) -> None:
         lease = self._leases[tape]
@@ -300,23 +316,18 @@ class Activations:
         """What ended tapes held; called where a block begins, so that whatever the one before it reads is launched."""
         while self._ended:
             lease = self._ended.pop()
-            self.pools.give_slot(lease.slot, lease.arrived or lease.left)
+            if lease.slot is not None:
+                self.pools.give_slot(lease.slot, lease.left)
             if lease.buffer is not None:
                 self.pools.give_buffer(lease.buffer)
 
     # ------------------------------------------------------------------------------------------------ auto
 
-    def _host_bytes(self) -> int:
-        """The most that ``auto`` takes."""
-        if self.options.host_bytes is not None:
-            return self.options.host_bytes
-        return int(HOST_SHARE / self._sharing * (capacity_bytes() + self.pools.size_bytes()["host"]))
-
     def _fit(self, position: int, tape: Tape) -> Choice:
         """While nothing is measured yet: what `tape` and all others that swap do, by what host memory has room for."""
         cost = _cost({kind: int(self._growth(tape) * size) for kind, size in tape.sizes().items()}, 0.0)
         away = [place for place, choice in enumerate(self._choices) if choice.mode == "swap"]
-        for place, choice in zip(away, fit([cost] * len(away), self._host_bytes()), strict=True):
+        for place, choice in zip(away, fit([cost] * len(away), self.pools.host_room()), strict=True):
             self._choices[place] = choice
         if self._choices[position].mode == "input":
             tape.forget_attention()
@@ -328,17 +339,27 @@ class Activations:
         if not self._auto or self._num_forwards < WARM_UP + 2:
             return
         self._auto = False
-        rate, most, spare = link_bytes_per_s(self.device), self._host_bytes(), spare_bytes(self.device)
+        rate, most, spare = link_bytes_per_s(self.device), self.pools.host_room(), spare_bytes(self.device)
+        costs, host_bytes = self.costs(), int(most / self._longer)
+        short = any(choice.mode != "swap" for choice in fit(costs, host_bytes))
+        drives = self._drive_room() if short else None
         chosen = choose(
-            self.costs(), link_bytes_per_s=rate, host_bytes=int(most / self._longer), gpu_bytes=spare, keep_last=0
+            costs, link_bytes_per_s=rate, host_bytes=host_bytes, gpu_bytes=spare, keep_last=0, drives=drives
         )
         for position, choice in zip(sorted(self._sizes), chosen, strict=True):
             self._choices[position] = choice
         left = "" if spare is None else f", {spare / 1e9:.1f} GB left over on the device"
+        behind = f", drives {drives.bytes_per_s / 1e9:.1f} GB/s" if drives else ""
         self._say(
             f"activations: {describe(self._choices)}; link {rate / 1e9:.1f} GB/s, {most / 1e9:.1f} GB of host memory"
             + left
+            + behind
         )
+
+    def _drive_room(self) -> DriveRoom | None:
+        """What drives behind host memory hold of the tokens that were measured, and their rate."""
+        drives = self.pools.drives
+        return DriveRoom(drives.room_bytes() / self._longer, drives.bytes_per_s()) if drives else None
 
 
 def _cost(sizes: dict[str, int], forward_s: float) -> BlockCost:

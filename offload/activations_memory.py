@@ -1,87 +1,91 @@
 """Where activations lie while they are away, and the two buffers on the device that they come back to.
 
 [Note: made for the longest] Every block that swaps takes one slot of host memory a forward; slots are as large as the
-largest and are cut from one arena, made when the first block has run, since only then sizes are known. What a block
-leaves grows as the number of its tokens ([Note: varying lengths] in offload/plan/requests.py), so slots and buffers are
-made for the most tokens that are to come, whatever came first: then no length makes new ones, and none is moved. Where
-that is not known a longer sequence makes new slots, and the old arena is let go of.
+largest and are cut from one arena, made when the first block has run, since only then sizes are known; what it has no
+room for goes on to drives (`offload/activations_slots.py`). What a block leaves grows as the number of its tokens
+([Note: varying lengths] in offload/plan/requests.py), so slots and buffers are made for the most tokens that are to
+come, whatever came first: then no length makes new ones, and none is moved. Where that is not known a longer sequence
+makes new slots, and the old arena is let go of.
 
 Rule: whoever gives memory back says after which event nobody uses it any more, and whoever takes it waits for that.
 """
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from offload.activations_slots import POISON, Drives, Event, Memory, Slots, Stored
 from offload.activations_tape import Source
-from offload.arena import Arena, ArenaError
+from offload.arena import Arena, ArenaError, capacity_bytes
+from offload.drive import BLOCK
 from offload.hostpool import HostPool
 from offload.space import round_up
 
 ALIGN = 512
 GPU_SHARE = 0.97
 """Of the GPU's memory, or what is allowed of it, what is filled: the rest is for kernels' workspaces and holes."""
-POISON = 0xFF
-"""Every byte of it is a NaN in any floating-point format."""
-Event = torch.cuda.Event | None
-"""None on CPU, where everything is done when it returns."""
-
-
-@dataclass
-class Memory:
-    """A buffer on the device, or a slot in host memory."""
-
-    data: Tensor
-    """1-D uint8."""
-    free: Event = None
-    """After it, nobody uses what is in there."""
-    home: "_Slots | None" = None
-
-
-@dataclass
-class _Slots:
-    """Equal pieces of an arena."""
-
-    arena: Arena
-    slot_bytes: int
-    most: int
-    num: int = 0
-    """Cut so far, of `most`."""
-    free: list[Memory] = field(default_factory=list)
-
-    def close_if_idle(self) -> None:
-        if len(self.free) == self.num:
-            self.free.clear()
-            self.arena.close()
+HOST_SHARE = 0.8
+"""Of the memory still available, what is taken where `ActivationOptions.host_bytes` does not say and something else may
+be done with the rest."""
 
 
 class Pools:
     """Buffers and slots of one device. One thread at a time."""
 
     def __init__(
-        self, device: torch.device, host_bytes: int | None, *, threads: int | None = None, poison: bool
+        self,
+        device: torch.device,
+        host_bytes: int | None,
+        *,
+        drives: Drives | None = None,
+        sharing: int = 1,
+        threads: int | None = None,
+        say: Callable[[str], None],
+        poison: bool,
     ) -> None:
-        """host_bytes: the most for slots. threads: that take the pages of host memory, None: one for each core that
-        this process may use. poison: fill with NaN what is given back."""
-        self.device, self.host_bytes, self.threads, self.poison = device, host_bytes, threads, poison
+        """host_bytes: the most for slots. drives: for those that it has no room for; then None is what `host_room`
+        says. sharing: how many ranks take of this machine's memory. threads: that take the pages of host memory, None:
+        one for each core that this process may use. say: is told what goes to drives. poison: fill with NaN what is
+        given back."""
+        self.device, self.host_bytes, self.drives, self.threads = device, host_bytes, drives, threads
+        self.sharing, self.poison, self._say = sharing, poison, say
         self.num_buffers = 0
         self.buffer_bytes = 0
         """Of all buffers, free or not."""
         self._buffers: list[Memory] = []
-        self._slots: _Slots | None = None
+        self._slots: Slots | None = None
+        self._written = 0
+        """To drives, before the slots that there are now."""
+        self._since = time.perf_counter()
 
     def size_bytes(self) -> dict[str, int]:
-        """On the device, free ones alone, and ``host``."""
+        """On the device, free ones alone, ``host`` and ``nvme``."""
+        slots = self._slots
         return {
             "buffers": sum(memory.data.numel() for memory in self._buffers),
-            "host": self._slots.arena.size_bytes if self._slots else 0,
+            "host": slots.arena.size_bytes if slots else 0,
+            "nvme": slots.tier.size_bytes if slots and slots.tier else 0,
         }
+
+    @property
+    def written_bytes(self) -> int:
+        """To drives so far."""
+        return self._written + (self._slots.tier.bytes_written if self._slots and self._slots.tier else 0)
+
+    def written_bytes_per_s(self) -> float:
+        """To drives, since this was made."""
+        return self.written_bytes / (time.perf_counter() - self._since)
+
+    def host_room(self) -> int:
+        """The most for slots, those that there are included."""
+        if self.host_bytes is not None:
+            return self.host_bytes
+        return int(HOST_SHARE / self.sharing * (capacity_bytes() + self.size_bytes()["host"]))
 
     def take_buffer(self, size_bytes: int, longest_bytes: int = 0) -> Memory:
         """The buffer that has been free longest; a larger one in its place if it is too small. longest_bytes: what a
@@ -106,61 +110,112 @@ class Pools:
         self._buffers.append(memory)
 
     def take_slot(self, size_bytes: int, num: int, longest_bytes: int = 0) -> Memory:
-        """One of `num` or more, new ones of at least `longest_bytes`. ValueError where they are more than `host_bytes`,
-        MemoryError when all are in use."""
-        if self._slots is None or self._slots.slot_bytes < size_bytes or self._slots.most < num:
+        """One of `num` or more, new ones of at least `longest_bytes`. ValueError where they are more than `host_bytes`
+        and drives may hold, MemoryError when all are in use, DriveError where drives fail or are full."""
+        if self._slots is None or self._slots.slot_bytes < size_bytes or self._slots.num_blocks < num:
             self._make_slots(num, max(size_bytes, longest_bytes, self._slots.slot_bytes if self._slots else 0))
-        slots = self._slots
-        assert slots is not None
-        if slots.free:
-            return slots.free.pop()
-        if slots.num == slots.most:
-            raise MemoryError(
-                f"all {slots.num} slots of {slots.slot_bytes} bytes for activations are in use: a forward came before "
-                "the backward of the last; run each backward before the next forward, or use "
-                "offload.activations.mode=recompute"
-            )
-        slots.num += 1
-        return Memory(slots.arena.take(slots.slot_bytes, torch.uint8, align=ALIGN), home=slots)
+        assert self._slots is not None
+        return self._slots.take()
 
-    def give_slot(self, memory: Memory, free: Event) -> None:
-        slots = memory.home
+    def give_slot(self, slot: Memory | Stored, free: Event) -> None:
+        """What a block left is not wanted any more; `free`: after it nobody reads the slot."""
+        slots = slot.home
         assert slots is not None
-        if self.poison and self.device.type == "cpu":
-            memory.data.fill_(POISON)
-        memory.free = free
-        slots.free.append(memory)
+        if isinstance(slot, Stored):
+            slots.forget(slot)
+        else:
+            slots.give(slot, free)
         if slots is not self._slots:
             slots.close_if_idle()
 
-    def _make_slots(self, num: int, slot_bytes: int) -> None:
-        slot_bytes = round_up(slot_bytes, ALIGN)
-        wanted = num * slot_bytes
-        if self.host_bytes is not None and wanted > self.host_bytes:
-            raise ValueError(
-                f"offload.activations.host_bytes={self.host_bytes}: {num} blocks swap {slot_bytes} bytes each, "
-                f"{wanted} in all; raise it, lower offload.activations.alpha, or use "
-                "offload.activations.mode=input, which swaps least, or recompute"
-            )
+    def pass_on(self, slot: Memory, size_bytes: int, left: Event, number: int, num: int) -> Memory | Stored:
+        """What a block left in the first bytes of `slot`, there after `left`: it goes on to drives if host memory is
+        wanted by those that come after this block, which is `number` of `num`."""
+        slots = slot.home
+        assert slots is not None
+        return slots.store(slot, size_bytes, left) if number < num - slots.num else slot
+
+    def is_there(self, slot: Memory | Stored) -> bool:
+        """Whether `brought` waits for no drive."""
+        return isinstance(slot, Memory) or (slot.answer is not None and slot.answer.done())
+
+    def brought(self, slot: Memory | Stored) -> Memory:
+        """What a block left, in host memory; DriveError where a drive fails."""
+        return slot if isinstance(slot, Memory) else slot.home.load(slot)
+
+    def load_ahead(self) -> None:
+        """In the backward, when a slot has been given back: begin to load what is wanted next."""
+        if self._slots is not None:
+            self._slots.load_ahead()
+
+    def _make_slots(self, num_blocks: int, slot_bytes: int) -> None:
+        slot_bytes = round_up(slot_bytes, BLOCK)
         old, self._slots = self._slots, None
         if old is not None:
+            self._written += old.tier.bytes_written if old.tier else 0
             old.close_if_idle()  # first, or both would have to fit
+        swap = f"{num_blocks} blocks swap {slot_bytes} bytes each"
+        num, on_drives = self._split(num_blocks, slot_bytes, swap)
         register = self.device if self.device.type == "cuda" else None
+        tier = self.drives.open(on_drives) if self.drives and on_drives else None
         try:
             with HostPool(self.threads) as pool:  # for this alone: slots are made once, or a few times
-                self._slots = _Slots(Arena(wanted, register=register, pool=pool), slot_bytes, num)
-        except ArenaError as error:
-            raise ArenaError(
-                error.errno,
-                f"{num} blocks swap {slot_bytes} bytes each: {error.strerror}. Lower offload.activations.alpha or "
-                "train.micro_batch_size, or use offload.activations.mode=input, which swaps least, or recompute",
-            ) from error
+                arena = Arena(num * slot_bytes, register=register, pool=pool)
+        except BaseException as error:
+            if tier is not None:
+                tier.close()
+            if isinstance(error, ArenaError):
+                raise ArenaError(
+                    error.errno,
+                    f"{swap}: {error.strerror}. Lower offload.activations.alpha or train.micro_batch_size, use "
+                    "offload.activations.mode=input, which swaps least, or recompute, or give drives for what host "
+                    "memory does not hold by offload.nvme_path",
+                ) from error
+            raise
+        self._slots = Slots(arena, tier, slot_bytes, num=num, num_blocks=num_blocks)
+        self._slots.poison = self.poison
+        if on_drives:
+            self._say(
+                f"activations: {swap}; host memory holds {num} of them ({num * slot_bytes / 1e9:.1f} GB), what the "
+                f"first {num_blocks - num} leave goes on to NVMe ({on_drives / 1e9:.1f} GB)"
+            )
+
+    def _split(self, num_blocks: int, slot_bytes: int, swap: str) -> tuple[int, int]:
+        """How many slots are in host memory, and the bytes of the others. ValueError where that is too much."""
+        wanted = num_blocks * slot_bytes
+        if self.drives is None:
+            if self.host_bytes is not None and wanted > self.host_bytes:
+                raise ValueError(
+                    f"offload.activations.host_bytes={self.host_bytes}: {swap}, {wanted} in all; raise it, lower "
+                    "offload.activations.alpha, use offload.activations.mode=input, which swaps least, or recompute, "
+                    "or give drives for the rest by offload.nvme_path"
+                )
+            return num_blocks, 0
+        room, most = self.host_room(), self.drives.most_bytes
+        num = min(num_blocks, room // slot_bytes)
+        on_drives = wanted - num * slot_bytes
+        if num < min(2, num_blocks):
+            raise ValueError(
+                f"offload.activations.host_bytes={room}: {swap}, and pass through two slots of host memory at least, "
+                f"{2 * slot_bytes}; raise it, or use offload.activations.mode=recompute"
+            )
+        if most is not None and on_drives > most:
+            raise ValueError(
+                f"offload.nvme_bytes leaves {most} for activations: {swap}, {on_drives} of it more than host memory "
+                f"holds ({room}); raise it or offload.activations.host_bytes, or use offload.activations.mode=input, "
+                "which swaps least, or recompute"
+            )
+        return num, on_drives
 
     def close(self) -> None:
+        """Let go of all memory; what is taken afterwards is made anew."""
+        self.num_buffers -= len(self._buffers)
         self.buffer_bytes -= sum(memory.data.numel() for memory in self._buffers)
         self._buffers.clear()
         slots, self._slots = self._slots, None
         if slots is not None:
+            self._written += slots.tier.bytes_written if slots.tier else 0
+            slots.close_drives()
             slots.close_if_idle()
 
 
@@ -238,7 +293,7 @@ def mark(device: torch.device, stream: torch.cuda.Stream | None) -> Event:
     """An event after all that `stream`, None for the current one, has to do."""
     if device.type == "cpu":
         return None
-    event = torch.cuda.Event()
+    event = torch.cuda.Event(blocking=True)  # who waits on the host does not spin
     event.record(stream or torch.cuda.current_stream(device))
     return event
 

@@ -11,6 +11,11 @@ another takes less, and slots of host memory are equal, so that the largest α a
 Source: arXiv 2407.12117, section 4.2. What GPU memory is left over keeps blocks first (arXiv 2403.06504): the last
 ones, whose backward comes first, so that what they keep is soonest free again.
 
+[Note: drives behind host memory] Where host memory has slots for s of n blocks, D bytes a second of a drive hide behind
+the forward if the first n - s blocks' are written when the last blocks want their slots, two of which are taken by what
+is on its way: (n - s)(S_in + S_attn) / D <= (n - 2) T_fwd. In the backward the same holds for what is read, beside
+T_bwd, twice T_fwd or more. Then α = 0 for all, else host memory alone is used.
+
 [Note: what swapping takes on the device] Products on their way out, of two blocks at a time, and the regions of two
 buffers that they come back to, one of which stands for what recomputing would take anyway: beside α = 0, at most
 2 S_rest more. Where that is not left over, nothing but inputs and attention is swapped.
@@ -58,6 +63,15 @@ class BlockCost:
         return self.least_bytes + self.rest_bytes if self.kept_bytes is None else self.kept_bytes
 
 
+@dataclass(frozen=True)
+class DriveRoom:
+    """Drives that slots may go on to."""
+
+    size_bytes: float
+    bytes_per_s: float
+    """Written, and half of what is read."""
+
+
 def choose_alpha(costs: Sequence[BlockCost], *, link_bytes_per_s: float, host_bytes: float) -> float:
     """The α of blocks that may take `host_bytes` of host memory together, of which α = 0 takes no more.
 
@@ -87,6 +101,16 @@ def fit(costs: Sequence[BlockCost], host_bytes: float) -> list[Choice]:
     return [Choice("input")] * num + [Choice("recompute")] * (len(costs) - num)
 
 
+def hides(costs: Sequence[BlockCost], host_bytes: float, drives: DriveRoom) -> bool:
+    """Whether input and attention of the blocks that host memory does not hold may go on to drives, see
+    [Note: drives behind host memory]."""
+    largest, n = _largest(costs), len(costs)
+    num = int(min(n, host_bytes // max(1, largest)))
+    on_drives = (n - num) * largest
+    behind_s = (n - 2) / n * sum(cost.forward_s for cost in costs)
+    return num >= 2 and on_drives <= min(drives.size_bytes, behind_s * drives.bytes_per_s)
+
+
 def choose(
     costs: Sequence[BlockCost],
     *,
@@ -94,12 +118,14 @@ def choose(
     host_bytes: int | None = None,
     gpu_bytes: int | None = None,
     keep_last: int = 2,
+    drives: DriveRoom | None = None,
 ) -> list[Choice]:
     """A choice for each block, in the order of the forward.
 
     host_bytes: for all of them together; None: no limit. gpu_bytes: what is left over on the device beside α = 0
     ([Note: what swapping takes on the device]), where as many of the last blocks as fit keep everything; None: not
-    known, none but `keep_last` do, and α is not bound by it. The others are as host memory has room for, see `fit`.
+    known, none but `keep_last` do, and α is not bound by it. The others are as host memory has room for, see `fit`, or
+    with `drives` behind it where they hide.
     ValueError for rates or sizes below zero.
     """
     if link_bytes_per_s <= 0 or min(gpu_bytes or 0, host_bytes or 0, keep_last) < 0:
@@ -119,6 +145,8 @@ def choose(
     away = costs[: len(costs) - kept]
     most = math.inf if host_bytes is None else host_bytes
     choices = fit(away, most)
+    if drives and away and choices[-1].mode != "swap" and hides(away, most, drives):
+        return [Choice("swap")] * len(away) + [Choice("keep")] * kept
     if room and choices and choices[0].mode == "swap":
         alpha = choose_alpha(away, link_bytes_per_s=link_bytes_per_s, host_bytes=most)
         choices = [Choice("swap", math.floor(STEP * alpha) / STEP)] * len(away)

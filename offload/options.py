@@ -22,7 +22,8 @@ class ActivationOptions:
     """With ``swap``, ``input`` and ``auto``: the last blocks keep what they save, which would have to come back as it
     leaves."""
     host_bytes: int | None = None
-    """The most host memory for activations. None: what is needed, and with a chosen α 80% of what is available."""
+    """The most host memory for activations; what it does not hold goes on to the drives of `OffloadOptions.nvme_path`,
+    if there are any. None: what is needed, and with drives, or a chosen α, 80% of what is available."""
     tile_tokens: int | None = None
     """MLPs run over so many tokens at a time, and again in the backward: for sequences whose inner tensors do not fit.
     None: over all at once."""
@@ -87,9 +88,10 @@ class OffloadOptions:
     error. None: ``states=host`` takes what it needs, ``states=nvme`` puts no states there, ``states=auto`` plans with
     85% of this rank's part of what is available."""
     nvme_path: list[str] = field(default_factory=list)
-    """Folders on drives, one a drive; each file is scratch and removed by itself."""
+    """Folders on drives, one a drive; each file is scratch and removed by itself. For states, and for activations that
+    swap where host memory is short; both share the drives."""
     nvme_bytes: int | None = None
-    """The most that all drives together may hold. None: what is needed."""
+    """The most that all drives together may hold, states first. None: what is needed."""
     nvme_direct: bool = True
     """Past the page cache (O_DIRECT). ``false`` only where the file system refuses it: takes memory and time."""
     nvme_tbw: float | None = None

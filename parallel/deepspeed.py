@@ -151,6 +151,9 @@ class DeepSpeedEngine:
     def passing_bytes(self) -> dict[str, int]:
         return {}
 
+    def written_bytes_per_s(self) -> float:
+        return 0.0
+
     def state_bytes(self) -> dict[str, int]:
         """See `Engine`. Gradients as held after a backward; the buckets they pass through are not counted."""
         params: list[Any] = list(self.model.parameters())

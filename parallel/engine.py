@@ -12,8 +12,7 @@ Accept = Callable[[Tensor], bool]
 
 
 class Engine(Protocol):
-    """One rank's share of a model in training. Every method but `pieces`, `state_bytes` and `passing_bytes` is
-    collective."""
+    """One rank's share of a model in training. Every method but `pieces` and those that tell of bytes is collective."""
 
     model: nn.Module
     updates: int
@@ -55,6 +54,9 @@ class Engine(Protocol):
     def passing_bytes(self) -> dict[str, int]:
         """Bytes on the device now that are not there for good, by owner: ``gradients``, ``swapped activations``. Empty
         where the engine does not know."""
+
+    def written_bytes_per_s(self) -> float:
+        """To drives, by activations, since this engine was made."""
 
     def close(self) -> None:
         """Let go of host memory, drives and threads; the engine is of no use afterwards."""

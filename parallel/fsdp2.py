@@ -157,6 +157,9 @@ class FSDP2Engine:
     def passing_bytes(self) -> dict[str, int]:
         return {}
 
+    def written_bytes_per_s(self) -> float:
+        return 0.0
+
     def state_bytes(self) -> dict[str, int]:
         """See `Engine`. Masters are the sharded parameters too; gathered copies count as ``buffers``, at their peak."""
         moments = [self._state(param) for param in self._trained]

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from offload.activations_slots import Drives
 from offload.hostpool import HostPool
 from offload.options import OffloadOptions
 from offload.placing import Part, place
@@ -157,6 +158,17 @@ class Offloader:
         if self._states is None:
             return {}
         return {"host": self._states.host_bytes, "nvme": self._states.nvme_bytes}
+
+    def drives(self, options: OffloadOptions) -> Drives | None:
+        """Where activations may go on to, and how much states leave of it."""
+        if not (options.nvme_path and options.activations.swaps):
+            return None
+        most, states = options.nvme_bytes, self.bytes().get("nvme", 0)
+        return Drives(
+            folders=[Path(path) for path in options.nvme_path],
+            direct=options.nvme_direct,
+            most_bytes=None if most is None else most - states,
+        )
 
     def close(self) -> None:
         if self._states is not None:

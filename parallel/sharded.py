@@ -128,7 +128,8 @@ class ShardedModel:
         sharing, threads = (ranks_here(), num_threads(offload)) if leave else (1, None)
         self.activations = Activations(
             offload.activations, device,
-            pack=self._pack, unpack=self._unpack, sharing=sharing, most_tokens=most_tokens, threads=threads, say=say,
+            pack=self._pack, unpack=self._unpack, sharing=sharing, most_tokens=most_tokens, threads=threads,
+            drives=self._offloader.drives(offload), say=say,
         )  # fmt: skip
         self.activations.wrap(blocks)
         again = {*recompute, *(blocks if offload.activations.leave else ())}
@@ -300,6 +301,9 @@ class ShardedModel:
             "gradients": sum(grad.nbytes for grad in held if grad is not None),
             "swapped activations": self.activations.device_bytes(),
         }
+
+    def written_bytes_per_s(self) -> float:
+        return self.activations.pools.written_bytes_per_s()
 
     # ------------------------------------------------------------------------------------------------ units
 

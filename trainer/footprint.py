@@ -7,6 +7,7 @@ names by it what would fit. An α that is not chosen yet counts as 1, which take
 Not counted: kernels' workspaces, what the compiler fuses away (a compiled block takes less while it runs), and holes.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,12 +53,15 @@ class Footprint:
             kept_bytes=self.kept_bytes,
         )
 
-    def host_bytes(self, options: ActivationOptions) -> int:
+    def host_bytes(self, options: ActivationOptions, room: float = math.inf) -> tuple[int, int]:
+        """In host memory, and on drives behind it where it has `room` for fewer than all blocks that swap."""
         if not options.swaps:
-            return 0
+            return 0, 0
         num_away = max(0, self.num_blocks - options.keep_last)
         more = 0 if options.mode == "input" else self.attention_bytes + int(_alpha(options) * self.rest_bytes)
-        return num_away * (self.input_bytes + more)
+        each = self.input_bytes + more
+        num = int(min(num_away, room // each))
+        return num * each, (num_away - num) * each
 
     def device_bytes(self, options: ActivationOptions) -> int:
         """At the peak: what blocks hold between forward and backward, and the block or head that runs.

@@ -84,9 +84,11 @@ class Forecast:
         self._ratios.append(step_s / expected_s)
         return self._compare() if len(self._times) == SHOWN else ""
 
-    def summary(self) -> str:
-        """For the end of the run; empty where it was too short to tell."""
-        return self._compare() + self._wear(statistics.median(self._times)) if self._times else ""
+    def summary(self, written_bytes_per_s: float) -> str:
+        """For the end of the run; empty where it was too short to tell. written_bytes_per_s: to drives, but states."""
+        if not self._times:
+            return ""
+        return self._compare() + self._wear(statistics.median(self._times), written_bytes_per_s)
 
     @property
     def ratio(self) -> float:
@@ -97,15 +99,17 @@ class Forecast:
         count, median = len(self._times), statistics.median(self._times)
         return f"measured: {seconds(median)} a step (median of {count}), {self.ratio:.2f} of what was predicted"
 
-    def _wear(self, step_s: float) -> str:
+    def _wear(self, step_s: float, written_bytes_per_s: float = 0.0) -> str:
         """What this rank's writing means for the drives of its machine, if it writes any."""
-        if not self.prediction.written_bytes:
-            return ""
-        capacity = sum(_space(Path(path))[1] for path in self._options.nvme_path)
-        wear = endurance(
-            self.prediction.written_bytes, step_s, capacity_bytes=capacity, tbw=self._options.nvme_tbw
-        )  # fmt: skip
-        return f"\ndrives: {'this rank ' if self._world > 1 else ''}{wear}"
+        bytes_per_s = self.prediction.written_bytes / step_s + written_bytes_per_s
+        return f"\n{wear(bytes_per_s, self._options, world=self._world)}" if bytes_per_s else ""
+
+
+def wear(bytes_per_s: float, options: OffloadOptions, *, world: int) -> str:
+    """What a rank's writing to the drives of ``offload.nvme_path`` means for them."""
+    capacity = sum(_space(Path(path))[1] for path in options.nvme_path)
+    said = endurance(bytes_per_s, 1.0, capacity_bytes=capacity, tbw=options.nvme_tbw)
+    return f"drives: {'this rank ' if world > 1 else ''}{said}"
 
 
 def settle(

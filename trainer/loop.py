@@ -33,7 +33,7 @@ from trainer.build import Rank, build_engine, check_same_data, choose_dtype, com
 from trainer.data import open_corpus
 from trainer.determinism import deterministic
 from trainer.evaluate import sample, validate
-from trainer.forecast import settle
+from trainer.forecast import settle, wear
 from trainer.job import Job
 from trainer.memory import Picture
 from trainer.models import LanguageModel, build_model
@@ -334,8 +334,11 @@ class Trainer:
         else:
             reason = self._stop_reason or "another rank was asked to stop"
             text = f"stopped after step {self.step} of {job.train.steps} ({reason}); the same command resumes it"
-        if self.forecast and (compared := self.forecast.summary()):
+        written = self.engine.written_bytes_per_s()
+        if self.forecast and (compared := self.forecast.summary(written)):
             text = f"{compared}\n{text}"
+        elif written:
+            text = f"{wear(written, job.offload, world=self.where.world)}\n{text}"
         if not self.checkpoints.error():
             self.snapshots.close(dropped=True)
         if error := self.checkpoints.error():

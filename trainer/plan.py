@@ -46,9 +46,10 @@ def _activations(job: Job, model: LanguageModel) -> dict[str, str]:
         return {}
     kept = min(num, options.keep_last) if options.swaps else 0
     alpha = "what hides behind compute" if options.alpha is None else f"{options.alpha:g} of the tokens"
+    where = "to host memory" + (", and on to NVMe where that is short" if job.offload.nvme_path else "")
     how = {
-        "swap": f"swap {alpha} to host memory, the rest is recomputed",
-        "input": "swap their input alone to host memory, all is recomputed",
+        "swap": f"swap {alpha} {where}, the rest is recomputed",
+        "input": f"swap their input alone {where}, all is recomputed",
         "recompute": "keep their input and attention's output, the rest is recomputed",
         "checkpoint": "keep their input, all is recomputed",
     }["swap" if options.mode == "auto" else options.mode]

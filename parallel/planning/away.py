@@ -10,7 +10,6 @@ import torch
 
 from offload.choose import Chosen, Room, choose, device_bytes
 from offload.cost import Layer, Prediction, Rates, predict, seconds
-from offload.nvme import endurance
 from offload.options import OffloadOptions
 from offload.placing import Part
 from parallel.planning.cost import Plan, memory, traffic_of
@@ -122,8 +121,6 @@ class AwayPlan:
         drives = f"; drives {held.written_bytes / 1e9:.4g} GB read and as much written" if held.written_bytes else ""
         waits = f" and {seconds(self.waits_s)} for links between ranks" if self.waits_s > 0.005 * self.step_s else ""
         lines += ["", f"moves      {links}{drives}", f"with away  {held}{waits}"]
-        if held.written_bytes:
-            lines.append(f"endurance  {endurance(held.written_bytes, self.step_s, tbw=self.options.nvme_tbw)}")
         if self.chosen:
             lines.append(f"chosen     {self.chosen.why}")
         return lines

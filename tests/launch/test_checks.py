@@ -201,6 +201,21 @@ def test_what_would_be_ignored_or_refused_by_the_ranks(change: dict, words: str,
         check(config, Crew(2, 1, "cpu"))
 
 
+@pytest.mark.parametrize("states", ["none", "host"])
+def test_drives_are_read_where_activations_go_on_to_them(states: str, tmp_path: Path) -> None:
+    drives = {"nvme_path": [str(tmp_path)], "nvme_bytes": 1, "nvme_tbw": 600.0, "nvme_direct": False}
+    run = RunOptions(root=str(tmp_path))
+    for mode in ("swap", "recompute"):
+        config = Config(
+            run=run, offload=OffloadOptions(states=states, activations=ActivationOptions(mode=mode), **drives)
+        )
+        if mode == "swap":
+            assert check(config, Crew(2, 1, "cpu")).offload.nvme_bytes == 1
+        else:
+            with pytest.raises(ValueError, match="offload.nvme_path=.* or offload.activations that swap"):
+                check(config, Crew(2, 1, "cpu"))
+
+
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
 def test_another_engine_with_what_it_has(engine: str, tmp_path: Path) -> None:
     config = Config(engine=engine, run=RunOptions(root=str(tmp_path)))

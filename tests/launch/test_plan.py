@@ -198,6 +198,21 @@ def test_auto_is_planned_with_what_host_memory_holds() -> None:
     assert again[0] < again[1] == again[2] == 1
 
 
+def test_drives_behind_host_memory_are_planned_where_they_hide() -> None:
+    """1b: 8.7 GB a block at 1,048,576 tokens, which take it 8 s; 0.27 GB at 32,768, which take it 30 ms."""
+    chosen = []
+    for num_tokens, host_bytes in ((2**20, 88 * 10**9), (2**15, 2 * 10**9)):
+        asked = ("experiment=longcontext", "model=1b", f"train.seq_len={num_tokens}", "offload.nvme_tbw=600",
+                 "offload.activations.keep_last=0", f"offload.activations.host_bytes={host_bytes}")  # fmt: skip
+        planned = plan(composed(*asked, "offload.nvme_path=[/drive]"), PRESETS["single"])
+        marked = next(line for line in activation_rows(planned) if line.startswith("*"))
+        chosen.append(re.sub(" +", " ", marked))
+        said = ("go on to NVMe at 2.3 GB/s" in activation_rows(planned)[-1], "TB a day" in show(planned))
+        assert said == (num_tokens == 2**20,) * 2
+    assert chosen[0].endswith(" 81.250 48.750") and "(α = 0.00)" in chosen[0]
+    assert chosen[1].endswith(" 0.000") and "(input)" in chosen[1]
+
+
 def test_a_model_that_fake_tensors_do_not_run_is_estimated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     transformers = pytest.importorskip("transformers")
     transformers.MixtralConfig(

@@ -488,7 +488,7 @@ def test_evaluation_passes_through() -> None:
     swap = leaving(model)
     with torch.no_grad():
         assert torch.equal(model(*batch()), plain(*batch()))
-    assert swap.pools.size_bytes() == {"buffers": 0, "host": 0}
+    assert swap.pools.size_bytes() == {"buffers": 0, "host": 0, "nvme": 0}
 
 
 # ---------------------------------------------------------------------------------------------------- errors

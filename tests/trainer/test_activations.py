@@ -36,7 +36,7 @@ def run(
     Trainer(job, emit=events.append).train()
     losses = [event["loss"] for event in events if event["type"] == "step"]
     assert len(losses) == 6
-    return losses, "\n".join(event["text"] for event in events if event["type"] in ("plan", "message"))
+    return losses, "\n".join(event["text"] for event in events if event["type"] in ("plan", "message", "end"))
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,21 @@ def test_with_states_and_weights_in_host_memory_too(tmp_path: Path, data: Path, 
     stay, _ = run(tmp_path, "stay", data, offload=tier)
     leave, _ = run(tmp_path, "leave", data, offload=tier, mode="swap", alpha=1.0, keep_last=1)
     assert leave == stay
+
+
+@pytest.mark.parametrize("states", [{}, {"states": "nvme", "weights": "host"}])
+def test_what_goes_on_to_a_drive_is_told(
+    tmp_path: Path, data: Path, kept: list[float], disk_folder: Path, states: dict[str, Any]
+) -> None:
+    """Alone, and beside states on the same drive: bitwise the run that keeps all."""
+    stay = run(tmp_path, "stay", data, offload=states | {"nvme_path": [str(disk_folder)]})[0] if states else kept
+    each = 2 * 32 * 4 * (64 + 64 + 4) // 4096 * 4096 + 4096
+    drives = {**states, "nvme_path": [str(disk_folder)], "nvme_bytes": 2**24, "nvme_tbw": 600.0}
+    swap = {"mode": "swap", "alpha": 0.0, "keep_last": 0, "host_bytes": 2 * each}
+    losses, text = run(tmp_path, "away", data, offload=drives, **swap)
+    assert losses == stay
+    assert "host memory holds 2 of them" in text and "what the first 2 leave goes on to NVMe" in text
+    assert "drives: writes" in text and "rated for 600 TB last" in text.splitlines()[-2]
 
 
 @pytest.mark.slow

@@ -76,7 +76,8 @@ def test_a_model_of_hugging_face(tmp_path: Any) -> None:
 def test_only_swapping_takes_host_memory() -> None:
     sizes = found()
     swap = ActivationOptions(mode="swap", alpha=0.5, keep_last=2)
-    assert sizes.host_bytes(replace(swap, mode="recompute", alpha=None)) == 0
-    assert sizes.host_bytes(replace(swap, mode="input", alpha=None)) == (LAYERS - 2) * sizes.input_bytes
+    assert sizes.host_bytes(replace(swap, mode="recompute", alpha=None)) == (0, 0)
+    assert sizes.host_bytes(replace(swap, mode="input", alpha=None)) == ((LAYERS - 2) * sizes.input_bytes, 0)
     one = sizes.input_bytes + sizes.attention_bytes + sizes.rest_bytes // 2
-    assert sizes.host_bytes(swap) == (LAYERS - 2) * one
+    assert sizes.host_bytes(swap) == ((LAYERS - 2) * one, 0)
+    assert sizes.host_bytes(swap, 3 * one - 1) == (2 * one, (LAYERS - 4) * one), "whole slots; the rest on drives"

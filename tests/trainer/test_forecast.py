@@ -100,7 +100,7 @@ def test_the_measured_step_is_near_the_predicted(tmp_path: Path, data: Path, mon
         pytest.skip("other processes compute here")
     ratios: list[float] = []
     summary = forecast.Forecast.summary
-    monkeypatch.setattr(forecast.Forecast, "summary", lambda self: ratios.append(self.ratio) or summary(self))
+    monkeypatch.setattr(forecast.Forecast, "summary", lambda self, _: ratios.append(self.ratio) or summary(self, 0.0))
     run(tmp_path, data, states="host")
     assert 1 / 3 < ratios[0] < 3, ratios
 
