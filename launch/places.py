@@ -79,7 +79,8 @@ class Places:
             enough = all(has.get(kind, 0) >= amount for kind, amount in self._bundle.items())
             if enough and node.id not in ours | self._lost | leaving:
                 found.append(node)
-        return [node for node in found if is_there(node)]
+        missing = gone(found)
+        return [node for node in found if node not in missing]
 
     def give_back(self, node: Node, *, lost: bool = False) -> None:
         """Without it from now on; lost: it never comes back under this id."""

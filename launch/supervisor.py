@@ -207,7 +207,9 @@ class Supervisor:
     def _recover(self) -> State:
         """Find the nodes to go on with. Who comes takes the places of who went: the others keep their ranks, and what
         lies in their nodes' memory."""
-        lost = gone([*self._nodes, *self._coming]) | self._leaving
+        assert self._team is not None
+        known = self._team.lost | self._leaving
+        lost = known | gone({*self._nodes, *self._coming} - known)
         held = {node: self._ranks_of(node) for node in self._nodes if node not in lost}
         arrived = [node for node in self._coming if node not in lost]
         missing = self._scaling.wanted.nodes - len(held) - len(arrived)

@@ -37,6 +37,8 @@ class Team:
         assert len(members) == crew.workers
         self.members, self.crew, self._options = list(members), crew, options
         self.nodes: list[Node] = list(dict.fromkeys(member.node for member in members))
+        self.lost: set[Node] = set()
+        """Nodes that did not answer. Asking a machine that is switched off takes seconds, so it is not asked again."""
         self.failures: dict[int, Failure] = {}
         self.results: dict[int, dict[str, Any]] = {}
         self._running: dict[Any, int] = {}
@@ -200,9 +202,10 @@ class Team:
         if time.monotonic() < self._probed + PROBE_EVERY_S:
             return
         self._probed = time.monotonic()
-        lost = gone(self.nodes)
+        new = gone([node for node in self.nodes if node not in self.lost])
+        self.lost |= new
         for rank, member in enumerate(self.members):
-            if member.node in lost:
+            if member.node in new:
                 self.failures[rank] = Failure(cause=f"node {member.node} died", kind="node")
                 self._running = {call: other for call, other in self._running.items() if other != rank}
 
