@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -34,6 +35,7 @@ from report import write_report  # noqa: E402
 
 from checkpoint import CheckpointOptions, Checkpoints  # noqa: E402
 from checkpoint.chunks import THREADS  # noqa: E402
+from checkpoint.crc import Bytes  # noqa: E402
 from checkpoint.erasure import aligned_empty  # noqa: E402
 from offload.state import Piece  # noqa: E402
 
@@ -67,33 +69,39 @@ class Direct:
 
     def __init__(self, folder: Path, total_bytes: int) -> None:
         self.folder, self.count = folder / "direct", total_bytes // FILE_BYTES
-        self._buffers = [aligned_empty(FILE_BYTES) for _ in range(THREADS)]
-        for number, buffer in enumerate(self._buffers):
+        self._free: SimpleQueue[Bytes] = SimpleQueue()
+        for number in range(THREADS):
+            buffer = aligned_empty(FILE_BYTES)
             buffer[:] = number + 1
+            self._free.put(buffer)
         self.bytes, self.tensors = self.count * FILE_BYTES, ()
 
-    def _all(self, act: Callable[[int, int], None]) -> None:
+    def _all(self, act: Callable[[Bytes, Path], None]) -> None:
+        def do(number: int) -> None:
+            buffer = self._free.get()
+            act(buffer, self.folder / str(number))
+            self._free.put(buffer)
+
         with ThreadPoolExecutor(THREADS) as pool:
-            mine = [range(thread, self.count, THREADS) for thread in range(THREADS)]
-            for call in [pool.submit(lambda t=t: [act(t, number) for number in mine[t]]) for t in range(THREADS)]:
-                call.result()
+            for _ in pool.map(do, range(self.count)):
+                pass
 
     def save(self) -> None:
         self.folder.mkdir(exist_ok=True)
         self._all(self._write)
 
-    def _write(self, thread: int, number: int) -> None:
-        fd = os.open(self.folder / str(number), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
-        assert os.write(fd, self._buffers[thread].data) == FILE_BYTES
+    def _write(self, buffer: Bytes, path: Path) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
+        assert os.write(fd, buffer.data) == FILE_BYTES
         os.fsync(fd)
         os.close(fd)
 
     def load(self) -> None:
         self._all(self._read)
 
-    def _read(self, thread: int, number: int) -> None:
-        fd = os.open(self.folder / str(number), os.O_RDONLY | os.O_DIRECT)
-        assert os.preadv(fd, [self._buffers[thread].data], 0) == FILE_BYTES
+    def _read(self, buffer: Bytes, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        assert os.preadv(fd, [buffer.data], 0) == FILE_BYTES
         os.close(fd)
 
 
