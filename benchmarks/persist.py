@@ -4,10 +4,12 @@
 
 In every round, in turn, over the same bytes: plain O_DIRECT files from aligned memory (the yardstick, with as many
 threads as our writer has, fsync at the end), `Checkpoints` (from `save` to the commit, the copy to the staging buffer
-included; open, every range read and checked), and `torch.distributed.checkpoint` of the same tensors with files synced
-(`save`, `load`). What is read was dropped from the page cache before. Of the first save, which also faults the staging
-buffers in, nothing is counted. A figure is the median over rounds, a ratio the median of the ratios within a round.
-Prints a table and writes benchmarks/results/persist.json.
+included; open, and an engine's pieces filled where they lie, every chunk checked), and `torch.distributed.checkpoint`
+of the same tensors with files synced (`save`, `load`). All write new files; deleting the ones before, which
+`Checkpoints` does after the commit, has a figure of its own. What is read was dropped from the page cache before, and
+zeroed where it is to be. Of the first save, which also faults the staging buffers in, nothing is counted. A figure is
+the median over rounds, a ratio the median of the ratios within a round. Prints a table and writes
+benchmarks/results/persist.json.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -32,6 +35,7 @@ from report import write_report  # noqa: E402
 
 from checkpoint import CheckpointOptions, Checkpoints  # noqa: E402
 from checkpoint.chunks import THREADS  # noqa: E402
+from checkpoint.crc import Bytes  # noqa: E402
 from checkpoint.erasure import aligned_empty  # noqa: E402
 from offload.state import Piece  # noqa: E402
 
@@ -65,64 +69,71 @@ class Direct:
 
     def __init__(self, folder: Path, total_bytes: int) -> None:
         self.folder, self.count = folder / "direct", total_bytes // FILE_BYTES
-        self._buffers = [aligned_empty(FILE_BYTES) for _ in range(THREADS)]
-        for number, buffer in enumerate(self._buffers):
+        self._free: SimpleQueue[Bytes] = SimpleQueue()
+        for number in range(THREADS):
+            buffer = aligned_empty(FILE_BYTES)
             buffer[:] = number + 1
-        self.bytes = self.count * FILE_BYTES
+            self._free.put(buffer)
+        self.bytes, self.tensors = self.count * FILE_BYTES, ()
 
-    def _all(self, act: Callable[[int, int], None]) -> None:
+    def _all(self, act: Callable[[Bytes, Path], None]) -> None:
+        def do(number: int) -> None:
+            buffer = self._free.get()
+            act(buffer, self.folder / str(number))
+            self._free.put(buffer)
+
         with ThreadPoolExecutor(THREADS) as pool:
-            mine = [range(thread, self.count, THREADS) for thread in range(THREADS)]
-            for call in [pool.submit(lambda t=t: [act(t, number) for number in mine[t]]) for t in range(THREADS)]:
-                call.result()
+            for _ in pool.map(do, range(self.count)):
+                pass
 
     def save(self) -> None:
         self.folder.mkdir(exist_ok=True)
         self._all(self._write)
 
-    def _write(self, thread: int, number: int) -> None:
-        fd = os.open(self.folder / str(number), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
-        assert os.write(fd, self._buffers[thread].data) == FILE_BYTES
+    def _write(self, buffer: Bytes, path: Path) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
+        assert os.write(fd, buffer.data) == FILE_BYTES
         os.fsync(fd)
         os.close(fd)
 
     def load(self) -> None:
         self._all(self._read)
 
-    def _read(self, thread: int, number: int) -> None:
-        fd = os.open(self.folder / str(number), os.O_RDONLY | os.O_DIRECT)
-        assert os.preadv(fd, [self._buffers[thread].data], 0) == FILE_BYTES
+    def _read(self, buffer: Bytes, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        assert os.preadv(fd, [buffer.data], 0) == FILE_BYTES
         os.close(fd)
 
 
 class Ours:
     def __init__(self, folder: Path, pieces: list[Piece]) -> None:
         self.folder, self.pieces = folder / "atoll", pieces
+        self.tensors = [piece.tensor for piece in pieces]
         self.bytes = sum(piece.tensor.nbytes for piece in pieces)
-        self.checkpoints = Checkpoints(str(self.folder), CheckpointOptions(keep_last=1))
-        self.step, self.stall_s = 0, 0.0
+        self.checkpoints = Checkpoints(str(self.folder), CheckpointOptions())
+        self.step = 0
+        self.stalls_s: list[float] = []
 
     def save(self) -> None:
         self.step += 1
         start = time.perf_counter()
         self.checkpoints.save(self.step, self.pieces, {}, {"step": self.step})
-        self.stall_s = time.perf_counter() - start
+        if self.step > 1:
+            self.stalls_s.append(time.perf_counter() - start)
         self.checkpoints.wait()
         if self.checkpoints.error():
             sys.exit(str(self.checkpoints.error()))
 
     def load(self) -> None:
-        reader = self.checkpoints.open(self.step)
-        for piece in self.pieces:
-            # Into memory that is there, as an engine loads it.
-            piece.tensor.copy_(reader.read(piece.name, piece.kind, piece.start, piece.stop))
+        self.checkpoints.open(self.step).fill(self.pieces)  # as an engine does: into the memory that is there
 
 
 class Dcp:
     def __init__(self, folder: Path, pieces: list[Piece]) -> None:
         self.folder = folder / "dcp"
         self.state = {f"{piece.name}/{piece.kind}": piece.tensor for piece in pieces}
-        self.bytes = sum(tensor.nbytes for tensor in self.state.values())
+        self.tensors = list(self.state.values())
+        self.bytes = sum(tensor.nbytes for tensor in self.tensors)
 
     def save(self) -> None:
         from torch.distributed import checkpoint as dcp
@@ -137,7 +148,9 @@ class Dcp:
         dcp.load(self.state, storage_reader=dcp.FileSystemReader(self.folder), no_dist=True)
 
 
-def measure(sides: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
+def measure(sides: dict[str, Any], rounds: int) -> tuple[list[dict[str, Any]], float]:
+    """Rows, and seconds a GB to delete."""
+    delete_s: list[float] = []
     found: dict[tuple[str, str], list[float]] = {}
     used: dict[tuple[str, str], list[float]] = {}
     for number in range(rounds + 1):  # the first warms up
@@ -146,6 +159,8 @@ def measure(sides: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
             for act in ("save", "load"):
                 if act == "load":
                     drop_from_cache(side.folder)
+                    for tensor in side.tensors:
+                        tensor.zero_()
                 os.sync()
                 start, cpu = time.perf_counter(), time.process_time()
                 getattr(side, act)()
@@ -153,7 +168,10 @@ def measure(sides: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
                 if number:
                     found.setdefault((name, act), []).append(side.bytes / seconds / 1e9)
                     used.setdefault((name, act), []).append(1e9 * cpu / side.bytes)
-            shutil.rmtree(side.folder) if name != "Atoll" else None
+            start = time.perf_counter()
+            shutil.rmtree(side.folder)
+            if number:
+                delete_s.append((time.perf_counter() - start) * 1e9 / side.bytes)
     rows = []
     for (name, act), values in found.items():
         ratios = [value / direct for value, direct in zip(values, found["direct", act], strict=True)]
@@ -168,7 +186,8 @@ def measure(sides: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
                 "target": 0.8 if name == "Atoll" else None,
             }  # fmt: skip
         )
-    return sorted(rows, key=lambda row: (row["what"] != "save", list(sides).index(row["by"])))
+    rows.sort(key=lambda row: (row["what"] != "save", list(sides).index(row["by"])))
+    return rows, statistics.median(delete_s)
 
 
 def main() -> None:
@@ -189,7 +208,7 @@ def main() -> None:
         sides: dict[str, Any] = {"direct": Direct(folder, ours.bytes), "Atoll": ours}
         if args.dcp:
             sides["torch DCP"] = Dcp(folder, pieces)
-        rows = measure(sides, args.rounds)
+        rows, delete_s = measure(sides, args.rounds)
         ours.checkpoints.close()
     assert all(torch.equal(kept, piece.tensor) for kept, piece in zip(before, pieces, strict=False))
     for row in rows:
@@ -197,9 +216,17 @@ def main() -> None:
             f"{row['what']:5} {row['by']:10} {row['gb_per_s']:7.3f} GB/s  ratio {row['ratio']:.3f}  {row['ratios']}  "
             f"CPU {row['cpu_s_per_gb']:.3f} s/GB"
         )
-    print(f"{ours.bytes / 1e9:.2f} GB; training stood still for the copy: {ours.stall_s:.2f} s")
+    print(
+        f"{ours.bytes / 1e9:.2f} GB; training stood still for the copy: {statistics.median(ours.stalls_s):.2f} s; "
+        f"deleting: {delete_s:.2f} s/GB"
+    )
     hardware = f"{platform.machine()}, {os.cpu_count()} cores, load average {load:.1f} at the start"
-    write_report(args.out, hardware, rows + [{"what": "stall", "bytes": ours.bytes, "stall_s": round(ours.stall_s, 3)}])
+    stalls = [round(stall, 3) for stall in sorted(ours.stalls_s)]
+    others = [
+        {"what": "stall", "bytes": ours.bytes, "stalls_s": stalls},
+        {"what": "delete", "s_per_gb": round(delete_s, 3)},
+    ]
+    write_report(args.out, hardware, rows + others)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writing the chunks of one rank's arrays, a few at once, each from where its bytes lie."""
+"""Writing the files of one rank, a few at once: the chunks of its arrays each from where its bytes lie."""
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +34,15 @@ class ChunkWriter:
             self._made.add(array)
         path = f"{self._here}/{chunk_file(array, number)}"
         self._written[path] = self._pool.submit(self._write, path, data, size_bytes)
+
+    def put_file(self, path: str, content: bytes) -> None:
+        """Start writing a file that is no chunk."""
+
+        def write() -> Entry:
+            self._folder.write(path, content)
+            return Entry(len(content), crc32c(content))
+
+        self._written[path] = self._pool.submit(write)
 
     def finish(self) -> dict[str, Entry]:
         """Wait for all; what was written, by path. Raises what went wrong."""

@@ -87,7 +87,7 @@ class Folder:
         pages, where they fit. direct: past the page cache, for who reads alone; ranks of one machine often read the
         same."""
         if not self.local:
-            return np.frombuffer(self.read(path), dtype=np.uint8)
+            return np.frombuffer(bytearray(self.read(path)), dtype=np.uint8)
         fd = os.open(f"{self.path}/{path}", os.O_RDONLY | os.O_CLOEXEC)
         try:
             size, done = os.fstat(fd).st_size, 0

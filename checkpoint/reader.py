@@ -5,18 +5,20 @@ executed: files hold numbers and JSON alone, and every path that is read is made
 """
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NoReturn, TypeVar
 
+import numpy as np
 import torch
 
 from checkpoint import values
 from checkpoint.crc import Bytes, crc32c
 from checkpoint.errors import CheckpointDamaged, CheckpointError
-from checkpoint.folder import PAGE_BYTES, Folder, pages_empty
+from checkpoint.folder import Folder, pages_empty
 from checkpoint.layout import COMMIT, CRC_BYTES, DTYPES, META, ArrayLayout, Commit, Index, Span, is_chunk, shard_folder
+from offload.state import Piece
 
 _THREADS = 4
 _CACHE_BYTES = 512 << 20
@@ -26,8 +28,8 @@ several kinds side by side."""
 _T = TypeVar("_T")
 _Chunk = tuple[int, ArrayLayout, int]
 """Rank that wrote it, its array, its number."""
-_Job = tuple[_Chunk, slice, slice]
-"""A chunk, which of its bytes, and where they go in the result."""
+_Job = tuple[slice, torch.Tensor]
+"""Which bytes of a chunk, and the elements that they are of what is filled."""
 
 
 class CheckpointReader:
@@ -53,8 +55,10 @@ class CheckpointReader:
         self._indexes = [self._index(rank) for rank in range(self.world)]
         self._spans = self._assemble()
         self._cache: OrderedDict[_Chunk, tuple[Future[Bytes], Bytes]] = OrderedDict()
-        """Checked bytes, and the memory they lie in, which is used again: whoever gets them copies them at once."""
-        self._current: _Chunk | None = None
+        """Checked bytes, and the memory they lie in, which is used again."""
+        self._spare: list[Bytes] = []
+        arrays = [array for index in self._indexes for array in index.arrays.values()]
+        self._chunk_bytes = max((array.chunk * array.item_bytes + CRC_BYTES for array in arrays), default=0)
 
     def rank_state(self, rank: int) -> dict[str, Any]:
         """What that rank passed to `save`. KeyError where it was written by fewer ranks."""
@@ -83,13 +87,34 @@ class CheckpointReader:
 
         KeyError where there is no such state, ValueError where the range is not in it.
         """
-        spans = self._of(name, kind)
-        numel = math.prod(spans[0][1].shape)
-        if not 0 <= start <= stop <= numel:
-            raise ValueError(f"elements {start}:{stop} of {name} ({kind}), which has {numel}")
+        if not 0 <= start <= stop:
+            raise ValueError(f"elements {start}:{stop} of {name} ({kind})")
         out = torch.empty(stop - start, dtype=self.dtype(name, kind))
-        self._fill(out.view(torch.uint8).numpy(), self._jobs(spans, start, stop))
+        self.fill([Piece(name=name, kind=kind, start=start, stop=stop, shape=self.shape(name, kind), tensor=out)])
         return out
+
+    def fill(self, pieces: Iterable[Piece]) -> None:
+        """Put what they name into the pieces' tensors, on any device and of any dtype (`offload.state.Fill`).
+
+        Chunk by chunk: each is read once, checked, and only then copied to where it is wanted, some of them at once.
+        KeyError and ValueError as above, before any tensor is touched; where it raises CheckpointError some are.
+        """
+        jobs: dict[_Chunk, list[_Job]] = {}
+        for piece in pieces:
+            for chunk, job in self._jobs(piece):
+                jobs.setdefault(chunk, []).append(job)
+        under_way: deque[tuple[_Chunk, Future[Bytes]]] = deque()
+        try:
+            for chunk in sorted(jobs, key=lambda chunk: chunk[2]):  # kinds side by side: what comes next begins there
+                if len(under_way) == _THREADS:
+                    self._settle(*under_way.popleft(), jobs)
+                under_way.append((chunk, self._deliver(chunk, jobs[chunk])))
+            for chunk in self._after(jobs):
+                self._deliver(chunk, [])
+            while under_way:
+                self._settle(*under_way.popleft(), jobs)
+        finally:
+            wait([delivered for _, delivered in under_way])  # nobody writes into the tensors any more
 
     def verify(self) -> None:
         """Read and check every byte."""
@@ -102,66 +127,62 @@ class CheckpointReader:
         except KeyError:
             raise KeyError(f"the checkpoint of step {self.step} has no {kind} of {name}") from None
 
-    def _jobs(self, spans: list[tuple[int, Span]], start: int, stop: int) -> list[_Job]:
-        """One for every overlap of the range with a chunk."""
-        jobs: list[_Job] = []
+    def _jobs(self, piece: Piece) -> Iterator[tuple[_Chunk, _Job]]:
+        """One for every overlap of the piece with a chunk."""
+        spans = self._of(piece.name, piece.kind)
+        numel = math.prod(spans[0][1].shape)
+        if not 0 <= piece.start <= piece.stop <= numel:
+            raise ValueError(f"elements {piece.start}:{piece.stop} of {piece.name} ({piece.kind}), which has {numel}")
         for rank, span in spans:
             array = self._indexes[rank].arrays.get((span.kind, span.dtype))
-            first, last = max(start, span.start), min(stop, span.stop)
+            first, last = max(piece.start, span.start), min(piece.stop, span.stop)
             while array is not None and first < last:
                 number, inner = divmod(span.offset + first - span.start, array.chunk)
                 count = min(array.chunk - inner, last - first)
-                source = _bytes(inner, inner + count, array.item_bytes)
-                jobs.append(
-                    ((rank, array, number), source, _bytes(first - start, first - start + count, array.item_bytes))
-                )
+                source = slice(inner * array.item_bytes, (inner + count) * array.item_bytes)
+                target = piece.tensor.detach()[first - piece.start : first - piece.start + count]
+                yield (rank, array, number), (source, target)
                 first += count
-        return jobs
 
-    def _fill(self, out: Bytes, jobs: list[_Job]) -> None:
-        by_chunk: dict[_Chunk, list[_Job]] = {}
-        for job in jobs:
-            by_chunk.setdefault(job[0], []).append(job)
+    def _after(self, chunks: Iterable[_Chunk]) -> list[_Chunk]:
+        """What is most likely asked for next: the rest of each array."""
+        last = {(rank, array): number for rank, array, number in chunks}
+        ahead = [(*key, number + 1) for key, number in last.items() if number + 1 < key[1].num_chunks]
+        size = sum(array.chunk * array.item_bytes for _, array, _ in ahead)
+        return ahead if 2 * size <= _CACHE_BYTES else []
 
-        chunks = list(by_chunk)
-        for place, chunk in enumerate(chunks):
-            self._current, data = chunk, self._chunk(chunk)
-            room = _CACHE_BYTES // (chunk[1].chunk * chunk[1].item_bytes)
-            for ahead in chunks[place + 1 : place + min(_THREADS, room)] or self._after(chunk):
-                self._chunk(ahead)
-            content = data.result()
-            for _, source, target in by_chunk[chunk]:
-                out[target] = content[source]
-
-    def _after(self, chunk: _Chunk) -> list[_Chunk]:
-        """What is most likely asked for next: the rest of the array, of which there is one for each kind of state."""
+    def _deliver(self, chunk: _Chunk, wanted: list[_Job]) -> Future[Bytes]:
+        """Copy from a chunk, checked, from memory or storage; what is returned then are its elements and padding."""
         rank, array, number = chunk
-        fits = 2 * _THREADS * array.chunk * array.item_bytes <= _CACHE_BYTES
-        return [(rank, array, number + 1)] if fits and number + 1 < array.num_chunks else []
+        earlier, memory = self._cache.pop(chunk, None) or (None, self._memory())
+        path, dtype = f"{shard_folder(rank)}/{array.chunk_file(number)}", DTYPES[array.dtype].torch
 
-    def _chunk(self, chunk: _Chunk) -> Future[Bytes]:
-        """A chunk's elements and padding, checked, from memory or storage."""
-        if chunk in self._cache:
-            self._cache.move_to_end(chunk)
-            return self._cache[chunk][0]
-        rank, array, number = chunk
-        memory = self._memory(array.chunk * array.item_bytes + CRC_BYTES)
-        found = self._pool.submit(self._checked, f"{shard_folder(rank)}/{array.chunk_file(number)}", memory)
-        self._cache[chunk] = found, memory
-        return found
+        def deliver() -> Bytes:
+            content = earlier.result() if earlier else self._checked(path, memory)
+            for source, target in wanted:
+                _copy(target, content[source], dtype)
+            return content
 
-    def _memory(self, size: int) -> Bytes:
-        """For one more chunk of `size` bytes: that of the chunk that was not used for longest, where there is no room.
-        Fresh memory has to be zeroed page by page first, which costs as much as a copy."""
-        found = None
-        while self._cache and size + sum(len(memory) for _, memory in self._cache.values()) > _CACHE_BYTES:
-            oldest = next((chunk for chunk in self._cache if chunk != self._current), None)
-            if oldest is None:
-                break
-            future, memory = self._cache.pop(oldest)
-            wait([future])
-            found = memory if size <= len(memory) < size + PAGE_BYTES else found
-        return pages_empty(size) if found is None else found
+        delivered = self._pool.submit(deliver)
+        self._cache[chunk] = delivered, memory
+        return delivered
+
+    def _settle(self, chunk: _Chunk, delivered: Future[Bytes], jobs: dict[_Chunk, list[_Job]]) -> None:
+        """Wait for a chunk. State is read from the front on, so one that is read to its end is done with."""
+        content = delivered.result()
+        if chunk in self._cache and max(source.stop for source, _ in jobs[chunk]) == len(content):
+            self._spare.append(self._cache.pop(chunk)[1])
+
+    def _memory(self) -> Bytes:
+        """For one more chunk: that of one that is done with, or was not used for longest, or as long as there is room
+        new. Fresh memory has to be zeroed page by page first, which costs as much as a copy."""
+        if self._spare:
+            return self._spare.pop()
+        if not self._cache or (len(self._cache) + 1) * self._chunk_bytes <= _CACHE_BYTES:
+            return pages_empty(self._chunk_bytes)
+        _, (future, memory) = self._cache.popitem(last=False)
+        wait([future])
+        return memory
 
     def _checked(self, path: str, memory: Bytes | None = None) -> Bytes:
         """A file's bytes, of a chunk without its own CRC, after both CRCs were compared."""
@@ -234,5 +255,9 @@ class CheckpointReader:
         raise CheckpointDamaged(self.step, f"{self._folder.path}/{file}", str(problem), self._good_step())
 
 
-def _bytes(start: int, stop: int, item_bytes: int) -> slice:
-    return slice(start * item_bytes, stop * item_bytes)
+def _copy(out: torch.Tensor, content: Bytes, dtype: torch.dtype) -> None:
+    """Elements of `dtype` into `out`; on the host by this thread alone, several of which copy at once."""
+    if out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous():
+        np.copyto(out.view(torch.uint8).numpy(), content)
+    else:
+        out.copy_(torch.from_numpy(content).view(dtype))

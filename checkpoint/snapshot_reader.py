@@ -7,7 +7,7 @@ nothing has to be rebuilt first: the ranks take a new snapshot of what they have
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from checkpoint.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader
 from checkpoint.layout import DTYPES, Index, Span
 from checkpoint.recovery import Found
 from checkpoint.wire import Refused, Wire, WireError
+from offload.state import Piece
 
 _RUN_PIECES = 8
 """Fetched by one request."""
@@ -70,11 +71,26 @@ class SnapshotReader:
 
     def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
         """Elements ``start:stop`` as a 1-D CPU tensor in the dtype they were saved in (`offload.state.Read`)."""
-        spans = self._of(name, kind)
+        if not 0 <= start <= stop:
+            raise ValueError(f"elements {start}:{stop} of {name} ({kind})")
+        out = torch.empty(stop - start, dtype=self.dtype(name, kind))
+        self._read_into(out, name, kind, start)
+        return out
+
+    def fill(self, pieces: Iterable[Piece]) -> None:
+        """Put what they name into the pieces' tensors, on any device and of any dtype (`offload.state.Fill`)."""
+        for piece in pieces:
+            out = piece.tensor.detach()
+            if out.device.type == "cpu" and out.dtype == self.dtype(piece.name, piece.kind) and out.is_contiguous():
+                self._read_into(out, piece.name, piece.kind, piece.start)
+            else:
+                out.copy_(self.read(piece.name, piece.kind, piece.start, piece.stop))
+
+    def _read_into(self, out: torch.Tensor, name: str, kind: str, start: int) -> None:
+        spans, stop = self._of(name, kind), start + out.numel()
         numel = math.prod(spans[0][1].shape)
         if not 0 <= start <= stop <= numel:
             raise ValueError(f"elements {start}:{stop} of {name} ({kind}), which has {numel}")
-        out = torch.empty(stop - start, dtype=self.dtype(name, kind))
         raw: Bytes = out.view(torch.uint8).numpy()
         for rank, span in spans:
             first, last = max(start, span.start), min(stop, span.stop)
@@ -83,7 +99,6 @@ class SnapshotReader:
                 offset = self._offsets[rank][span.kind, span.dtype] + (span.offset + first - span.start) * item
                 group, place, part = self._parts[rank]
                 group.read(place, part.start + offset, raw[(first - start) * item : (last - start) * item])
-        return out
 
     def verify(self) -> None:
         """Read everything, and compare it with the CRCs that the ranks made of their own memory."""

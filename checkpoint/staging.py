@@ -1,42 +1,81 @@
 """The one copy of a rank's state in host memory from which a checkpoint is written.
 
 [Note: who may touch the staging buffers]
-`Staging.copy` fills the buffers and the writer's thread reads them; `Checkpoints.save` waits for the last write before
-it copies again. So they are reused save after save: the pages are faulted in (and, for a GPU, page-locked) once.
+`Staged.copy` fills the buffers, in the training thread, and the writer's thread reads each chunk once it is whole, so
+that the disk does not wait for the copy of all. `Checkpoints.save` waits for the last write before it copies again. So
+they are reused save after save: the pages are faulted in (and, for a GPU, page-locked) once.
 """
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from queue import SimpleQueue
 
 import torch
 
 from checkpoint.chunks import ChunkWriter
 from checkpoint.crc import Bytes
 from checkpoint.erasure import aligned_empty
+from checkpoint.errors import CheckpointWriteError
 from checkpoint.layout import DTYPES, ArrayLayout, Index, Lengths, span_of
 from offload.state import Piece
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Staged:
-    """A copy of a rank's pieces: `index` says what lies where in `data`, one array of bytes for each zarr array."""
+_Whole = tuple[ArrayLayout, int, Sequence[torch.cuda.Event]]
+"""A chunk that has been copied once these events are over."""
 
-    index: Index
-    data: dict[tuple[str, str], Bytes]
+
+class Staged:
+    """A copy of a rank's pieces, being made: `index` says what lies where in the buffers, one for each zarr array."""
+
+    def __init__(self, pieces: Sequence[Piece], index: Index, buffers: dict[tuple[str, str], torch.Tensor]) -> None:
+        self._pieces, self._index, self._buffers = pieces, index, buffers
+        self._whole: SimpleQueue[_Whole | None] = SimpleQueue()
+
+    def copy(self) -> None:
+        """Copy the pieces; returns once the copy is whole."""
+        try:
+            self._copy()
+        except BaseException:
+            self._whole.put(None)  # or the writer waited for ever
+            raise
 
     def write(self, chunks: ChunkWriter) -> Index:
-        for array in self.index.arrays.values():
-            for number in range(array.num_chunks):
-                chunks.put(array.name, number, self._chunk(array, number), array.chunk * array.item_bytes)
-        return self.index
+        for _ in range(sum(array.num_chunks for array in self._index.arrays.values())):
+            whole = self._whole.get()
+            if whole is None:
+                raise CheckpointWriteError("the state could not be copied to host memory")
+            array, number, events = whole
+            for event in events:
+                event.synchronize()
+            chunks.put(array.name, number, self._chunk(array, number), array.chunk * array.item_bytes)
+        return self._index
+
+    def _copy(self) -> None:
+        devices = {piece.tensor.device for piece in self._pieces if piece.tensor.is_cuda}
+        done = dict.fromkeys(self._index.arrays, 0)
+        for piece, span in zip(self._pieces, self._index.spans, strict=True):
+            if span.stop == span.start:
+                continue
+            key, end = (span.kind, span.dtype), span.offset + span.stop - span.start
+            array = self._index.arrays[key]
+            # On the current stream, after the update that made the values; one wait for all of them below.
+            self._buffers[key][span.offset : end].copy_(piece.tensor, non_blocking=True)
+            num_whole = array.num_chunks if end == array.length else end // array.chunk
+            if num_whole > done[key]:
+                events = [_event(device) for device in devices]
+                for number in range(done[key], num_whole):
+                    self._whole.put((array, number, events))
+                done[key] = num_whole
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
 
     def _chunk(self, array: ArrayLayout, number: int) -> Bytes:
         """The bytes of one chunk, without the padding of the last."""
+        data: Bytes = self._buffers[array.kind, array.dtype].view(torch.uint8).numpy()
         chunk_bytes = array.chunk * array.item_bytes
-        return self.data[array.kind, array.dtype][number * chunk_bytes : (number + 1) * chunk_bytes]
+        return data[number * chunk_bytes : (number + 1) * chunk_bytes]
 
 
 class Staging:
@@ -47,23 +86,16 @@ class Staging:
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
         self._pinned: set[tuple[str, str]] = set()
 
-    def copy(self, pieces: Iterable[Piece]) -> Staged:
-        """Copy `pieces` and return once the copy is whole; what was staged before is overwritten."""
+    def stage(self, pieces: Iterable[Piece]) -> Staged:
+        """Room for a copy of `pieces`, which `Staged.copy` makes; what was staged before is overwritten then."""
         pieces = list(pieces)
         index = self._lay_out(pieces)
         for key in set(self._buffers) - set(index.arrays):
             self._drop(key)
-        on_gpu = {piece.tensor.device for piece in pieces if piece.tensor.is_cuda}
+        pinned = any(piece.tensor.is_cuda for piece in pieces)
         for key, array in index.arrays.items():
-            self._make(key, array.length, pinned=bool(on_gpu))
-        for piece, span in zip(pieces, index.spans, strict=True):
-            if span.stop > span.start:
-                buffer = self._buffers[span.kind, span.dtype]
-                # On the current stream, after the update that made the values; one wait for all of them below.
-                buffer[span.offset : span.offset + span.stop - span.start].copy_(piece.tensor, non_blocking=True)
-        for device in on_gpu:
-            torch.cuda.current_stream(device).synchronize()
-        return Staged(index=index, data={key: self._buffers[key].view(torch.uint8).numpy() for key in index.arrays})
+            self._make(key, array.length, pinned=pinned)
+        return Staged(pieces, index, dict(self._buffers))
 
     def close(self) -> None:
         for key in list(self._buffers):
@@ -94,6 +126,12 @@ class Staging:
 def aligned_tensor(length: int, dtype: torch.dtype) -> torch.Tensor:
     """Uninitialized and page-aligned, so that it can be written past the page cache."""
     return torch.from_numpy(aligned_empty(length * dtype.itemsize)).view(dtype)
+
+
+def _event(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event(blocking=True)  # whoever waits for it leaves the core to others
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _register(buffer: torch.Tensor) -> bool:

@@ -82,15 +82,17 @@ class Checkpoints:
         if self._thread is not None and self._thread.is_alive():
             self._report(f"the checkpoint of step {step} waits: that of step {self._writing} is still being written")
         self.wait()
-        source: Source = self._staging.copy(pieces) if background else Stream(pieces, self._options.chunk_bytes)
+        staged = self._staging.stage(pieces) if background else None
+        source: Source = staged or Stream(pieces, self._options.chunk_bytes)
         shard = Shard(step=step, source=source, rank_state=state, meta=described)
         self._writing = step
-        if not background:
+        if staged is None:
             self._persist(shard)
             return
         # A daemon: a rank whose peers are gone must be able to exit, and an unfinished write leaves no marker.
         self._thread = threading.Thread(target=self._persist, args=(shard,), name="checkpoint", daemon=True)
         self._thread.start()
+        staged.copy()
 
     def wait(self) -> None:
         """Return once nothing is being written. Whether that succeeded is in `error`."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from checkpoint.chunks import ChunkWriter
-from checkpoint.crc import crc32c
 from checkpoint.errors import CheckpointWriteError, explain
 from checkpoint.folder import Folder
 from checkpoint.layout import (
@@ -111,18 +110,17 @@ def _write_shard(folder: Folder, rank: int, shard: Shard, cancelled: threading.E
     folder.make(here)
     with ChunkWriter(folder, here, cancelled) as chunks:
         index = shard.source.write(chunks)
+        arrays = index.arrays.values()
+        files = {f"{here}/{path}": content for path, content in zarr_metadata(arrays).items()}
+        files[f"{here}/index.json"] = index.dumps()
+        files[f"{here}/rank_state.json"] = shard.rank_state
+        if rank == 0:
+            group = zarr_metadata([])["zarr.json"]
+            files |= {META: shard.meta, "zarr.json": group, "shards/zarr.json": group}
+        for path, content in files.items():
+            chunks.put_file(path, content)
         entries = chunks.finish()
-    arrays = index.arrays.values()
-    files = {f"{here}/{path}": content for path, content in zarr_metadata(arrays).items()}
-    files[f"{here}/index.json"] = index.dumps()
-    files[f"{here}/rank_state.json"] = shard.rank_state
-    if rank == 0:
-        group = zarr_metadata([])["zarr.json"]
-        files |= {META: shard.meta, "zarr.json": group, "shards/zarr.json": group}
     folders = [here] + [f"{here}/{array.name}/c" for array in arrays]
-    for path, content in files.items():
-        folder.write(path, content)
-        entries[path] = Entry(len(content), crc32c(content))
     folder.sync_folders(*folders, *(f"{here}/{array.name}" for array in arrays))
     return entries
 

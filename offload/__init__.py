@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from offload.device import DeviceReader, peak_flops
     from offload.options import OffloadOptions
-    from offload.state import MASTER, Piece, Read
+    from offload.state import MASTER, Fill, Piece, Read
 
 _HOMES = {
     "DeviceReader": "device",
+    "Fill": "state",
     "MASTER": "state",
     "OffloadOptions": "options",
     "Piece": "state",
@@ -20,7 +21,7 @@ _HOMES = {
     "peak_flops": "device",
 }
 
-__all__ = ["MASTER", "DeviceReader", "OffloadOptions", "Piece", "Read", "peak_flops"]
+__all__ = ["MASTER", "DeviceReader", "Fill", "OffloadOptions", "Piece", "Read", "peak_flops"]
 
 
 def __getattr__(name: str) -> Any:

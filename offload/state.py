@@ -5,7 +5,7 @@ reads them. A range is named by its parameter, never by a rank or a unit, so tha
 placement is read by any M under any other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,3 +32,19 @@ class Piece:
 
 Read = Callable[[str, str, int, int], torch.Tensor]
 """``read(name, kind, start, stop)`` returns those elements as a 1-D tensor on any device, or raises KeyError."""
+
+Fill = Callable[[Iterable[Piece]], None]
+"""``fill(pieces)`` puts what each piece names into its tensor, or raises KeyError before it has touched any. A load
+goes by it: a tensor that is made for a `Read` is zeroed, filled and copied from, and only what is asked for at once can
+be under way at once."""
+
+
+def filling(read: Read) -> Fill:
+    """A `Fill` from what `read` returns, one piece after another."""
+
+    def fill(pieces: Iterable[Piece]) -> None:
+        for piece in pieces:
+            if piece.stop > piece.start:
+                piece.tensor.copy_(read(piece.name, piece.kind, piece.start, piece.stop))
+
+    return fill

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from offload.state import MASTER, Piece, Read
+from offload.state import MASTER, Fill, Piece, Read, filling
 from parallel import foreign
 from parallel.cut import wrap_blocks
 from parallel.engine import Accept
@@ -82,7 +82,7 @@ class DeepSpeedEngine:
         self._inner = inner
         foreign.start_state(inner, self._partitions(), optimizer)
         self._updates = 0
-        self.load(initial, moments=False)
+        self.load(filling(initial), moments=False)
 
     @property
     def updates(self) -> int:
@@ -129,20 +129,25 @@ class DeepSpeedEngine:
             for kind, tensor in state.items():
                 if tensor.numel():
                     yield foreign.piece(name, kind, start, self._shape[name], tensor.float())
-        yield from foreign.buffer_pieces(self.model)
+        if dist.get_rank() == 0:
+            yield from foreign.buffer_pieces(self.model)
 
     @torch.no_grad()
-    def load(self, read: Read, *, moments: bool) -> None:
+    def load(self, fill: Fill, *, moments: bool) -> None:
         """See `Engine`. Set `updates` as well."""
+        pieces = []
         for name, param in self.model.named_parameters():
             start, state = self._state(name, param)
             if not param.requires_grad and self._stage < 3:  # whole on every rank, which saves only its part
                 start, state = 0, {MASTER: param.view(-1)}
-            for kind, tensor in state.items():
-                if moments or kind == MASTER:
-                    foreign.fill(tensor, read, name, kind, start)
+            pieces += [
+                foreign.piece(name, kind, start, self._shape[name], tensor)
+                for kind, tensor in state.items()
+                if moments or kind == MASTER
+            ]
+        fill(pieces)
         if moments:
-            foreign.load_buffers(self.model, read)
+            fill(foreign.buffer_pieces(self.model))
         self._refresh_weights()
 
     def close(self) -> None:

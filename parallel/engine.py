@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from offload.state import Piece, Read
+from offload.state import Fill, Piece
 
 Accept = Callable[[Tensor], bool]
 """Given the global gradient norm before clipping: whether to update. All ranks answer alike; it may wait."""
@@ -44,8 +44,8 @@ class Engine(Protocol):
         With state away from the device, a piece is good until the next is asked for.
         """
 
-    def load(self, read: Read, *, moments: bool) -> None:
-        """Fill the weights (and the optimizer's state, if `moments`) from `read`, each rank its own ranges."""
+    def load(self, fill: Fill, *, moments: bool) -> None:
+        """Fill the weights (and the optimizer's state, if `moments`) by `fill`, each rank its own ranges."""
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds for good: ``parameters master optimizer``, ``residuals`` (of error feedback), and

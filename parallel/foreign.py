@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from offload.state import Piece, Read
+from offload.state import Piece
 from parallel.optimizer import moment_kinds
 from parallel.options import OptimizerOptions
 from parallel.sharded import BUFFER
@@ -63,12 +63,6 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def fill(view: Tensor, read: Read, name: str, kind: str, start: int) -> None:
-    """Copy elements ``start:start + view.numel()`` of what `read` holds into the 1-D `view`."""
-    if view.numel():
-        view.copy_(read(name, kind, start, start + view.numel()))
-
-
 def piece(name: str, kind: str, start: int, shape: Sequence[int], tensor: Tensor) -> Piece:
     """The `Piece` that the 1-D `tensor` holds from element `start` on."""
     stop = start + tensor.numel()
@@ -77,19 +71,10 @@ def piece(name: str, kind: str, start: int, shape: Sequence[int], tensor: Tensor
 
 def buffer_pieces(model: nn.Module) -> Iterator[Piece]:
     """The model's persistent buffers, the same on every rank; the first one writes them."""
-    for name, buffer in _persistent_buffers(model):
-        if dist.get_rank() == 0 and buffer.numel():
-            yield piece(name, BUFFER, 0, buffer.shape, buffer.view(-1))
-
-
-def load_buffers(model: nn.Module, read: Read) -> None:
-    for name, buffer in _persistent_buffers(model):
-        fill(buffer.view(-1), read, name, BUFFER, 0)
-
-
-def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     persistent = model.state_dict(keep_vars=True)
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
+    for name, buffer in model.named_buffers():
+        if name in persistent and buffer.numel():
+            yield piece(name, BUFFER, 0, buffer.shape, buffer.view(-1))
 
 
 def size_bytes(tensors: Iterable[Tensor]) -> int:

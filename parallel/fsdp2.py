@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from offload.state import MASTER, Piece, Read
+from offload.state import MASTER, Fill, Piece, Read, filling
 from parallel import foreign
 from parallel.cut import wrap_blocks
 from parallel.engine import Accept
@@ -81,7 +81,7 @@ class FSDP2Engine:
         self._optimizer = foreign.build_optimizer(foreign.decay_groups(self._trained, optimizer), optimizer)
         foreign.start_state(self._optimizer, self._trained, optimizer)
         self._updates = 0
-        self.load(initial, moments=False)
+        self.load(filling(initial), moments=False)
 
     @property
     def updates(self) -> int:
@@ -139,17 +139,20 @@ class FSDP2Engine:
                 low, high = (shard.numel() * index // replicas for index in (replica, replica + 1))
                 if low < high:
                     yield foreign.piece(name, kind, start + low, param.shape, shard[low:high])
-        yield from foreign.buffer_pieces(self.model)
+        if dist.get_rank() == 0:
+            yield from foreign.buffer_pieces(self.model)
 
     @torch.no_grad()
-    def load(self, read: Read, *, moments: bool) -> None:
+    def load(self, fill: Fill, *, moments: bool) -> None:
         """See `Engine`. Set `updates` as well."""
-        for name, param in self._params.items():
-            for kind, shard in self._state(param).items():
-                if moments or kind == MASTER:
-                    foreign.fill(shard, read, name, kind, self._start(param))
+        fill(
+            foreign.piece(name, kind, self._start(param), param.shape, shard)
+            for name, param in self._params.items()
+            for kind, shard in self._state(param).items()
+            if moments or kind == MASTER
+        )
         if moments:
-            foreign.load_buffers(self.model, read)
+            fill(foreign.buffer_pieces(self.model))
 
     def close(self) -> None:
         """See `Engine`. Nothing is held outside the device's memory."""

@@ -25,6 +25,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.activations import Activations
 from offload.options import OffloadOptions
-from offload.state import MASTER, Piece, Read
+from offload.state import MASTER, Fill, Piece, Read, filling
 from parallel import optimizer as optimizers
 from parallel.collectives import BufferPool, Lane, Queue, Steps
 from parallel.cut import cut_units, move_without_memory, wrap_blocks
@@ -231,7 +232,7 @@ class ShardedModel:
 
     def pieces(self) -> Iterator[Piece]:
         """A piece of state that is away from the device is good until the next is asked for."""
-        for flat, start, state in self._states(write=False):
+        for flat, start, state in chain(self._resident_states(), self._offloader.walk(write=False)):
             for kind, tensor in state.items():
                 yield from flat.pieces(kind, tensor, start)
         for flat in self._trainable:
@@ -239,38 +240,46 @@ class ShardedModel:
         for unit in self._all:
             if unit.frozen:
                 yield from unit.frozen.pieces(MASTER, unit.frozen.shard, unit.frozen.start)
+        if self.mesh.rank == 0:
+            yield from self._buffer_pieces()
+
+    def _buffer_pieces(self) -> Iterator[Piece]:
         for name, buffer in self._buffers.items():
-            stop = buffer.numel() if self.mesh.rank == 0 else 0
-            if stop:
+            if stop := buffer.numel():
                 yield Piece(
                     name=name, kind=BUFFER, start=0, stop=stop, shape=tuple(buffer.shape), tensor=buffer.view(-1)
                 )
 
-    def load(self, read: Read, *, moments: bool) -> None:
-        for flat in self._trainable:
-            self._finish_update(flat)
-        for flat, start, state in self._states(write=True):
+    def load(self, fill: Fill, *, moments: bool) -> None:
+        def wanted(flat: TrainableFlat, start: int, state: dict[str, Tensor]) -> Iterator[Piece]:
             for kind, tensor in state.items():
                 if kind == MASTER or moments:
-                    flat.load(kind, tensor, start, read)
+                    yield from flat.named(kind, tensor, start)
+
+        for flat in self._trainable:
+            self._finish_update(flat)
+        frozen = [unit.frozen for unit in self._all if unit.frozen]
+        fill(
+            chain(
+                *(wanted(*state) for state in self._resident_states()),
+                *(flat.named(MASTER, flat.shard, flat.start) for flat in frozen),
+                self._buffer_pieces() if moments else (),
+            )
+        )
+        for away in self._offloader.walk(write=True):
+            fill(wanted(*away))  # it is written back when the next is asked for
         for flat in self._trainable:
             if moments:
-                flat.load_residuals(read)
+                flat.load_residuals(fill)
             flat.loaded()
             self._start_refresh(flat)
-        for unit in self._all:
-            if unit.frozen:
-                unit.frozen.load(MASTER, unit.frozen.shard, unit.frozen.start, read)
-        if moments:
-            for name, buffer in self._buffers.items():
-                buffer.view(-1).copy_(read(name, BUFFER, 0, buffer.numel()))
         self._share_buffers()
 
-    def _states(self, *, write: bool) -> Iterator[tuple[TrainableFlat, int, dict[str, Tensor]]]:
-        """Flat, first element in the flat buffer, and from there tensors by kind of state: all that this rank has."""
+    def _resident_states(self) -> Iterator[tuple[TrainableFlat, int, dict[str, Tensor]]]:
+        """Flat, first element in the flat buffer, and from there tensors by kind of state: all that is on
+        the device."""
         for flat in self._resident:
             yield flat, flat.optim_start, {MASTER: flat.master, **flat.moments}
-        yield from self._offloader.walk(write=write)
 
     def close(self) -> None:
         """Let go of memory, drives and threads; the model is of no use afterwards."""
@@ -473,7 +482,7 @@ def shard(
         units=units, optimizer=optimizer, options=options, dtype=dtype, device=device, offload=offload,
         blocks=blocks, recompute=recompute, most_tokens=most_tokens, say=say,
     )  # fmt: skip
-    engine.load(initial, moments=False)
+    engine.load(filling(initial), moments=False)
     return engine
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from offload.shard import Shard, Update
-from offload.state import Piece, Read
+from offload.state import Fill, Piece
 from parallel.collectives import BufferPool, Chain, Steps, all_gather, all_reduce
 from parallel.layout import ALIGN, Layout
 from parallel.mesh import Mesh
@@ -142,16 +142,19 @@ class Flat:
         each an equal part of their common range."""
         low, high = self.mesh.shard(self.layout.size, self.mesh.num_levels)
         low, high = max(low, start), min(high, start + tensor.numel())
-        part = tensor[low - start : max(low, high) - start]
-        for o in self.layout.overlaps(low, high):
-            yield Piece(
-                name=o.entry.name, kind=kind, start=o.start, stop=o.stop, shape=tuple(o.entry.shape), tensor=o.of(part)
-            )
+        yield from self.named(kind, tensor[low - start : max(low, high) - start], low)
 
-    def load(self, kind: str, tensor: Tensor, start: int, read: Read) -> None:
-        """Fill elements `start` and following of the flat buffer from `read`."""
+    def named(self, kind: str, tensor: Tensor, start: int) -> Iterator[Piece]:
+        """Elements `start` and following of the flat buffer, by parameter."""
         for o in self.layout.overlaps(start, start + tensor.numel()):
-            o.of(tensor).copy_(read(o.entry.name, kind, o.start, o.stop))
+            yield Piece(
+                name=o.entry.name,
+                kind=kind,
+                start=o.start,
+                stop=o.stop,
+                shape=tuple(o.entry.shape),
+                tensor=o.of(tensor),
+            )
 
 
 class TrainableFlat(Flat):
@@ -403,13 +406,13 @@ class TrainableFlat(Flat):
             length = residual.numel()
             yield Piece(name=name, kind=RESIDUAL, start=0, stop=length, shape=(length,), tensor=residual)
 
-    def load_residuals(self, read: Read) -> None:
+    def load_residuals(self, fill: Fill) -> None:
         """The error feedback belongs to one mesh: on another it starts again from nothing."""
-        for name, residual in self._named_residuals():
+        for piece in self.residual_pieces():
             try:
-                residual.copy_(read(name, RESIDUAL, 0, residual.numel()))
+                fill([piece])
             except KeyError:
-                residual.zero_()
+                piece.tensor.zero_()
 
     def loaded(self) -> None:
         """After the master weights were filled: bring the weights to where an update would; `refresh` must follow."""

@@ -288,7 +288,7 @@ class Trainer:
     def _load(self, reader: CheckpointReader | SnapshotReader) -> None:
         job, where = self.job, self.where
         check_source(reader, self.run, self.corpus.fingerprint, self._shapes)
-        self.engine.load(reader.read, moments=True)
+        self.engine.load(reader.fill, moments=True)
         self.step = reader.meta["step"]
         self._num_passed = reader.meta.get("passed", 0)
         self.engine.updates = reader.meta.get("updates", self.step)

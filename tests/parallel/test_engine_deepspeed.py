@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from offload.state import filling
 from parallel.deepspeed import DeepSpeedEngine
 from parallel.options import OptimizerOptions, ParallelOptions
 from tests.parallel import reference_job as job
@@ -40,7 +41,7 @@ def train_and_resume(rank: int) -> dict[str, Any]:
         saved = job.gather_state(engine)
         rest = job.train(engine, range(STEPS // 2, STEPS))
         other = build(placement)
-        other.load(job.reader(saved), moments=True)
+        other.load(filling(job.reader(saved)), moments=True)
         other.updates = STEPS // 2
         results[placement] = {
             "losses": torch.cat([result["losses"], rest["losses"]]),

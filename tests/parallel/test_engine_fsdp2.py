@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from offload.state import filling
 from parallel.fsdp2 import FSDP2Engine
 from parallel.options import OptimizerOptions, ParallelOptions
 from tests.parallel import reference_job as job
@@ -38,7 +39,7 @@ def train_and_resume(rank: int, cases: dict[str, tuple[ParallelOptions, Optimize
         saved = job.gather_state(engine)
         rest = job.train(engine, range(STEPS // 2, STEPS))
         other = build(parallel, optimizer)
-        other.load(job.reader(saved), moments=True)
+        other.load(filling(job.reader(saved)), moments=True)
         other.updates = STEPS // 2
         results[name] = {
             "losses": torch.cat([result["losses"], rest["losses"]]),

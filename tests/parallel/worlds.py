@@ -18,7 +18,7 @@ from torch import nn
 
 from offload import shard as away_shard
 from offload.options import OffloadOptions
-from offload.state import MASTER
+from offload.state import MASTER, filling
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard
 
 VOCAB, WIDTH, ROWS, LENGTH, STEPS = 19, 24, 96, 5, 20
@@ -218,7 +218,7 @@ def resumed(case: dict) -> dict:
     train(first, case, range(STEPS // 2))
     state = gathered(first)
     second = build(case | {"seed": 1, **case["then"]})
-    second.load(lambda name, kind, start, stop: state[name, kind].view(-1)[start:stop], moments=True)
+    second.load(filling(lambda name, kind, start, stop: state[name, kind].view(-1)[start:stop]), moments=True)
     second.updates = first.updates
     train(second, case | case["then"], range(STEPS // 2, STEPS))
     a, b = gathered(second), gathered(whole)
