@@ -21,6 +21,8 @@ from checkpoint.wire import NodeAddress
 
 NAMESPACE = "atoll-snapshots"
 _RETRY_S = 0.2
+END_S = 5.0
+"""After which a process ends itself where Ray does not end it."""
 
 
 def start_snapshot_processes(
@@ -117,8 +119,13 @@ class SnapshotActor:
         self._node = SnapshotNode(run, label, token, host, hold_s=hold_s)
         self._told = {"label": label, "host": host, "port": self._node.port, "token": token.hex(), "pid": os.getpid()}
 
+        own = ray.get_runtime_context().current_actor
+
         def serve() -> None:
             self._node.serve()
+            with suppress(RayError):
+                ray.kill(own)  # Ray tells all drivers of a process that ends without its knowledge
+            time.sleep(END_S)
             os._exit(0)
 
         threading.Thread(target=serve, name="snapshots", daemon=True).start()

@@ -210,6 +210,8 @@ class Supervisor:
         assert self._team is not None
         known = self._team.lost | self._leaving
         lost = known | gone({*self._nodes, *self._coming} - known)
+        if self._nodes[0] in lost:  # where rank 0 was; cut off, it may live on
+            self._left_behind = replace(self._left_behind, lingers=True)
         held = {node: self._ranks_of(node) for node in self._nodes if node not in lost}
         arrived = [node for node in self._coming if node not in lost]
         missing = self._scaling.wanted.nodes - len(held) - len(arrived)

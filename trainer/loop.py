@@ -191,7 +191,7 @@ class Trainer:
             self.run = RunFolder(job, self.overrides)
             cleanup.callback(self.run.close)
             if where.rank == 0:
-                for note in self.run.prepare():
+                for note in self.run.prepare(lingers=self._left_behind.lingers, say=self._tell):
                     self._tell(note)
             self._device = DeviceReader(where.device)
             cleanup.callback(self._device.close)

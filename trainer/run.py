@@ -24,7 +24,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 LOCK_WAIT_S = 5.0
 """How long a start waits for the processes of a run that was just killed to be gone."""
+LINGER_S = 150.0
+"""And for one on a machine that cannot be reached: Ray ends it after 60 s there, NFS gives its lock away after 90."""
 PACKAGES = ("atoll", "torch", "numpy", "zarr", "fsspec", "ray", "transformers", "deepspeed")
 
 
@@ -60,7 +62,7 @@ def check_free(job: Job) -> None:
     path = run_path(job) / "run.lock"
     if path.exists():
         check_writable(job)
-        _lock(path, job)[0].close()
+        _lock(path, job, LOCK_WAIT_S)[0].close()
 
 
 def check_writable(job: Job) -> None:
@@ -133,6 +135,8 @@ class LeftBehind:
     """Checkpoints in storage of later steps than this. None: all may be gone on from."""
     batches_before: int | None = None
     """Batches that led to bad numbers. None: the data goes on where the version that is restored says."""
+    lingers: bool = False
+    """Whether a process of this run may live on, on a machine that cannot be reached, and hold its folder."""
 
 
 class RunFolder:
@@ -146,14 +150,15 @@ class RunFolder:
         self._lock: TextIO | None = None
         self._metrics: JsonLines | None = None
 
-    def prepare(self) -> list[str]:
+    def prepare(self, *, lingers: bool = False, say: Callable[[str], None] = lambda _: None) -> list[str]:
         """Take the folder for this process and lay it out. Returns notes for the user.
 
+        lingers: whether who holds it is waited for, up to `LINGER_S`; `say` is told of it.
         Raises ValueError where it cannot be written, where another process trains in it, where its run was started with
         options of another training (unless ``run.on_change=accept``), and where ``run.resume=never`` finds a run.
         """
         check_writable(self.job)
-        self._lock, notes = _lock(self.path / "run.lock", self.job)
+        self._lock, notes = _lock(self.path / "run.lock", self.job, LINGER_S if lingers else LOCK_WAIT_S, say)
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
@@ -304,18 +309,21 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _lock(path: Path, job: Job) -> tuple[TextIO, list[str]]:
+def _lock(path: Path, job: Job, wait_s: float, say: Callable[[str], None] = lambda _: None) -> tuple[TextIO, list[str]]:
     """The lock file, locked as long as it is open, and notes. ValueError when another process holds it."""
     file = open(path, "a+", encoding="utf-8")
-    deadline = time.monotonic() + LOCK_WAIT_S
+    began, said = time.monotonic(), False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file, []
         except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
+            file.seek(0)
+            holder, waited_s = file.read().strip() or "another process", time.monotonic() - began
+            if waited_s > LOCK_WAIT_S and not said and wait_s > LOCK_WAIT_S:
+                say(f"the run's folder is still held by {holder}, which cannot be reached: waiting up to {wait_s:g} s")
+                said = True
+            if waited_s > wait_s:
                 file.close()
                 raise ValueError(
                     f"run.name={job.run_name} in run.root={job.run.root} is being trained by {holder}; "

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,11 @@ SNAPSHOTS = "checkpoint.snapshot_every_steps=1"
 class Run:
     """``atoll train`` as a process, under ``run.name=job``. What it printed is in `said` once it has ended."""
 
-    def __init__(self, root: Path, *overrides: str) -> None:
+    def __init__(self, root: Path, *overrides: str, within: Sequence[str] = ()) -> None:
+        """within: a command that runs another, as the arguments before its own."""
         self.folder = root / "job"
         self._output = root / "output.txt"
-        command = [str(Path(sys.executable).with_name("atoll")), "train", *SMALL, *overrides]
-        command += [f"run.root={root}", "run.name=job"]
+        command = [*within, *atoll_command("train", *SMALL, *overrides, f"run.root={root}", "run.name=job")]
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output, cwd=root, start_new_session=True)
 
@@ -93,6 +93,10 @@ class Run:
             psutil.wait_procs(family, timeout=10)
 
 
+def atoll_command(*args: str) -> list[str]:
+    return [str(Path(sys.executable).with_name("atoll")), *args]
+
+
 def losses(folder: Path) -> dict[int, float]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return {record["step"]: record["loss"] for record in map(json.loads, lines)}
@@ -144,8 +148,8 @@ class Raylets:
 
 
 @contextmanager
-def running(root: Path, *overrides: str) -> Iterator[Run]:
-    run = Run(root, *overrides)
+def running(root: Path, *overrides: str, within: Sequence[str] = ()) -> Iterator[Run]:
+    run = Run(root, *overrides, within=within)
     try:
         yield run
     finally:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -184,6 +185,21 @@ def test_a_killed_process_gives_the_folder_free(tmp_path: Path, monkeypatch: pyt
     os.kill(process.pid, signal.SIGKILL)
     process.join(10)
     assert start(job) == []
+
+
+def test_a_process_that_lingers_is_waited_for_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "LOCK_WAIT_S", 0.2)
+    job, said = make_job(tmp_path), list[str]()
+    first, second = RunFolder(job), RunFolder(job)
+    first.prepare()
+    ends = threading.Timer(1.0, first.close)
+    ends.start()
+    second.prepare(lingers=True, say=said.append)
+    ends.join()
+    assert len(said) == 1 and f"still held by process {os.getpid()} on" in said[0]
+    monkeypatch.setattr(run_module, "LINGER_S", 0.5)
+    with pytest.raises(ValueError, match="is being trained by"):
+        RunFolder(job).prepare(lingers=True)
 
 
 def test_a_refused_start_does_not_keep_the_folder(tmp_path: Path) -> None:
