@@ -386,8 +386,8 @@ def described(rate: float, row: Row) -> Machine:
 CPUS: dict[str, Any] = {
     "backend": "gloo", "compute": 40e9, "memory_rate": 10e9, "unit_s": 1e-4, "step_s": 1e-3,
     "packing": {
-        "quantize_int8": Packing(rate=11e9, chunk_s=6e-5), "dequantize_int8": Packing(rate=40e9, chunk_s=2e-5),
-        "quantize_int4": Packing(rate=8e9, chunk_s=7e-5), "dequantize_int4": Packing(rate=11e9, chunk_s=5e-5),
+        "quantize_int8": Packing(rate=11e9, call_s=6e-5), "dequantize_int8": Packing(rate=40e9, call_s=2e-5),
+        "quantize_int4": Packing(rate=8e9, call_s=7e-5), "dequantize_int4": Packing(rate=11e9, call_s=5e-5),
     },
 }  # fmt: skip
 """Of a core, in round numbers: from where a fit starts that knows nothing."""

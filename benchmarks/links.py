@@ -135,11 +135,11 @@ def measure_alone(mesh: Mesh, level: int, points: list[tuple[float, float]], dev
 
 
 def measure_packing(seconds: float, device: torch.device) -> dict[str, Packing]:
-    """Quantizing and dequantizing two chunks, in the formats that the engine has; all ranks at a time."""
+    """Quantizing and dequantizing two chunks of several sizes, in the formats that the engine has; all ranks at a time."""
     found = {}
     for format in (Format(bits=8, block=256), Format(bits=4, block=128)):
         points: dict[str, list[tuple[int, float]]] = {"quantize": [], "dequantize": []}
-        for numel in (1 << 14, 1 << 19):
+        for numel in (1 << 13, 1 << 15, 1 << 17, 1 << 19):
             values, half = torch.randn(numel, device=device), format.packed_bytes(numel // 2)
             packed = torch.empty(2 * half, dtype=torch.uint8, device=device)
             acts = {
@@ -148,9 +148,10 @@ def measure_packing(seconds: float, device: torch.device) -> dict[str, Packing]:
             }
             for name, act in acts.items():
                 points[name].append((values.nbytes + packed.nbytes, timed(act, seconds / 4, device)))
-        for name, ((few, short), (many, long)) in points.items():
-            rate = (many - few) / max(1e-9, long - short)
-            found[f"{name}_int{format.bits}"] = Packing(rate=rate, chunk_s=max(0.0, short - few / rate) / 2)
+        for name, measured in points.items():
+            sizes, times = np.array(measured).T
+            slope, call_s = np.polyfit(sizes, times, 1, w=1 / times)  # the least relative errors: small ones count too
+            found[f"{name}_int{format.bits}"] = Packing(rate=1 / max(1e-15, slope), call_s=max(0.0, call_s))
     return found
 
 
@@ -261,7 +262,7 @@ def show(machine: Machine, points: dict[str, Any]) -> None:
         f"{1e3 * machine.unit_s:.3g} ms a unit, {1e3 * machine.step_s:.3g} ms a step"
     )
     for act, packing in machine.packing.items():
-        print(f"{act:16} {packing.rate / 1e9:8.3g} GB/s and {1e3 * packing.chunk_s:.3g} ms a chunk")
+        print(f"{act:16} {packing.rate / 1e9:8.3g} GB/s and {1e3 * packing.call_s:.3g} ms a call")
     print(f"{'level':8}{'collective':12}{'MB/s a rank':>12}{'ms to start':>12}{'worst fit':>11}{'points':>8}")
     for link in machine.links:
         for kind, fit in link.fits.items():

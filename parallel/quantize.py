@@ -218,7 +218,7 @@ class _Cpu:
 
     def temporary(self, name: str, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(numel): memory for this piece, which the pieces after it use again."""
-        if name not in self._made or len(self._made[name]) < numel:
+        if name not in self._made or self._made[name].numel() < numel:
             self._made[name] = torch.empty(numel, dtype=dtype)
         return self._made[name][:numel]
 
@@ -226,12 +226,13 @@ class _Cpu:
         self, values: Tensor, fmt: Format, packed: Tensor, start: int, numel: int, residual: Tensor | None
     ) -> None:
         """Pack `values` as the elements from `start` on of each of the chunks `packed` (k, bytes) of `numel`."""
-        codes, scales = _views(packed, fmt, start, start + len(values) // len(packed), numel)
+        size = values.numel()
+        codes, scales = _views(packed, fmt, start, start + size // packed.shape[0], numel)
         if start == 0 and numel // fmt.block % 4:
             packed[:, numel * fmt.bits // 8 + 4 * (numel // fmt.block) :].zero_()
-        x, y = values, self.temporary("y", len(values))
+        x, y = values, self.temporary("y", size)
         if values.dtype != torch.float32:
-            x = self.temporary("x", len(values)).copy_(values)
+            x = self.temporary("x", size).copy_(values)
         if residual is not None:
             x = residual.add_(x)
         shape = *scales.shape, fmt.block
@@ -250,7 +251,7 @@ class _Cpu:
         else:
             half = fmt.block // 2
             # -119 to 119, a signed byte; adding 8 * 16 + 8 makes it the two biased nibbles
-            pairs = self.temporary("pairs", len(y) // 2).view(*scales.shape, half)
+            pairs = self.temporary("pairs", size // 2).view(*scales.shape, half)
             torch.add(y_rows[..., :half], y_rows[..., half:], alpha=16, out=pairs)
             codes.view(torch.int8).copy_(pairs)
             codes.add_(136)
@@ -262,17 +263,17 @@ class _Cpu:
     def dequantize_sum(self, packed: Tensor, fmt: Format, start: int, numel: int, out: Tensor) -> None:
         """`out` from the sum over the chunks `packed` (k, bytes) of `numel`, in their order, of their elements from
         `start` on."""
-        total = out if out.dtype == torch.float32 else self.temporary("x", len(out))
-        count, some = len(packed), max(1, PIECE // len(out))
+        size, count = out.numel(), packed.shape[0]
+        total, some = out if out.dtype == torch.float32 else self.temporary("x", size), max(1, PIECE // size)
         before: tuple[Tensor, ...] = ()
         for i in range(0, count, some):
             parts = packed[i : i + some] if some < count else packed
-            if len(parts) == 1 and not before:
+            if parts.shape[0] == 1 and not before:
                 self.dequantize(parts, fmt, start, numel, total)
             else:
-                y = self.temporary("y", len(parts) * len(out))
-                self.dequantize(parts, fmt, start, numel, y)
-                first, *rest = before + y.view(len(parts), -1).unbind()
+                y = self.temporary("y", parts.shape[0] * size).view(-1, size)
+                self.dequantize(parts, fmt, start, numel, y.view(-1))
+                first, *rest = before + y.unbind()
                 for part in rest:
                     first = torch.add(first, part, out=total)
             before = (total,)
@@ -281,8 +282,8 @@ class _Cpu:
 
     def dequantize(self, packed: Tensor, fmt: Format, start: int, numel: int, out: Tensor) -> None:
         """`out` from the elements from `start` on of each of the chunks `packed` (k, bytes) of `numel`."""
-        values = out if out.dtype == torch.float32 else self.temporary("x", len(out))
-        codes, scales = _views(packed, fmt, start, start + len(out) // len(packed), numel)
+        values = out if out.dtype == torch.float32 else self.temporary("x", out.numel())
+        codes, scales = _views(packed, fmt, start, start + out.numel() // packed.shape[0], numel)
         rows = values.view(*scales.shape, fmt.block)
         if fmt.bits == 8:
             rows.copy_(codes.view(torch.int8))
@@ -302,5 +303,5 @@ def _views(packed: Tensor, fmt: Format, start: int, stop: int, numel: int) -> tu
     codes_bytes = numel * fmt.bits // 8
     codes = packed[:, start * fmt.bits // 8 : stop * fmt.bits // 8]
     scales = packed[:, codes_bytes : codes_bytes + 4 * (numel // fmt.block)].view(torch.float32)
-    shape = len(packed), (stop - start) // fmt.block, fmt.block * fmt.bits // 8
+    shape = packed.shape[0], (stop - start) // fmt.block, fmt.block * fmt.bits // 8
     return codes.view(shape), scales[:, start // fmt.block : stop // fmt.block]

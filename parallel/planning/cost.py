@@ -81,20 +81,20 @@ class Clock:
         return self.prepare(move) + self.wait(move) + self.transfer(move)[1] + self.use(move)
 
     def prepare(self, move: Move) -> float:
-        return self._local("quantize", move.before, move.bits, move.packs)
+        return self._local("quantize", move.before, move.bits)
 
     def use(self, move: Move) -> float:
-        return self._local("dequantize", move.after, move.bits, move.unpacks)
+        return self._local("dequantize", move.after, move.bits)
 
-    def _local(self, act: str, size_bytes: float, bits: int, chunks: int) -> float:
-        return self.packing(act, size_bytes, bits, chunks) if bits else self.memory(size_bytes)
+    def _local(self, act: str, size_bytes: float, bits: int) -> float:
+        return self.packing(act, size_bytes, bits) if bits else self.memory(size_bytes)
 
-    def packing(self, act: str, size_bytes: float, bits: int, chunks: int = 1) -> float:
-        """To ``quantize`` or ``dequantize`` so many chunks, with so many bytes read and written; 0 for none."""
+    def packing(self, act: str, size_bytes: float, bits: int) -> float:
+        """To ``quantize`` or ``dequantize`` a message, with so many bytes read and written; 0 for none."""
         packing = self._machine.packing.get(f"{act}_int{bits}")
         if packing is None or not size_bytes:
             return self.memory(size_bytes)
-        return size_bytes / packing.rate + chunks * packing.chunk_s
+        return size_bytes / packing.rate + packing.call_s
 
     def chain(self, chain: Chain) -> float:
         """Without overlap every transfer over a shared link is followed by one that late neighbours take part in."""

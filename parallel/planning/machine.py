@@ -42,12 +42,12 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """Quantizing or dequantizing a message: ``chunks * chunk_s + bytes / rate``."""
+    """Quantizing or dequantizing a message: ``call_s + bytes / rate``."""
 
     rate: float
     """Bytes/s read and written."""
-    chunk_s: float = 0.0
-    """Seconds that a chunk, the part for one receiver or from one sender, takes beside its bytes."""
+    call_s: float = 0.0
+    """Seconds that it takes beside its bytes, of however many chunks the message is."""
 
 
 PACKINGS = ("quantize_int8", "dequantize_int8", "quantize_int4", "dequantize_int4")
