@@ -376,9 +376,10 @@ def described(rate: float, row: Row) -> Machine:
         plain = replace(link, fits={}, burst=burst(rate) if link.shared else 0.0)
         fits = {kind: replace(fit, bandwidth=plain.rate(kind, below)) for kind, fit in link.fits.items()}
         if link.shared:
-            smallest_s = {kind: row["points"][link.name][kind][0][1] for kind in fits}
-            members = row["points"][link.name]["members"]
-            fits = {k: replace(fit, latency=smallest_s[k] / links.ring_steps(k, members)) for k, fit in fits.items()}
+            points = row["points"][link.name]
+            smallest_s = {kind: max(0.0, points[kind][0][1] - machine.issue_s) for kind in fits}
+            steps = {kind: links.ring_steps(kind, points["members"]) for kind in fits}
+            fits = {kind: replace(fit, latency=smallest_s[kind] / steps[kind]) for kind, fit in fits.items()}
         found.append(replace(plain, fits=fits))
     return replace(machine, links=tuple(found))
 

@@ -147,6 +147,7 @@ def _floored(machine: Machine, runs: Sequence[Run]) -> Machine:
     floors = {name: max(floor, getattr(machine, name)) for name, floor in _FLOORS.items()}
     links = machine.links
     if machine.backend == "gloo":
+        floors["issue_s"] = max(5e-5, machine.issue_s)
         links = tuple(replace(link, core=max(0.1, link.core), latency=max(1e-5, link.latency)) for link in links)
     return replace(machine, links=links, **floors)
 
@@ -159,6 +160,7 @@ def _names(machine: Machine, runs: Sequence[Run]) -> list[str]:
     each = ("bandwidth", "latency", "core") if machine.backend == "gloo" else ("bandwidth", "latency")
     names += [f"{link.name}.{what}" for link in machine.links for what in each]
     if machine.backend == "gloo":
+        names.append("issue_s")
         names += [f"{link.name}.skew" for link in machine.links if link.shared]
     return names
 

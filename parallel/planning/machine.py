@@ -129,6 +129,9 @@ class Machine:
     """``nccl``: chains run on side streams; ``gloo``: the host moves them on, see `parallel.collectives`."""
     unit_s: float = 0.0
     """Seconds that a unit's forward, and its backward, take beside its FLOPs."""
+    issue_s: float = 0.0
+    """Seconds of the thread that computes, to issue a collective and take its result: gloo's, whose latency is without
+    them. On CUDA the host runs ahead."""
     step_s: float = 0.0
     """Seconds that a step takes beside its units: the loop, the optimizer's launches."""
     jitter: float = 0.0
