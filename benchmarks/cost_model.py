@@ -1,20 +1,21 @@
 """How well the cost model tells a step's seconds and bytes: a grid of measured steps, a third of it never fitted to.
 
-    sudo python benchmarks/cost_model.py [--rates 100 400] [--rounds 2] [--budget-s 440] [--out FILE]
+    sudo python benchmarks/cost_model.py [--rates 100 400] [--rounds 3] [--budget-s 440] [--out FILE]
+    sudo python benchmarks/cost_model.py --more FILE     # adds rounds to what was measured before
     sudo python benchmarks/cost_model.py --read FILE     # fits and judges again what was measured before
 
 1. Ranks in network namespaces, 2 nodes x 2 ranks (`slow_link`). At each rate `links` describes the machine.
-2. Every placement, quantization, accumulation and overlap of the grid at each rate: seconds of steps in the steady
-   state (the first after a change of rate is left out); bytes of payload as the interfaces count them. What other
-   processes took of the cores meanwhile is noted, and a point where that was over ``--quiet`` is measured again. A time
-   is the median over the steps of the quiet rounds; where there is none, of the quietest, and said so. Rounds after the
-   first leave out steps of more than `LONG` seconds, which differ least.
+2. Rounds over the grid, each in the other direction: every P <= G <= O of the two levels with overlap, the named ones
+   also without, each with every quantization and accumulation at each rate. Seconds of steps in the steady state (the
+   first after a change of rate is left out); bytes of payload as the interfaces count them; what other processes took
+   of the cores meanwhile is noted. A point's time is the median of its rounds' medians, and how far those lie apart is
+   told beside the error: no round is left out.
 3. Two thirds of the steps correct the machines' figures by one factor on each, whatever the rate of the link
    (`parallel.planning.calibrate`); the last third, every third one along each axis of the grid (`held_out`), only tells
    how far the prediction is off.
-4. For each rate and accumulation: what ``parallel=auto`` takes, beside the fastest of the grid and of what it took. And
-   what it takes where it measures those that the model cannot tell apart (``parallel.auto_steps``): one round of
-   them decides, later ones, in which each has its turn again, and the grid's tell how much slower it is.
+4. For each rate and accumulation: what ``parallel=auto`` takes by the model, beside the fastest of the grid. And what it
+   takes where it tries those that the model cannot tell apart (``parallel.auto_steps``, `trainer.trial.fastest`):
+   trials of their own decide, the grid's rounds tell how much slower what they took is.
 
 The last line is one JSON object.
 """
@@ -73,15 +74,14 @@ LEVELS = {"node": 2, "rank": 2}
 WIDTH, LAYERS, TOKENS = 384, 6, 32
 PLACEMENTS = ("ddp", "zero2", "zero3", "hsdp", "hfsdp")
 """On two levels ``topo`` is ``hfsdp``."""
+FREE = ((0, 0, 1), (0, 0, 2), (0, 1, 1), (0, 1, 2), (1, 2, 2))
+"""The other P <= G <= O of two levels."""
 QUANTIZE = ("none", "outer", "all")
 ACCUMULATION = (1, 4)
-SECONDS, MOST_STEPS = 0.35, 10
+SECONDS, MOST_STEPS = 0.2, 8
 """Of a round and a point: about so long, one step at least; one more before them is not counted."""
-LONG = 0.25
 FRESH = 2
 """Builds that a set of ranks serves: ranks age, after thirty builds the same step takes 1.3 to 1.7 times as long."""
-JUDGED = 2
-"""Rounds after the one that ``parallel=auto`` decides by."""
 HEADER = 66
 """Bytes of Ethernet, IPv4 and TCP with timestamps before the payload of a packet, as the interfaces count packets."""
 
@@ -149,15 +149,15 @@ class Point:
 
 
 def grid(rates: list[float]) -> list[Point]:
-    points = itertools.product(rates, PLACEMENTS, QUANTIZE, ACCUMULATION, (True, False))
-    return [Point(*point) for point in points]
+    named = itertools.product(rates, PLACEMENTS, QUANTIZE, ACCUMULATION, (True, False))
+    free = itertools.product(rates, ("free",), QUANTIZE, ACCUMULATION, (True,), FREE)
+    return [Point(*point) for point in (*named, *free)]
 
 
 def held_out(point: Point) -> bool:
     """Every third one along the axes of placement and quantization, shifted by accumulation and overlap."""
-    if point.triple is not None or point.placement not in PLACEMENTS:
-        return True
-    where = PLACEMENTS.index(point.placement) + QUANTIZE.index(point.quantize)
+    place = PLACEMENTS.index(point.placement) if point.triple is None else 2 + FREE.index(point.triple)
+    where = place + QUANTIZE.index(point.quantize)
     return (where + ACCUMULATION.index(point.accumulation) + 2 * point.overlap) % 3 == 0
 
 
