@@ -27,7 +27,11 @@ ALIKE = 0.05
 
 
 def settle(
-    job: Job, where: Rank, folder: Path, time_steps: Callable[[ParallelOptions], list[float]], say: Callable[[str], None]
+    job: Job,
+    where: Rank,
+    folder: Path,
+    time_steps: Callable[[ParallelOptions], list[float]],
+    say: Callable[[str], None],
 ) -> ParallelOptions:
     """The options of the fastest candidate: as kept in `folder`, or else by measuring. Collective.
 
