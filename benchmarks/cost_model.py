@@ -274,6 +274,9 @@ class Bench:
         for row in report["rows"]:
             if row["kind"] == "machine":
                 machine = {name: value for name, value in row["machine"].items() if name not in OF_BEFORE}
+                for packing in machine["packing"].values():
+                    if "chunk_s" in packing:  # of each of the two chunks that were measured
+                        packing["call_s"] = 2 * packing.pop("chunk_s")
                 self.machines[row["rate"]] = {"machine": machine, "points": row["points"]}
             elif row["kind"] == "step":
                 values = {name: row[name] for name in names}
@@ -369,9 +372,9 @@ def measure_trials(bench: Bench, world: World, fitted: dict[float, Machine]) -> 
 
 
 def described(rate: float, row: Row) -> Machine:
-    """The machine as `links` measured it, but with one bandwidth a link for all collectives: what one alone does not
-    fill, those that run beside it in a step do. The slow link has its bucket, through which the smallest message passed
-    at once: what that took is the latency."""
+    """The machine as `links` measured it, but with one bandwidth a link for all collectives, at the least what one rank
+    alone gets of it: what one collective does not fill, those that run beside it in a step do. The slow link has its
+    bucket, through which the smallest message passed at once: what that took is the latency."""
     machine = Machine.of(row["machine"])
     if machine.backend != "gloo":
         say(f"at {rate:g} Mbit/s `links` described a GPU, the steps ran on CPUs: what they reach is only fitted")
@@ -379,7 +382,8 @@ def described(rate: float, row: Row) -> Machine:
         machine = replace(machine, links=tuple(replace(link, latency=1e-4, fits={}) for link in machine.links))
     found = []
     for link, below in zip(machine.links, (LEVELS["rank"], 1), strict=True):
-        plain = replace(link, fits={}, burst=burst(rate) if link.shared else 0.0)
+        saved = burst(rate) if link.shared else 0.0
+        plain = replace(link, fits={}, bandwidth=max(link.bandwidth, link.alone), burst=saved)
         fits = {kind: replace(fit, bandwidth=plain.rate(kind, below)) for kind, fit in link.fits.items()}
         if link.shared:
             points = row["points"][link.name]
