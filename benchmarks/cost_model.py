@@ -1,20 +1,21 @@
 """How well the cost model tells a step's seconds and bytes: a grid of measured steps, a third of it never fitted to.
 
-    sudo python benchmarks/cost_model.py [--rates 100 400] [--rounds 2] [--budget-s 440] [--out FILE]
+    sudo python benchmarks/cost_model.py [--rates 100 400] [--rounds 3] [--budget-s 440] [--out FILE]
+    sudo python benchmarks/cost_model.py --more FILE     # adds rounds to what was measured before
     sudo python benchmarks/cost_model.py --read FILE     # fits and judges again what was measured before
 
 1. Ranks in network namespaces, 2 nodes x 2 ranks (`slow_link`). At each rate `links` describes the machine.
-2. Every placement, quantization, accumulation and overlap of the grid at each rate: seconds of steps in the steady
-   state (the first after a change of rate is left out); bytes of payload as the interfaces count them. What other
-   processes took of the cores meanwhile is noted, and a point where that was over ``--quiet`` is measured again. A time
-   is the median over the steps of the quiet rounds; where there is none, of the quietest, and said so. Rounds after the
-   first leave out steps of more than `LONG` seconds, which differ least.
+2. Rounds over the grid, each in the other direction: every P <= G <= O of the two levels with overlap, the named ones
+   also without, each with every quantization and accumulation at each rate. Seconds of steps in the steady state (the
+   first after a change of rate is left out); bytes of payload as the interfaces count them; what other processes took
+   of the cores meanwhile is noted. A point's time is the median of its rounds' medians, and how far those lie apart is
+   told beside the error: no round is left out.
 3. Two thirds of the steps correct the machines' figures by one factor on each, whatever the rate of the link
    (`parallel.planning.calibrate`); the last third, every third one along each axis of the grid (`held_out`), only tells
    how far the prediction is off.
-4. For each rate and accumulation: what ``parallel=auto`` takes, beside the fastest of the grid and of what it took. And
-   what it takes where it measures those that the model cannot tell apart (``parallel.auto_steps``): one round of
-   them decides, later ones, in which each has its turn again, and the grid's tell how much slower it is.
+4. For each rate and accumulation: what ``parallel=auto`` takes by the model, beside the fastest of the grid. And what
+   it takes where it tries those that the model cannot tell apart (``parallel.auto_steps``, `trainer.trial.fastest`):
+   trials of their own decide, the grid's rounds tell how much slower what they took is.
 
 The last line is one JSON object.
 """
@@ -41,6 +42,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -67,21 +69,22 @@ from parallel.planning.machine import Machine, Packing  # noqa: E402
 from parallel.planning.simulate import simulate  # noqa: E402
 from parallel.planning.workload import UnitCost, Workload, aligned  # noqa: E402
 from parallel.transport import Transport  # noqa: E402
+from trainer import trial  # noqa: E402
 
 Row = dict[str, Any]
 LEVELS = {"node": 2, "rank": 2}
 WIDTH, LAYERS, TOKENS = 384, 6, 32
 PLACEMENTS = ("ddp", "zero2", "zero3", "hsdp", "hfsdp")
 """On two levels ``topo`` is ``hfsdp``."""
+FREE = ((0, 0, 1), (0, 0, 2), (0, 1, 1), (0, 1, 2), (1, 2, 2))
+"""The other P <= G <= O of two levels."""
 QUANTIZE = ("none", "outer", "all")
 ACCUMULATION = (1, 4)
-SECONDS, MOST_STEPS = 0.35, 10
+SECONDS, MOST_STEPS = 0.2, 8
 """Of a round and a point: about so long, one step at least; one more before them is not counted."""
-LONG = 0.25
 FRESH = 2
 """Builds that a set of ranks serves: ranks age, after thirty builds the same step takes 1.3 to 1.7 times as long."""
-JUDGED = 2
-"""Rounds after the one that ``parallel=auto`` decides by."""
+CORES = sorted(os.sched_getaffinity(0))
 HEADER = 66
 """Bytes of Ethernet, IPv4 and TCP with timestamps before the payload of a packet, as the interfaces count packets."""
 
@@ -149,15 +152,15 @@ class Point:
 
 
 def grid(rates: list[float]) -> list[Point]:
-    points = itertools.product(rates, PLACEMENTS, QUANTIZE, ACCUMULATION, (True, False))
-    return [Point(*point) for point in points]
+    named = itertools.product(rates, PLACEMENTS, QUANTIZE, ACCUMULATION, (True, False))
+    free = itertools.product(rates, ("free",), QUANTIZE, ACCUMULATION, (True,), FREE)
+    return [Point(*point) for point in (*named, *free)]
 
 
 def held_out(point: Point) -> bool:
     """Every third one along the axes of placement and quantization, shifted by accumulation and overlap."""
-    if point.triple is not None or point.placement not in PLACEMENTS:
-        return True
-    where = PLACEMENTS.index(point.placement) + QUANTIZE.index(point.quantize)
+    place = PLACEMENTS.index(point.placement) if point.triple is None else 2 + FREE.index(point.triple)
+    where = place + QUANTIZE.index(point.quantize)
     return (where + ACCUMULATION.index(point.accumulation) + 2 * point.overlap) % 3 == 0
 
 
@@ -197,16 +200,22 @@ rate of packing."""
 class Bench:
     """Measures points; the rows and machines that came of it."""
 
-    def __init__(self, out: str, budget_s: float, quiet: float) -> None:
-        self.out, self.started, self.budget_s, self.quiet = out, time.monotonic(), budget_s, quiet
+    def __init__(self, out: str, budget_s: float) -> None:
+        self.out, self.started, self.budget_s = out, time.monotonic(), budget_s
         self.rows: dict[Point, Row] = {}
         self.machines: dict[float, Row] = {}
         self.measured: Row = {}
         """Of a file that was read: when, by what and how it was measured."""
+        self.rounds_before = 0
         self.hardware = (
-            f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, "
+            f"{platform.machine()}, {len(CORES)} of {os.cpu_count()} cores, Linux {platform.release()}, "
             f"load average {os.getloadavg()[0]:.1f} at the start"
         )
+
+    @property
+    def points(self) -> list[Point]:
+        """Those that have a time."""
+        return [point for point, row in self.rows.items() if row["rounds"]]
 
     def over(self) -> bool:
         return time.monotonic() - self.started > self.budget_s
@@ -220,9 +229,9 @@ class Bench:
             self.machines[rate] = json.loads(Path(out).read_text())
         self.keep()
 
-    def measure(self, world: World, points: list[Point], number: int, *, kind: str = "rounds") -> None:
+    def measure(self, world: World, points: list[Point], kind: str) -> None:
         """A round of all points of one build: they differ in rate and accumulation alone. kind: ``rounds``, or
-        ``trials`` of what ``parallel=auto`` measures."""
+        ``trials`` of what ``parallel=auto`` tries."""
         network, first = world.network, points[0]
         network.set_rates({})
         world.generation += 1
@@ -231,23 +240,11 @@ class Bench:
         for point in points:
             network.set_rates({"node": point.rate})
             row = self.rows.setdefault(point, {**vars(point), "rounds": []})
-            rounds = row.setdefault(kind, [])
-            for _ in range(3):
-                rounds.append(self._round(world, point))
-                if rounds[-1]["others"] <= self.quiet or self.over():
-                    break
-            is_quiet, median_s = self.median_s(rounds)
+            row.setdefault(kind, []).append(self._round(world, point))
             if kind == "rounds":
-                row |= {"is_quiet": is_quiet, "step_s": median_s, "sent": rounds[-1]["sent"]}
+                row |= over_rounds(row["rounds"])
         world.do(60, do="drop")
-        say(f"{kind} {number}: {first.placement} {first.quantize}{'' if first.overlap else ', overlap off'}")
         self.keep()
-
-    def median_s(self, rounds: list[Row]) -> tuple[bool, float]:
-        """Whether any round was quiet, and the median step of those that were, or of the quietest."""
-        quiet = [found for found in rounds if found["others"] <= self.quiet]
-        kept = quiet or [min(rounds, key=lambda found: float(found["others"]))]
-        return bool(quiet), statistics.median(itertools.chain(*(found["steps_s"] for found in kept)))
 
     def num_steps(self, point: Point) -> int:
         """By what the machine as described leads to expect."""
@@ -260,7 +257,7 @@ class Bench:
         sent, own, all_, start = payload(world.network), user_s(world.pids), busy_s(), time.monotonic()
         answers = world.do(120, do="time", accumulation=point.accumulation, steps=count)
         wall = time.monotonic() - start
-        others = max(0.0, busy_s() - all_ - (user_s(world.pids) - own)) / wall / (os.cpu_count() or 1)
+        others = max(0.0, busy_s() - all_ - (user_s(world.pids) - own)) / wall / len(CORES)
         steps = [statistics.fmean(times) for times in zip(*(a["steps_s"] for a in answers), strict=True)]
         now = payload(world.network)
         return {
@@ -277,11 +274,17 @@ class Bench:
         for row in report["rows"]:
             if row["kind"] == "machine":
                 machine = {name: value for name, value in row["machine"].items() if name not in OF_BEFORE}
+                for packing in machine["packing"].values():
+                    if "chunk_s" in packing:  # of each of the two chunks that were measured
+                        packing["call_s"] = 2 * packing.pop("chunk_s")
                 self.machines[row["rate"]] = {"machine": machine, "points": row["points"]}
             elif row["kind"] == "step":
                 values = {name: row[name] for name in names}
                 point = Point(**values | {"triple": row["triple"] and tuple(row["triple"])})
                 self.rows[point] = {name: value for name, value in row.items() if name not in ("kind", *OF_BEFORE)}
+        for point in self.points:
+            self.rows[point] |= over_rounds(self.rows[point]["rounds"])
+        self.rounds_before = min(len(row["rounds"]) for row in self.rows.values())
 
     def keep(self, more: Sequence[Row] = ()) -> None:
         rows = [{"kind": "machine", "rate": rate, **machine} for rate, machine in self.machines.items()]
@@ -290,6 +293,14 @@ class Bench:
             report = json.loads(Path(self.out).read_text())
             judged = {name: report[name] for name in ("date", "versions")}
             Path(self.out).write_text(json.dumps(report | self.measured | {"judged": judged}, indent=1) + "\n")
+
+
+def over_rounds(rounds: list[Row]) -> Row:
+    """The median of the rounds' medians, and how far the slowest is from the fastest."""
+    medians = [statistics.median(found["steps_s"]) for found in rounds]
+    return {
+        "step_s": statistics.median(medians), "spread": max(medians) / min(medians) - 1, "sent": rounds[-1]["sent"]
+    }  # fmt: skip
 
 
 def payload(network: Network) -> dict[str, float]:
@@ -303,9 +314,10 @@ def payload(network: Network) -> dict[str, float]:
 
 
 def busy_s() -> float:
-    """Core seconds so far of every program, and of other machines on these cores; not the kernel's own."""
-    user, nice, _, _, _, _, _, steal, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
-    return (user + nice + steal) / os.sysconf("SC_CLK_TCK")
+    """Seconds so far of the cores that we may use, of every program and of other machines; not the kernel's own."""
+    lines = dict(line.split(maxsplit=1) for line in Path("/proc/stat").read_text().splitlines())
+    times = [list(map(int, lines[f"cpu{core}"].split())) for core in CORES]
+    return sum(user + nice + steal for user, nice, _, _, _, _, _, steal, *_ in times) / os.sysconf("SC_CLK_TCK")
 
 
 def user_s(pids: list[int]) -> float:
@@ -323,49 +335,46 @@ def by_build(points: list[Point]) -> list[list[Point]]:
 
 def measure_grid(bench: Bench, world: World, rates: list[float], rounds: int) -> None:
     for rate in rates:
-        bench.describe_machine(world, rate)
+        if rate not in bench.machines:
+            bench.describe_machine(world, rate)
     say(f"links measured after {time.monotonic() - bench.started:.0f} s")
-    for number in range(rounds):
-        points = [p for p in grid(rates) if number == 0 or bench.rows.get(p, {}).get("step_s", 0.0) < LONG]
-        if measure_round(bench, world, points, number):
+    for number in range(bench.rounds_before, bench.rounds_before + rounds):
+        if not measure_round(bench, world, grid(rates), number, "rounds"):
             say(f"round {number} ends early: more than --budget-s={bench.budget_s:g}")
             break
-    say(f"measured in {time.monotonic() - bench.started:.0f} s")
+        say(f"round {number} measured after {time.monotonic() - bench.started:.0f} s")
 
 
-def measure_round(bench: Bench, world: World, points: list[Point], number: int, kind: str = "rounds") -> bool:
-    """Every second one in reverse order. Returns whether it ended early."""
-    builds = by_build(points)
-    for count, build in enumerate(builds if number % 2 == 0 else reversed(builds)):
+def measure_round(bench: Bench, world: World, points: list[Point], number: int, kind: str) -> bool:
+    """Every second one in reverse order. Returns whether there was time for all; those with the fewest rounds are the
+    first."""
+    builds = by_build(points)[:: 1 if number % 2 == 0 else -1]
+    builds.sort(key=lambda build: len(bench.rows.get(build[0], {}).get(kind, [])))
+    for count, build in enumerate(builds):
         if bench.over():
-            return True
+            return False
         if count % FRESH == 0:
             world.renew()
-        bench.measure(world, build, number, kind=kind)
-    return False
+        bench.measure(world, build, kind)
+    return True
 
 
-def measure_choices(bench: Bench, world: World, fitted: dict[float, Machine]) -> None:
-    """Those between which ``parallel=auto`` decides by measuring, and beside them the fastest of the grid."""
+def measure_trials(bench: Bench, world: World, fitted: dict[float, Machine]) -> None:
+    """Those between which ``parallel=auto`` decides by trying, as often as it may try them."""
     bench.budget_s = math.inf
-    decided: dict[Point, None] = {}
-    beside: dict[Point, None] = {}
-    for question in questions(fitted):
-        decided |= dict.fromkeys(contenders(fitted, question))
-        beside |= dict.fromkeys(sorted(question.measured(bench), key=lambda p: float(bench.rows[p]["step_s"]))[:2])
-    measure_round(bench, world, list(decided), 0, "trials")
-    for number in range(JUDGED):
-        measure_round(bench, world, list(decided | beside), 1 + number)
-    say(f"choices measured after {time.monotonic() - bench.started:.0f} s")
+    tried = dict.fromkeys(point for question in questions(fitted) for point in contenders(fitted, question))
+    for number in range(trial.ROUNDS):
+        measure_round(bench, world, list(tried), number, "trials")
+    say(f"trials measured after {time.monotonic() - bench.started:.0f} s")
 
 
 # ------------------------------------------------------------------------------------------------------- judging
 
 
 def described(rate: float, row: Row) -> Machine:
-    """The machine as `links` measured it, but with one bandwidth a link for all collectives: what one alone does not
-    fill, those that run beside it in a step do. The slow link has its bucket, through which the smallest message passed
-    at once: what that took is the latency."""
+    """The machine as `links` measured it, but with one bandwidth a link for all collectives, at the least what one rank
+    alone gets of it: what one collective does not fill, those that run beside it in a step do. The slow link has its
+    bucket, through which the smallest message passed at once: what that took is the latency."""
     machine = Machine.of(row["machine"])
     if machine.backend != "gloo":
         say(f"at {rate:g} Mbit/s `links` described a GPU, the steps ran on CPUs: what they reach is only fitted")
@@ -373,12 +382,14 @@ def described(rate: float, row: Row) -> Machine:
         machine = replace(machine, links=tuple(replace(link, latency=1e-4, fits={}) for link in machine.links))
     found = []
     for link, below in zip(machine.links, (LEVELS["rank"], 1), strict=True):
-        plain = replace(link, fits={}, burst=burst(rate) if link.shared else 0.0)
+        saved = burst(rate) if link.shared else 0.0
+        plain = replace(link, fits={}, bandwidth=max(link.bandwidth, link.alone), burst=saved)
         fits = {kind: replace(fit, bandwidth=plain.rate(kind, below)) for kind, fit in link.fits.items()}
         if link.shared:
-            smallest_s = {kind: row["points"][link.name][kind][0][1] for kind in fits}
-            members = row["points"][link.name]["members"]
-            fits = {k: replace(fit, latency=smallest_s[k] / links.ring_steps(k, members)) for k, fit in fits.items()}
+            points = row["points"][link.name]
+            smallest_s = {kind: max(0.0, points[kind][0][1] - machine.issue_s) for kind in fits}
+            steps = {kind: links.ring_steps(kind, points["members"]) for kind in fits}
+            fits = {kind: replace(fit, latency=smallest_s[kind] / steps[kind]) for kind, fit in fits.items()}
         found.append(replace(plain, fits=fits))
     return replace(machine, links=tuple(found))
 
@@ -386,8 +397,8 @@ def described(rate: float, row: Row) -> Machine:
 CPUS: dict[str, Any] = {
     "backend": "gloo", "compute": 40e9, "memory_rate": 10e9, "unit_s": 1e-4, "step_s": 1e-3,
     "packing": {
-        "quantize_int8": Packing(rate=11e9, chunk_s=6e-5), "dequantize_int8": Packing(rate=40e9, chunk_s=2e-5),
-        "quantize_int4": Packing(rate=8e9, chunk_s=7e-5), "dequantize_int4": Packing(rate=11e9, chunk_s=5e-5),
+        "quantize_int8": Packing(rate=11e9, call_s=6e-5), "dequantize_int8": Packing(rate=40e9, call_s=2e-5),
+        "quantize_int4": Packing(rate=8e9, call_s=7e-5), "dequantize_int4": Packing(rate=11e9, call_s=5e-5),
     },
 }  # fmt: skip
 """Of a core, in round numbers: from where a fit starts that knows nothing."""
@@ -403,13 +414,13 @@ def fit(bench: Bench) -> dict[float, Machine]:
     """The machine at each rate, corrected by what is not held out."""
     runs = {
         rate: [
-            Run(*problem(point), row["step_s"])
-            for point, row in bench.rows.items() if point.rate == rate and not held_out(point)
+            Run(*problem(point), bench.rows[point]["step_s"])
+            for point in bench.points if point.rate == rate and not held_out(point)
         ]
         for rate in bench.machines
     }  # fmt: skip
     machines, started = [described(rate, row) for rate, row in bench.machines.items()], time.monotonic()
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(len(CORES), multiprocessing.get_context("fork")) as pool:
         found = calibrate_alike(machines, list(runs.values()), within=8.0, each=pool.map)
     say(f"fitted in {time.monotonic() - started:.0f} s")
     return dict(zip(bench.machines, found, strict=True))
@@ -419,7 +430,7 @@ def judge(bench: Bench, fitted: dict[float, Machine]) -> Row:
     """Predict and compare; the summary. Rows get their prediction."""
     found: list[Row] = []
     for rate, measured in bench.machines.items():
-        points = [point for point in bench.rows if point.rate == rate]
+        points = [point for point in bench.points if point.rate == rate]
         base = described(rate, measured)
         for point in points:
             row, (work, plan) = bench.rows[point], problem(point)
@@ -427,6 +438,7 @@ def judge(bench: Bench, fitted: dict[float, Machine]) -> Row:
             row["closed_s"] = estimate(work, plan, fitted[rate]).step_s
             row["uncorrected_s"] = simulate(work, plan, base).step_s
             row["held_out"] = held_out(point)
+            row["error"] = row["simulated_s"] / row["step_s"] - 1
             sent = traffic_of(work, plan, base).sent_bytes().values()
             row["model_sent"] = dict(zip(LEVELS, map(sum, zip(*sent, strict=True)), strict=True))
             row["bytes_error"] = {k: row["sent"][k] / v - 1 for k, v in row["model_sent"].items() if v}
@@ -436,13 +448,13 @@ def judge(bench: Bench, fitted: dict[float, Machine]) -> Row:
         "fitted": [row for row in found if not row["held_out"]],
         "held_out": [row for row in found if row["held_out"]],
         "held_out_exact": [row for row in found if row["held_out"] and row["quantize"] == "none"],
-        "held_out_quiet": [row for row in found if row["held_out"] and row["is_quiet"]],
+        "held_out_quantized": [row for row in found if row["held_out"] and row["quantize"] != "none"],
     }.items():
         for what in ("simulated_s", "closed_s", "uncorrected_s"):
             summary[f"{name}_{what.removesuffix('_s')}"] = spread([row[what] / row["step_s"] - 1 for row in rows])
-    quiet = [[r for r in row["rounds"] if r["others"] <= bench.quiet] for row in found]
-    again = [spread_of(rounds) for rounds in quiet if len(rounds) > 1]
-    summary["repeated_quiet"] = spread(again) if again else {}
+    summary["rounds"] = [min(counts := [len(row["rounds"]) for row in found]), max(counts)]
+    again = [row["spread"] for row in found if len(row["rounds"]) > 1]
+    summary["rounds_apart"] = spread(again) if again else {}
     summary["bytes_worst"] = max(abs(error) for row in found for error in row["bytes_error"].values())
     summary["auto"] = [judge_choice(bench, fitted, asked) for asked in questions(fitted)]
     summary["machines"] = {f"{rate:g}": machine.to_mapping() for rate, machine in fitted.items()}
@@ -461,9 +473,8 @@ class Question:
         """The points that would be an answer."""
         key = self.rate, self.accumulation, True
         return [
-            p for p in bench.rows
+            p for p in bench.points
             if (p.rate, p.accumulation, p.overlap) == key and p.quantize in self.allowed
-            and "step_s" in bench.rows[p]
         ]  # fmt: skip
 
 
@@ -489,7 +500,7 @@ def contenders(fitted: dict[float, Machine], asked: Question) -> list[Point]:
 
 
 def judge_choice(bench: Bench, fitted: dict[float, Machine], asked: Question) -> Row:
-    """What ``parallel=auto`` takes, by the model alone and by measuring, beside the fastest of what was measured."""
+    """What ``parallel=auto`` takes, by the model alone and by trials, beside the fastest of what was measured."""
     measured, taken = asked.measured(bench), contenders(fitted, asked)
     fastest = min(measured, key=lambda p: float(bench.rows[p]["step_s"]))
     row: Row = {
@@ -499,9 +510,19 @@ def judge_choice(bench: Bench, fitted: dict[float, Machine], asked: Question) ->
     if taken[0] in measured:
         row["chosen_s"] = bench.rows[taken[0]]["step_s"]
         row["slower"] = row["chosen_s"] / row["fastest_s"] - 1
-    if all(bench.rows.get(p, {}).get("trials") for p in taken):
-        best = min(taken, key=lambda p: bench.median_s(bench.rows[p]["trials"])[1])
-        row |= {"by_measuring": str(best), "by_measuring_slower": bench.rows[best]["step_s"] / row["fastest_s"] - 1}
+    if all(bench.rows.get(p, {}).get("trials") and p in measured for p in taken):
+        by_name, rounds = {str(p): p for p in taken}, Counter[str]()
+
+        def figures(name: str) -> list[float]:
+            rounds[name] += 1
+            trials = bench.rows[by_name[name]]["trials"]
+            steps = trials[min(rounds[name], len(trials)) - 1]["steps_s"]
+            halves = steps[: (len(steps) + 1) // 2], steps[(len(steps) + 1) // 2 :]
+            return [statistics.fmean(half) for half in halves if half]
+
+        best, _ = trial.fastest(list(by_name), figures)
+        slower = bench.rows[by_name[best]]["step_s"] / row["fastest_s"] - 1
+        row |= {"by_trial": best, "by_trial_slower": slower, "trials": sum(rounds.values())}
     return row
 
 
@@ -514,23 +535,21 @@ def spread(errors: list[float]) -> dict[str, float]:
     }
 
 
-def spread_of(rounds: list[Row]) -> float:
-    """How far apart the slowest and the fastest round of a point are."""
-    medians = [statistics.median(found["steps_s"]) for found in rounds]
-    return max(medians) / min(medians) - 1
-
-
 def print_tables(bench: Bench, summary: Row) -> None:
-    print("Seconds a step: measured, simulated with the machine corrected by the other two thirds, error; bytes a rank")
-    print(f"{'Mbit/s placement':38}{'measured':>9}{'simulated':>10}{'':>7}{'closed':>7}{'bytes: node':>12}{'rank':>7}")
-    for point, row in bench.rows.items():
-        off, closed = (row[what] / row["step_s"] - 1 for what in ("simulated_s", "closed_s"))
+    print("Seconds a step: median of the rounds, how far they lie apart, simulated with the machine corrected by the")
+    print("points that are not held out, error, that of the closed form; bytes a rank beside the model's")
+    print(
+        f"{'Mbit/s placement':38}{'measured':>9}{'rounds':>7}{'apart':>7}{'simulated':>10}{'':>7}{'closed':>7}"
+        f"{'bytes: node':>12}{'rank':>7}"
+    )
+    for point in bench.points:
+        row = bench.rows[point]
+        closed = row["closed_s"] / row["step_s"] - 1
         sizes = "".join(
             f"{row['bytes_error'].get(level, 0):{width}.1%}" for level, width in (("node", 12), ("rank", 7))
         )
-        notes = ("  held out" if row["held_out"] else "") + ("" if row["is_quiet"] else "  not quiet")
-        shown = f"{point!s:38}{row['step_s']:9.4f}{row['simulated_s']:10.4f}{off:7.0%}{closed:7.0%}{sizes}{notes}"
-        print(shown)
+        shown = f"{point!s:38}{row['step_s']:9.4f}{len(row['rounds']):7}{row['spread']:7.0%}{row['simulated_s']:10.4f}"
+        print(f"{shown}{row['error']:7.0%}{closed:7.0%}{sizes}{'  held out' if row['held_out'] else ''}")
     print("\nErrors of the step time")
     for name, figures in summary.items():
         if isinstance(figures, dict) and "median" in figures:
@@ -539,13 +558,14 @@ def print_tables(bench: Bench, summary: Row) -> None:
                 f"{figures['worst']:6.1%}  within 10%: {figures['within_10_percent']:4.0%} of {figures['of']}"
             )
     print(f"bytes of every level and point within {summary['bytes_worst']:.1%} of the model")
-    print("\nparallel=auto by the model alone, beside the fastest that was measured; and by measuring")
+    print(f"from {summary['rounds'][0]} to {summary['rounds'][1]} rounds a point")
+    print("\nparallel=auto by the model alone, beside the fastest that was measured; and by trials")
     for row in summary["auto"]:
         alone = f"{row['slower']:+.1%}" if "slower" in row else "not measured"
-        tried = f"{row['by_measuring']}, {row['by_measuring_slower']:+.1%}" if "by_measuring" in row else "-"
+        tried = f"{row['trials']}: {row['by_trial']}, {row['by_trial_slower']:+.1%}" if "by_trial" in row else "-"
         print(
-            f"{row['chosen']:28} {alone:>12} of {row['fastest']:28} ({row['fastest_s']:.4f} s); measuring "
-            f"{len(row['contenders'])}: {tried}"
+            f"{row['chosen']:28} {alone:>12} of {row['fastest']:28} ({row['fastest_s']:.4f} s); trials of "
+            f"{len(row['contenders'])}, {tried}"
         )
 
 
@@ -556,15 +576,16 @@ def say(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=float, nargs="+", default=[100.0, 400.0], help="Mbit/s between nodes")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3, help="over the grid, as many as there is time for")
     parser.add_argument("--budget-s", type=float, default=440.0, help="no further configuration is begun after this")
-    parser.add_argument("--quiet", type=float, default=0.05, help="part of the cores that others may take")
     parser.add_argument("--out", default=str(HERE / "results" / "cost_model.json"))
+    parser.add_argument("--more", default="", help="a file written before, to which rounds are added")
     parser.add_argument("--read", default="", help="a file written before, to be judged again")
     args = parser.parse_args()
-    bench = Bench(args.out, args.budget_s, args.quiet)
+    bench = Bench(args.out, args.budget_s)
+    if before := args.read or args.more:
+        bench.read(before)
     if args.read:
-        bench.read(args.read)
         fitted = fit(bench)
     else:
         with Network(LEVELS) as network:
@@ -572,7 +593,7 @@ def main() -> None:
             try:
                 measure_grid(bench, world, args.rates, args.rounds)
                 fitted = fit(bench)
-                measure_choices(bench, world, fitted)
+                measure_trials(bench, world, fitted)
             finally:
                 world.close()
     summary = judge(bench, fitted)

@@ -74,10 +74,10 @@ def _synchronize(device: torch.device) -> None:
 
 
 def measure_level(
-    mesh: Mesh, level: int, seconds: float, device: torch.device, largest: int = SIZES[-1]
+    mesh: Mesh, level: int, seconds: float, device: torch.device, largest: int, issue_s: float
 ) -> dict[str, Any]:
-    """Fits of the three collectives over one level, up to messages of `largest` bytes, and the points that they were
-    fitted to."""
+    """Fits of the three collectives over one level, up to messages of `largest` bytes and without `issue_s`, and the
+    points that they were fitted to, with it."""
     group, n = mesh.group(level, level + 1), mesh.sizes[level]
     assert group is not None
     lane = Lane(device)
@@ -98,7 +98,7 @@ def measure_level(
             factor = 2 if kind == "all_reduce" else 1
             points.append((factor * whole.nbytes * (n - 1) / n, took))
         start, rate = fit_line(points)
-        found["fits"][kind] = Fit(bandwidth=rate, latency=start / ring_steps(kind, n))
+        found["fits"][kind] = Fit(bandwidth=rate, latency=max(0.0, start - issue_s) / ring_steps(kind, n))
         found["points"][kind] = points
     return found
 
@@ -135,11 +135,11 @@ def measure_alone(mesh: Mesh, level: int, points: list[tuple[float, float]], dev
 
 
 def measure_packing(seconds: float, device: torch.device) -> dict[str, Packing]:
-    """Quantizing and dequantizing two chunks, in the formats that the engine has; all ranks at a time."""
+    """Quantizing and dequantizing two chunks, of several sizes, in the formats there are; all ranks at a time."""
     found = {}
     for format in (Format(bits=8, block=256), Format(bits=4, block=128)):
         points: dict[str, list[tuple[int, float]]] = {"quantize": [], "dequantize": []}
-        for numel in (1 << 14, 1 << 19):
+        for numel in (1 << 13, 1 << 15, 1 << 17, 1 << 19):
             values, half = torch.randn(numel, device=device), format.packed_bytes(numel // 2)
             packed = torch.empty(2 * half, dtype=torch.uint8, device=device)
             acts = {
@@ -148,9 +148,10 @@ def measure_packing(seconds: float, device: torch.device) -> dict[str, Packing]:
             }
             for name, act in acts.items():
                 points[name].append((values.nbytes + packed.nbytes, timed(act, seconds / 4, device)))
-        for name, ((few, short), (many, long)) in points.items():
-            rate = (many - few) / max(1e-9, long - short)
-            found[f"{name}_int{format.bits}"] = Packing(rate=rate, chunk_s=max(0.0, short - few / rate) / 2)
+        for name, measured in points.items():
+            sizes, times = np.array(measured).T
+            slope, call_s = np.polyfit(sizes, times, 1, w=1 / times)  # the least relative errors: small ones count too
+            found[f"{name}_int{format.bits}"] = Packing(rate=1 / max(1e-15, slope), call_s=max(0.0, call_s))
     return found
 
 
@@ -194,6 +195,20 @@ def measure_memory(seconds: float, device: torch.device) -> float:
     return 2 * a.nbytes / timed(lambda: a.mul_(1.0001), seconds, device)
 
 
+def measure_issue(mesh: Mesh, level: int) -> float:
+    """Seconds of this thread, while it does not wait, to issue a small collective over a level and take its result."""
+    group = mesh.group(level, level + 1)
+    assert group is not None
+    lane, times = Lane(torch.device("cpu")), []
+    flat, out = torch.ones(256 * mesh.sizes[level]), torch.ones(256 * mesh.sizes[level])
+    for _ in range(40):
+        start = time.thread_time()
+        lane.launch(all_gather(out, flat[:256], group)).finish()
+        lane.launch(all_to_all(out, flat, group)).finish()
+        times.append((time.thread_time() - start) / 2)
+    return float(np.median(times))
+
+
 def measure_core(mesh: Mesh, level: int, seconds: float) -> float:
     """Which part of a rank's cores all-to-alls over a level take while all ranks do nothing else."""
     group, n = mesh.group(level, level + 1), mesh.sizes[level]
@@ -209,7 +224,7 @@ def measure_core(mesh: Mesh, level: int, seconds: float) -> float:
         one = torch.tensor([time.perf_counter() - start, time.process_time() - start_cpu])
         dist.all_reduce(one)  # all ranks repeat as often
         took, busy = took + float(one[0]) / mesh.world, busy + float(one[1]) / mesh.world
-    return min(1.0, busy / took * here / (os.cpu_count() or 1))
+    return min(1.0, busy / took * here / (len(os.sched_getaffinity(0))))
 
 
 def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
@@ -222,10 +237,12 @@ def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
         mesh.group(level, level + 1)
     links: list[Link] = []
     points: dict[str, Any] = {}
+    issues: list[float] = []
     for level, name in enumerate(mesh.names):
         if mesh.sizes[level] == 1:
             continue
-        found = measure_level(mesh, level, args.seconds, device, args.largest)
+        issue_s = 0.0 if gpu else measure_issue(mesh, level)
+        found = measure_level(mesh, level, args.seconds, device, args.largest, issue_s)
         core = 0.0 if gpu else measure_core(mesh, level, args.seconds)
         fair = found["fits"]["all_reduce"]
         alone = measure_alone(mesh, level, found["points"]["all_reduce"], device)
@@ -237,6 +254,7 @@ def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
             rank_bandwidth=alone if shared else None, fits=found["fits"], core=core,
         ))  # fmt: skip
         points[name] = found["points"]
+        issues.append(issue_s)
     memory_rate = measure_memory(args.seconds / 4, device)
     packing = measure_packing(args.seconds / 4, device)
     compute = measure_compute(args.tokens, args.seconds / 4, device, torch.bfloat16 if gpu else torch.float32)
@@ -248,7 +266,7 @@ def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
         return
     machine = Machine(
         name=args.name or socket.gethostname(), links=tuple(links), memory_rate=memory_rate, memory=memory,
-        backend="nccl" if gpu else "gloo", packing=packing, **compute,
+        backend="nccl" if gpu else "gloo", packing=packing, issue_s=max(issues, default=0.0), **compute,
     )  # fmt: skip
     show(machine, points)
     if args.out:
@@ -258,10 +276,11 @@ def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
 def show(machine: Machine, points: dict[str, Any]) -> None:
     print(
         f"{machine.name}, a rank: {machine.compute / 1e9:.3g} GFLOP/s, {machine.memory_rate / 1e9:.3g} GB/s of memory, "
-        f"{1e3 * machine.unit_s:.3g} ms a unit, {1e3 * machine.step_s:.3g} ms a step"
+        f"{1e3 * machine.unit_s:.3g} ms a unit, {1e3 * machine.step_s:.3g} ms a step, "
+        f"{1e3 * machine.issue_s:.3g} ms to issue a collective"
     )
     for act, packing in machine.packing.items():
-        print(f"{act:16} {packing.rate / 1e9:8.3g} GB/s and {1e3 * packing.chunk_s:.3g} ms a chunk")
+        print(f"{act:16} {packing.rate / 1e9:8.3g} GB/s and {1e3 * packing.call_s:.3g} ms a call")
     print(f"{'level':8}{'collective':12}{'MB/s a rank':>12}{'ms to start':>12}{'worst fit':>11}{'points':>8}")
     for link in machine.links:
         for kind, fit in link.fits.items():
@@ -282,7 +301,7 @@ def ring_steps(kind: str, members: int) -> int:
 
 
 def spawned(rank: int, world: int, store: str, levels: dict[str, int], args: argparse.Namespace) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    torch.set_num_threads(max(1, (len(os.sched_getaffinity(0))) // world))
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     measure(levels, args)
     dist.destroy_process_group()
@@ -304,7 +323,9 @@ def main() -> None:
         if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         else:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+            torch.set_num_threads(
+                max(1, (len(os.sched_getaffinity(0))) // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+            )
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
         measure(levels, args)
         dist.destroy_process_group()

@@ -18,6 +18,7 @@ x * (1 / scale) instead of x / scale: a division takes a GPU about ten instructi
 wait for instead of memory; what differs is which way a tie within 2^-22 is rounded.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ PIECE = 1 << 19
 """Elements that the CPU takes through all operations at a time: 7 MB of temporaries, which stay in a last-level cache.
 Smaller pieces spend more on starting operations than a nearer cache saves."""
 SMALLEST_SCALE = 2.0**-100
+_BELOW_SMALLEST = SMALLEST_SCALE * (1 - 2.0**-24)
+"""The next smaller fp32."""
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
@@ -84,12 +87,11 @@ def quantize(values: Tensor, fmt: Format, out: Tensor, *, chunks: int = 1, resid
 
         kernels.quantize(values, fmt.bits, fmt.block, out, chunks, residual)
         return
-    cpu = _Cpu(numel, fmt.block)
-    for chunk, packed in enumerate(out.view(chunks, -1)):
-        for start, stop in cpu.pieces:
-            place = slice(chunk * numel + start, chunk * numel + stop)
-            lost = None if residual is None else residual[place]
-            cpu.quantize(values[place], fmt, packed, start, numel, lost)
+    cpu, rows = _Cpu(), out.view(chunks, -1)
+    for some, start, stop in _pieces(chunks, numel, fmt.block):
+        place = slice(some.start * numel + start, (some.stop - 1) * numel + stop)
+        lost = None if residual is None else residual[place]
+        cpu.quantize(values[place], fmt, rows[some], start, numel, lost)
 
 
 def dequantize(packed: Tensor, fmt: Format, out: Tensor, *, chunks: int = 1) -> None:
@@ -108,10 +110,9 @@ def dequantize(packed: Tensor, fmt: Format, out: Tensor, *, chunks: int = 1) -> 
 
         kernels.dequantize(packed, fmt.bits, fmt.block, out, chunks, add=False)
         return
-    cpu = _Cpu(numel, fmt.block)
-    for chunk, part in enumerate(packed.view(chunks, -1)):
-        for start, stop in cpu.pieces:
-            cpu.dequantize_sum([part], fmt, start, numel, out[chunk * numel + start : chunk * numel + stop])
+    cpu, rows = _Cpu(), packed.view(chunks, -1)
+    for some, start, stop in _pieces(chunks, numel, fmt.block):
+        cpu.dequantize(rows[some], fmt, start, numel, out[some.start * numel + start : (some.stop - 1) * numel + stop])
 
 
 def dequantize_sum(packed: Tensor, fmt: Format, out: Tensor, *, chunks: int) -> None:
@@ -131,10 +132,9 @@ def dequantize_sum(packed: Tensor, fmt: Format, out: Tensor, *, chunks: int) -> 
 
         kernels.dequantize(packed, fmt.bits, fmt.block, out, chunks, add=True)
         return
-    cpu = _Cpu(numel, fmt.block)
-    parts = list(packed.view(chunks, -1))
-    for start, stop in cpu.pieces:
-        cpu.dequantize_sum(parts, fmt, start, numel, out[start:stop])
+    cpu, rows = _Cpu(), packed.view(chunks, -1)
+    for _, start, stop in _pieces(1, numel, fmt.block):
+        cpu.dequantize_sum(rows, fmt, start, numel, out[start:stop])
 
 
 def dequantize_sum_quantize(
@@ -169,14 +169,12 @@ def dequantize_sum_quantize(
             packed, fmt.bits, fmt.block, out, out_fmt.bits, out_fmt.block, numel, chunks, out_chunks, residual
         )
         return
-    cpu = _Cpu(out_numel, max(fmt.block, out_fmt.block))
-    parts = list(packed.view(chunks, -1))
-    for chunk, to in enumerate(out.view(out_chunks, -1)):
-        for start, stop in cpu.pieces:
-            place = slice(chunk * out_numel + start, chunk * out_numel + stop)
-            total = cpu.total[: stop - start]
-            cpu.dequantize_sum(parts, fmt, place.start, numel, total)
-            cpu.quantize(total, out_fmt, to, start, out_numel, None if residual is None else residual[place])
+    cpu, rows, to = _Cpu(), packed.view(chunks, -1), out.view(out_chunks, -1)
+    for some, start, stop in _pieces(out_chunks, out_numel, max(fmt.block, out_fmt.block)):
+        place = slice(some.start * out_numel + start, (some.stop - 1) * out_numel + stop)
+        total = cpu.temporary("total", place.stop - place.start)
+        cpu.dequantize_sum(rows, fmt, place.start, numel, total)
+        cpu.quantize(total, out_fmt, to[some], start, out_numel, None if residual is None else residual[place])
 
 
 def _part(numel: int, chunks: int, block: int) -> int:
@@ -202,84 +200,108 @@ def _check(name: str, tensor: Tensor, numel: int, dtypes: tuple[torch.dtype, ...
         )
 
 
-class _Cpu:
-    """The operations on pieces of a chunk of `numel` elements, whole blocks of `block`, with their temporaries."""
+def _pieces(chunks: int, numel: int, block: int) -> Iterator[tuple[slice, int, int]]:
+    """What the CPU takes at a time of `chunks` chunks of `numel` elements: some chunks, and of each from which element
+    to which. Several whole chunks where they are small: operations on one take longer to start than to run."""
+    size = max(PIECE, block)
+    some = max(1, size // numel)
+    for first in range(0, chunks, some):
+        for start in range(0, numel, size):
+            yield slice(first, min(first + some, chunks)), start, min(start + size, numel)
 
-    def __init__(self, numel: int, block: int) -> None:
-        size = max(PIECE, block)
-        self.pieces = [(start, min(start + size, numel)) for start in range(0, numel, size)]
-        size = min(size, numel)
-        self.x, self.y, self.total = torch.empty(3, size).unbind()
-        self.pairs, self.pair_codes = torch.empty(size // 2), torch.empty(size // 2, dtype=torch.uint8)
+
+class _Cpu:
+    """The operations on pieces of chunks, with their temporaries."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Tensor] = {}
+
+    def temporary(self, name: str, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(numel): memory for this piece, which the pieces after it use again."""
+        if name not in self._made or self._made[name].numel() < numel:
+            self._made[name] = torch.empty(numel, dtype=dtype)
+        return self._made[name][:numel]
 
     def quantize(
         self, values: Tensor, fmt: Format, packed: Tensor, start: int, numel: int, residual: Tensor | None
     ) -> None:
-        """Pack `values` as the elements from `start` on of the chunk `packed` of `numel`."""
-        codes, scales = _views(packed, fmt, start, start + len(values), numel)
-        if start == 0:
-            packed[numel * fmt.bits // 8 + 4 * (numel // fmt.block) :].zero_()
-        x, y = values, self.y[: len(values)]
+        """Pack `values` as the elements from `start` on of each of the chunks `packed` (k, bytes) of `numel`."""
+        size = values.numel()
+        codes, scales = _views(packed, fmt, start, start + size // packed.shape[0], numel)
+        if start == 0 and numel // fmt.block % 4:
+            packed[:, numel * fmt.bits // 8 + 4 * (numel // fmt.block) :].zero_()
+        x, y = values, self.temporary("y", size)
         if values.dtype != torch.float32:
-            x = self.x[: len(values)].copy_(values)
+            x = self.temporary("x", size).copy_(values)
         if residual is not None:
             x = residual.add_(x)
-        rows, y_rows = x.view(-1, fmt.block), y.view(-1, fmt.block)
+        shape = *scales.shape, fmt.block
+        rows, y_rows = x.view(shape), y.view(shape)
 
         torch.abs(x, out=y)
-        torch.amax(y_rows, 1, out=scales)  # NaN if there is one
-        scales.div_(fmt.qmax)
-        scales.masked_fill_(scales < SMALLEST_SCALE, 0.0).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        torch.amax(y_rows, 2, out=scales)  # NaN if there is one
+        torch.threshold_(scales.div_(fmt.qmax), _BELOW_SMALLEST, 0.0).nan_to_num_(nan=torch.inf, posinf=torch.inf)
         inverse = scales.reciprocal().nan_to_num_(posinf=0.0)
-        torch.mul(rows, inverse.unsqueeze(1), out=y_rows).round_()
-        bad = scales == torch.inf
-        any_bad = bool(bad.any())
-        if any_bad:
-            y_rows.masked_fill_(bad.unsqueeze(1), 0.0)
+        torch.mul(rows, inverse.unsqueeze(2), out=y_rows).round_()
+        bad = scales == torch.inf if scales.max().item() == torch.inf else None
+        if bad is not None:
+            y_rows.masked_fill_(bad.unsqueeze(2), 0.0)
         if fmt.bits == 8:
             codes.view(torch.int8).copy_(y_rows)
         else:
             half = fmt.block // 2
             # -119 to 119, a signed byte; adding 8 * 16 + 8 makes it the two biased nibbles
-            pairs = self.pairs[: len(y) // 2].view(-1, half)
-            torch.add(y_rows[:, :half], y_rows[:, half:], alpha=16, out=pairs)
+            pairs = self.temporary("pairs", size // 2).view(*scales.shape, half)
+            torch.add(y_rows[..., :half], y_rows[..., half:], alpha=16, out=pairs)
             codes.view(torch.int8).copy_(pairs)
             codes.add_(136)
         if residual is not None:
-            residual.sub_(y_rows.add_(0.0).mul_(scales.unsqueeze(1)).view(-1))  # no -0 from rounding
-            if any_bad:
-                residual.view(-1, fmt.block).masked_fill_(bad.unsqueeze(1), 0.0)
+            residual.sub_(y_rows.add_(0.0).mul_(scales.unsqueeze(2)).view(-1))  # no -0 from rounding
+            if bad is not None:
+                residual.view(shape).masked_fill_(bad.unsqueeze(2), 0.0)
 
-    def dequantize_sum(self, parts: list[Tensor], fmt: Format, start: int, numel: int, out: Tensor) -> None:
-        """`out` from the sum over `parts`, chunks of `numel`, of their elements from `start` on."""
-        total = out if out.dtype == torch.float32 else self.x[: len(out)]
-        for part, packed in enumerate(parts):
-            y = total if part == 0 else self.y[: len(out)]
-            codes, scales = _views(packed, fmt, start, start + len(out), numel)
-            self._unpack(codes, scales, fmt, y.view(-1, fmt.block))
-            if part:
-                total.add_(y)
+    def dequantize_sum(self, packed: Tensor, fmt: Format, start: int, numel: int, out: Tensor) -> None:
+        """`out` from the sum over the chunks `packed` (k, bytes) of `numel`, in their order, of their elements from
+        `start` on."""
+        size, count = out.numel(), packed.shape[0]
+        total, some = out if out.dtype == torch.float32 else self.temporary("x", size), max(1, PIECE // size)
+        before: tuple[Tensor, ...] = ()
+        for i in range(0, count, some):
+            parts = packed[i : i + some] if some < count else packed
+            if parts.shape[0] == 1 and not before:
+                self.dequantize(parts, fmt, start, numel, total)
+            else:
+                y = self.temporary("y", parts.shape[0] * size).view(-1, size)
+                self.dequantize(parts, fmt, start, numel, y.view(-1))
+                first, *rest = before + y.unbind()
+                for part in rest:
+                    first = torch.add(first, part, out=total)
+            before = (total,)
         if total is not out:
             out.copy_(total)
 
-    def _unpack(self, codes: Tensor, scales: Tensor, fmt: Format, rows: Tensor) -> None:
-        """rows: (blocks, fmt.block) fp32"""
+    def dequantize(self, packed: Tensor, fmt: Format, start: int, numel: int, out: Tensor) -> None:
+        """`out` from the elements from `start` on of each of the chunks `packed` (k, bytes) of `numel`."""
+        values = out if out.dtype == torch.float32 else self.temporary("x", out.numel())
+        codes, scales = _views(packed, fmt, start, start + out.numel() // packed.shape[0], numel)
+        rows = values.view(*scales.shape, fmt.block)
         if fmt.bits == 8:
             rows.copy_(codes.view(torch.int8))
         else:
-            half = fmt.block // 2
-            pairs = self.pairs[: codes.numel()].view(-1, half)
-            pair_codes = self.pair_codes[: codes.numel()].view(-1, half)
-            pairs.copy_(torch.add(codes, 120, out=pair_codes).view(torch.int8))  # 16 * high + low
-            low, high = rows[:, :half], rows[:, half:]
-            torch.mul(pairs, 1 / 16, out=high).round_().add_(0.0)  # |low / 16| < 1/2; no -0
-            torch.sub(pairs, high, alpha=16, out=low)
-        rows.mul_(scales.unsqueeze(1))
+            half, nibbles = fmt.block // 2, self.temporary("nibbles", codes.numel(), torch.uint8).view(codes.shape)
+            rows[..., :half].copy_(torch.bitwise_and(codes, 15, out=nibbles))
+            rows[..., half:].copy_(torch.bitwise_right_shift(codes, 4, out=nibbles))
+            rows.sub_(8)
+        rows.mul_(scales.unsqueeze(2))
+        if values is not out:
+            out.copy_(values)
 
 
 def _views(packed: Tensor, fmt: Format, start: int, stop: int, numel: int) -> tuple[Tensor, Tensor]:
-    """Of a chunk of `numel`, its elements from `start` to `stop`: codes (blocks, bytes) uint8, scales (blocks) fp32."""
+    """Of chunks (k, bytes) of `numel`, their elements from `start` to `stop`: codes (k, blocks, bytes) uint8, scales
+    (k, blocks) fp32."""
     codes_bytes = numel * fmt.bits // 8
-    codes = packed[start * fmt.bits // 8 : stop * fmt.bits // 8]
-    scales = packed[codes_bytes : codes_bytes + 4 * (numel // fmt.block)].view(torch.float32)
-    return codes.view(-1, fmt.block * fmt.bits // 8), scales[start // fmt.block : stop // fmt.block]
+    codes = packed[:, start * fmt.bits // 8 : stop * fmt.bits // 8]
+    scales = packed[:, codes_bytes : codes_bytes + 4 * (numel // fmt.block)].view(torch.float32)
+    shape = packed.shape[0], (stop - start) // fmt.block, fmt.block * fmt.bits // 8
+    return codes.view(shape), scales[:, start // fmt.block : stop // fmt.block]

@@ -205,7 +205,7 @@ class Trainer:
     def _build(self, cleanup: ExitStack) -> None:
         """Make the model and the engine, and tell what was derived."""
         if self.job.parallel.candidates:
-            found = trial.settle(self.job, self.where, self.run.path, self._time_step, self._tell)
+            found = trial.settle(self.job, self.where, self.run.path, self._time_steps, self._tell)
             self.job = replace(self.job, parallel=found)
         model = self._make_engine(cleanup)
         self._event({"type": "plan", "text": describe(self.job, self.where, self.corpus, model, self.engine)})
@@ -242,8 +242,9 @@ class Trainer:
         self._judge = Judge(job.train)
         return model
 
-    def _time_step(self, parallel: ParallelOptions) -> float:
-        """Seconds a step of the slowest rank with these options, of a model that is then thrown away. Collective."""
+    def _time_steps(self, parallel: ParallelOptions) -> list[float]:
+        """Seconds a step of the slowest rank with these options, of the first half of `auto_steps` and of the second;
+        the model is then thrown away. Collective."""
         settled, self.job = self.job, replace(self.job, parallel=parallel)
         self.snapshots: Snapshots | NoSnapshots = NoSnapshots()
         count, total = settled.parallel.auto_steps, settled.train.steps
@@ -251,11 +252,15 @@ class Trainer:
             self._make_engine(cleanup)
             for step in range(2):  # they compile, allocate and connect
                 self.train_step(step % total).wait()
-            start = time.perf_counter()
-            for step in range(2, 2 + count):
-                last = self.train_step(step % total)
-            last.wait()
-            taken = torch.tensor((time.perf_counter() - start) / count, device=self.where.device)
+            steps, seconds = range(2, 2 + count), []
+            for half in (steps[: (count + 1) // 2], steps[(count + 1) // 2 :]):
+                start = time.perf_counter()
+                for step in half:
+                    last = self.train_step(step % total)
+                if half:
+                    last.wait()
+                    seconds.append((time.perf_counter() - start) / len(half))
+            taken = torch.tensor(seconds, device=self.where.device)
         if self.where.world > 1:
             dist.all_reduce(taken, op=dist.ReduceOp.MAX)
         self.job = settled
@@ -263,7 +268,7 @@ class Trainer:
         gc.collect()
         if self.where.device.type == "cuda":
             torch.cuda.empty_cache()
-        return float(taken)
+        return taken.tolist()
 
     def _resume(self, cleanup: ExitStack) -> None:
         """Load what ``run.resume`` names, if there is any, from memory or storage."""

@@ -1,12 +1,14 @@
 """Which of several placements is the fastest here: each trains a few steps, and its weights are thrown away.
 
 A cost model tells steps apart that differ by more than its error; what is closer has to be measured. The candidates
-are ``parallel.candidates``, which ``parallel=auto`` fills with what it cannot tell apart. What came of it is kept in
-the run's folder, so that a resumed run goes on with the same placement, and bit by bit.
+are ``parallel.candidates``, which ``parallel=auto`` fills with what it cannot tell apart. Those that one trial cannot
+tell apart either have another, see `fastest`. What came of it is kept in the run's folder, so that a resumed run goes
+on with the same placement, and bit by bit.
 """
 
 import json
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,23 @@ from trainer.job import Job
 from trainer.loggers import replace_file
 
 FILE = "placement.json"
+ROUNDS = 3
+"""Trials that a candidate has at the most."""
+ALIKE = 0.05
+"""A difference that is worth no further trial."""
 
 
 def settle(
-    job: Job, where: Rank, folder: Path, time_step: Callable[[ParallelOptions], float], say: Callable[[str], None]
+    job: Job,
+    where: Rank,
+    folder: Path,
+    time_steps: Callable[[ParallelOptions], list[float]],
+    say: Callable[[str], None],
 ) -> ParallelOptions:
     """The options of the fastest candidate: as kept in `folder`, or else by measuring. Collective.
 
-    time_step: trains with these options for a while; seconds a step of the slowest rank, the same on every rank.
+    time_steps: trains with these options for a while; seconds a step of the slowest rank, once or several times, the
+        same on every rank.
     """
     names = job.parallel.candidates
     asked = {"candidates": names, "workers": where.world, "levels": job.parallel.levels}
@@ -34,8 +45,7 @@ def settle(
         dist.broadcast_object_list(known, src=0)
     chosen = known[0]
     if chosen is None:
-        times = {name: time_step(job.parallel.candidate(name)) for name in names}
-        chosen = min(names, key=times.__getitem__)
+        chosen, times = fastest(names, lambda name: time_steps(job.parallel.candidate(name)))
         shown = ", ".join(f"{name} {1e3 * seconds:.4g} ms" for name, seconds in times.items())
         say(f"parallel.candidates, {job.parallel.auto_steps} steps of each: {shown}; taken: {chosen}")
         if where.rank == 0:
@@ -44,6 +54,27 @@ def settle(
     else:
         say(f"parallel.candidates: {chosen}, as {folder / FILE} says; without that file they are tried again")
     return job.parallel.candidate(chosen)
+
+
+def fastest(names: Sequence[str], trial: Callable[[str], list[float]]) -> tuple[str, dict[str, float]]:
+    """The candidate of the least median, and the medians by name.
+
+    trial: figures of one trial of a candidate. All have one; those whose figures do not lie apart from the best one's
+    by more than `ALIKE` have another, in the other direction, unless all their figures are within that: a machine that
+    was slow for a while is so for all of them, and one that is quiet costs no trial more.
+    """
+    seen: dict[str, list[float]] = {name: [] for name in names}
+    near = list(names)
+    for _ in range(ROUNDS):
+        for name in near:
+            seen[name] += trial(name)
+        medians = {name: statistics.median(figures) for name, figures in seen.items()}
+        best = min(names, key=medians.__getitem__)
+        near = [name for name in reversed(names) if min(seen[name]) <= (1 + ALIKE) * max(seen[best])]
+        figures = [figure for name in near for figure in seen[name]]
+        if len(near) == 1 or max(figures) <= (1 + ALIKE) * min(figures):
+            break
+    return best, medians
 
 
 def _kept(file: Path, asked: dict[str, Any]) -> str | None:

@@ -115,16 +115,16 @@ def calibrate_alike(
 def scaled(machine: Machine, logs: dict[str, float]) -> Machine:
     """`machine` with each rate times ``exp`` of its entry: ``compute``, ``<link>.bandwidth``, ``<link>.latency`` …
 
-    ``quantize.rate``, ``dequantize.rate`` and ``packing.chunk_s`` are those of either format.
+    ``quantize.rate``, ``dequantize.rate`` and ``packing.call_s`` are those of either format.
     ``<link>.skew`` is added, at the least to 0: most machines have none.
     """
     factors = {name: math.exp(log) for name, log in logs.items()}
     own = {name: getattr(machine, name) * factor for name, factor in factors.items() if hasattr(machine, name)}
     links = [_scaled_link(link, factors) for link in machine.links]
     links = [replace(link, skew=max(0.0, link.skew + logs.get(f"{link.name}.skew", 0.0))) for link in links]
-    chunk = factors.get("packing.chunk_s", 1.0)
+    call = factors.get("packing.call_s", 1.0)
     packing = {
-        name: Packing(rate=p.rate * factors.get(f"{name.partition('_')[0]}.rate", 1.0), chunk_s=p.chunk_s * chunk)
+        name: Packing(rate=p.rate * factors.get(f"{name.partition('_')[0]}.rate", 1.0), call_s=p.call_s * call)
         for name, p in machine.packing.items()
     }
     return replace(machine, links=tuple(links), packing=packing, **own)
@@ -147,6 +147,7 @@ def _floored(machine: Machine, runs: Sequence[Run]) -> Machine:
     floors = {name: max(floor, getattr(machine, name)) for name, floor in _FLOORS.items()}
     links = machine.links
     if machine.backend == "gloo":
+        floors["issue_s"] = max(5e-5, machine.issue_s)
         links = tuple(replace(link, core=max(0.1, link.core), latency=max(1e-5, link.latency)) for link in links)
     return replace(machine, links=links, **floors)
 
@@ -155,10 +156,11 @@ def _names(machine: Machine, runs: Sequence[Run]) -> list[str]:
     """What is corrected."""
     names = ["compute", "memory_rate", "unit_s", "step_s"]
     if _quantizes(machine, runs):
-        names += ["quantize.rate", "dequantize.rate", "packing.chunk_s"]
+        names += ["quantize.rate", "dequantize.rate", "packing.call_s"]
     each = ("bandwidth", "latency", "core") if machine.backend == "gloo" else ("bandwidth", "latency")
     names += [f"{link.name}.{what}" for link in machine.links for what in each]
     if machine.backend == "gloo":
+        names.append("issue_s")
         names += [f"{link.name}.skew" for link in machine.links if link.shared]
     return names
 

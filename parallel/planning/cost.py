@@ -78,23 +78,27 @@ class Clock:
         return any(move.sent[max(shared, default=-1) + 1 :])
 
     def move(self, move: Move) -> float:
-        return self.prepare(move) + self.wait(move) + self.transfer(move)[1] + self.use(move)
+        return self.host((move,)) + self.wait(move) + self.transfer(move)[1]
+
+    def host(self, chain: Chain) -> float:
+        """Seconds of a chain that are packing, sums and issuing: on gloo the thread that computes does them."""
+        return sum(self._machine.issue_s + self.prepare(move) + self.use(move) for move in chain)
 
     def prepare(self, move: Move) -> float:
-        return self._local("quantize", move.before, move.bits, move.packs)
+        return self._local("quantize", move.before, move.bits)
 
     def use(self, move: Move) -> float:
-        return self._local("dequantize", move.after, move.bits, move.unpacks)
+        return self._local("dequantize", move.after, move.bits)
 
-    def _local(self, act: str, size_bytes: float, bits: int, chunks: int) -> float:
-        return self.packing(act, size_bytes, bits, chunks) if bits else self.memory(size_bytes)
+    def _local(self, act: str, size_bytes: float, bits: int) -> float:
+        return self.packing(act, size_bytes, bits) if bits else self.memory(size_bytes)
 
-    def packing(self, act: str, size_bytes: float, bits: int, chunks: int = 1) -> float:
-        """To ``quantize`` or ``dequantize`` so many chunks, with so many bytes read and written; 0 for none."""
+    def packing(self, act: str, size_bytes: float, bits: int) -> float:
+        """To ``quantize`` or ``dequantize`` a message, with so many bytes read and written; 0 for none."""
         packing = self._machine.packing.get(f"{act}_int{bits}")
         if packing is None or not size_bytes:
             return self.memory(size_bytes)
-        return size_bytes / packing.rate + chunks * packing.chunk_s
+        return size_bytes / packing.rate + packing.call_s
 
     def chain(self, chain: Chain) -> float:
         """Without overlap every transfer over a shared link is followed by one that late neighbours take part in."""
@@ -149,7 +153,7 @@ def estimate(work: Workload, plan: Plan, machine: Machine) -> Estimate:
     levels, at_once = [0.0] * plan.mesh.num_levels, [0.0] * plan.mesh.num_levels
 
     def lane(chains: list[Chain], times: float = 1.0) -> tuple[float, float]:
-        """Seconds of the chains beside compute, and of what the host has to wait for: on gloo, all but the first move
+        """Seconds of the chains beside compute, and of what the host does or waits for: on gloo, all but the first move
         of a chain start when the result is asked for."""
         beside = shown = 0.0
         for chain in chains:
@@ -157,10 +161,9 @@ def estimate(work: Workload, plan: Plan, machine: Machine) -> Estimate:
                 level, seconds = clock.transfer(move)
                 levels[level] += times * (clock.wait(move) + seconds)
                 at_once[level] += times * min(seconds, clock.burst_s[level])
-                if gloo and i:
-                    shown += clock.move(move)
-                else:
-                    beside += clock.move(move)
+                own = clock.host((move,)) if gloo else 0.0
+                shown += clock.move(move) if gloo and i else own
+                beside += 0.0 if gloo and i else clock.move(move) - own
             beside += clock.chain(chain) - sum(map(clock.move, chain))
         return beside, shown
 
@@ -178,12 +181,13 @@ def estimate(work: Workload, plan: Plan, machine: Machine) -> Estimate:
         if not work.overlap:
             return backward_c + backward_g + sum(map(clock.chain, chains))
         lane_s = sum(map(clock.chain, chains))
+        own = sum(map(clock.host, chains)) if gloo else 0.0
         busy = Counter[int]()
         for chain in [*again, *chains]:
             for move in chain:
                 level, seconds = clock.transfer(move)
                 busy[level] += seconds  # type: ignore[assignment]
-        return max(backward_c, backward_g, lane_s, *busy.values())
+        return max(backward_c + own, backward_g, lane_s, *busy.values())
 
     inner = [c for _, t in units for c in t.reduce]
     end = units[: 2 if root else 1]  # their reductions begin when nothing is left to compute

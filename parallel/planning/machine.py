@@ -42,12 +42,12 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """Quantizing or dequantizing a message: ``chunks * chunk_s + bytes / rate``."""
+    """Quantizing or dequantizing a message: ``call_s + bytes / rate``."""
 
     rate: float
     """Bytes/s read and written."""
-    chunk_s: float = 0.0
-    """Seconds that a chunk, the part for one receiver or from one sender, takes beside its bytes."""
+    call_s: float = 0.0
+    """Seconds that it takes beside its bytes, of however many chunks the message is."""
 
 
 PACKINGS = ("quantize_int8", "dequantize_int8", "quantize_int4", "dequantize_int4")
@@ -129,6 +129,9 @@ class Machine:
     """``nccl``: chains run on side streams; ``gloo``: the host moves them on, see `parallel.collectives`."""
     unit_s: float = 0.0
     """Seconds that a unit's forward, and its backward, take beside its FLOPs."""
+    issue_s: float = 0.0
+    """Seconds of the thread that computes, to issue a collective and take its result: gloo's, whose latency is without
+    them. On CUDA the host runs ahead."""
     step_s: float = 0.0
     """Seconds that a step takes beside its units: the loop, the optimizer's launches."""
     jitter: float = 0.0

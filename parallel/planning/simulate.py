@@ -267,6 +267,7 @@ class _Program:
 
     def _issue(self, chain: _Chain) -> None:
         if chain.issued < len(chain.flows):
+            self._compute(self.machine.issue_s)
             self.ops.append(("issue", chain.flows[chain.issued]))
             chain.issued += 1
         else:

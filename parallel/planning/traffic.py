@@ -41,10 +41,6 @@ class Move:
     """… and to use what came (sums, unpacking)."""
     bits: int = 0
     """Of the codes where what is sent is packed: preparing and using it is then the quantizer's work. 0: it is not."""
-    packs: int = 0
-    """Chunks that are packed before …"""
-    unpacks: int = 0
-    """… and unpacked after it."""
 
     @property
     def level(self) -> int:
@@ -273,9 +269,8 @@ class Traffic:
                 bits = self.weights_format.bits
                 whole = float(self.packed_weights(target, self.shard(numel, self.placement.optim)))
                 unpacks = all(size == 1 for size in sizes[level + 1 : self._packed_to + 1])
-                chunks = target // self.shard(numel, self.placement.optim) if unpacks else 0
                 after = (whole + item * target) * unpacks
-                moves.append(replace(self.all_gather(whole, level, after=after, bits=bits), unpacks=chunks))
+                moves.append(self.all_gather(whole, level, after=after, bits=bits))
             else:
                 moves.append(self.all_gather(item * target, level))
         return tuple(moves)
@@ -301,8 +296,7 @@ class Traffic:
                 feedback = 8 * piece if self.transport.error_feedback else 0
                 before = 4 * piece + packed + feedback
                 after = packed + 4 * (piece if self.gloo else piece / size)  # CPUs write each chunk's values first
-                move = self.all_to_all(packed, level, before=before, after=after, bits=format.bits)
-                moves.append(replace(move, packs=size, unpacks=size))
+                moves.append(self.all_to_all(packed, level, before=before, after=after, bits=format.bits))
             else:  # NCCL sums on the way; gloo's pieces are summed here
                 local = item * piece * (1 + 1 / size) if self.gloo else 0.0
                 moves.append(self.all_to_all(item * piece, level, after=local))
@@ -328,9 +322,9 @@ class Traffic:
                 parts = math.prod(mesh.sizes[: level + 1])
                 moves.append(self.all_gather(parts * finest.packed_bytes(piece // members), level))
         part = piece // members
-        moves[0] = replace(moves[0], bits=finest.bits, packs=1, before=4.0 * part + finest.packed_bytes(part))
+        moves[0] = replace(moves[0], bits=finest.bits, before=4.0 * part + finest.packed_bytes(part))
         after = 4.0 * piece + members * finest.packed_bytes(part)
-        moves[-1] = replace(moves[-1], bits=finest.bits, unpacks=members, after=after)
+        moves[-1] = replace(moves[-1], bits=finest.bits, after=after)
         return (*chain, *scatters, *moves)
 
 

@@ -152,18 +152,18 @@ def test_each_format_is_packed_at_its_own_rate() -> None:
     machine = Machine(
         name="slow", compute=1e18, memory_rate=1e18, links=(Link(name="node", bandwidth=1e9),),
         packing={
-            "quantize_int4": Packing(rate=1e9, chunk_s=1e-3), "dequantize_int4": Packing(rate=2e9, chunk_s=2e-3),
-            "dequantize_int8": Packing(rate=4e9, chunk_s=3e-3),
+            "quantize_int4": Packing(rate=1e9, call_s=1e-3), "dequantize_int4": Packing(rate=2e9, call_s=2e-3),
+            "dequantize_int8": Packing(rate=4e9, call_s=3e-3),
         },
     )  # fmt: skip
     mesh, placed = Mesh({"node": 2}), Placement(1, 1, 1)
     transport = Transport.of(ParallelOptions(quantize="all"), mesh, placed)
     traffic, clock = traffic_of(BIG, Plan(mesh, placed, transport), machine), Clock(machine, mesh, BIG)
     ((gather,),), ((reduce,),) = traffic.unit(BIG.units[0]).gather, traffic.unit(BIG.units[0]).reduce
-    assert clock.use(gather) == pytest.approx(2 * 3e-3 + PSI * (1 + 4 / 256 + 2) / 4e9, rel=1e-3)  # codes, scales; bf16
+    assert clock.use(gather) == pytest.approx(3e-3 + PSI * (1 + 4 / 256 + 2) / 4e9, rel=1e-3)  # codes, scales; bf16
     codes = 1 / 2 + 4 / 128
-    assert clock.prepare(reduce) == pytest.approx(2 * 1e-3 + PSI * (4 + codes) / 1e9, rel=1e-3)
-    assert clock.use(reduce) == pytest.approx(2 * 2e-3 + PSI * (codes + 4 / 2) / 2e9, rel=1e-3)
+    assert clock.prepare(reduce) == pytest.approx(1e-3 + PSI * (4 + codes) / 1e9, rel=1e-3)
+    assert clock.use(reduce) == pytest.approx(2e-3 + PSI * (codes + 4 / 2) / 2e9, rel=1e-3)
 
 
 def test_error_feedback_is_read_written_and_kept() -> None:

@@ -108,6 +108,16 @@ def test_what_gloo_leaves_to_the_host_shows() -> None:
     assert times["gloo"] > times["nccl"] + 0.5 * UNITS
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_issuing_a_collective_takes_the_thread_that_computes(overlap: bool) -> None:
+    """Of each unit: two gathers but the last one's, and a reduction; and the norm. No overlap hides it."""
+    load, quick = work(overlap=overlap), machine(1e-9, "gloo")
+    slow, added = replace(quick, issue_s=0.25), 0.25 * (2 * UNITS - 1 + UNITS + 1)
+    assert step_s(load, slow, (1, 1, 1)) - step_s(load, quick, (1, 1, 1)) == pytest.approx(added, rel=1e-3)
+    plan = Plan(Mesh({"gpu": 2}), Placement(1, 1, 1))
+    assert estimate(load, plan, slow).step_s == pytest.approx(step_s(load, slow, (1, 1, 1)), rel=0.1)
+
+
 def test_a_busy_link_slows_compute() -> None:
     free = step_s(work(), machine(0.9, "gloo"), (1, 1, 1))
     assert step_s(work(), machine(0.9, "gloo", core=0.5), (1, 1, 1)) > 1.1 * free

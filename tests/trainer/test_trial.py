@@ -12,7 +12,7 @@ from trainer.build import Rank
 from trainer.job import Job
 from trainer.loop import Trainer
 from trainer.options import LlamaOptions, LoggerOptions, RunOptions, TrainOptions
-from trainer.trial import FILE, settle
+from trainer.trial import FILE, fastest, settle
 
 SMALL = LlamaOptions(dim=32, ffn_dim=64, num_layers=1, num_heads=2, compile=False)
 TRAIN = TrainOptions(
@@ -52,11 +52,11 @@ def rates(**seconds: float):
     """A stopwatch that knows each placement's time, and what it was asked."""
     asked: list[str] = []
 
-    def time_step(options: ParallelOptions) -> float:
+    def time_steps(options: ParallelOptions) -> list[float]:
         asked.append(options.placement)
-        return seconds[options.placement]
+        return [seconds[options.placement]]
 
-    return time_step, asked
+    return time_steps, asked
 
 
 def test_a_resumed_run_keeps_its_placement_and_another_number_of_workers_tries_again(tmp_path: Path) -> None:
@@ -68,6 +68,27 @@ def test_a_resumed_run_keeps_its_placement_and_another_number_of_workers_tries_a
     assert settle(asked_for, here, tmp_path, second, print).placement == "zero3" and asked == []
     (tmp_path / FILE).write_text((tmp_path / FILE).read_text().replace('"workers": 1', '"workers": 2'))
     assert settle(asked_for, here, tmp_path, second, print).placement == "ddp" and asked == ["ddp", "zero3"]
+
+
+@pytest.mark.parametrize(
+    ("trials", "taken", "counts"),
+    [
+        ({"a": [[1.0, 1.02]], "b": [[1.1, 1.11]]}, "a", (1, 1)),  # apart
+        ({"a": [[1.0, 1.04]], "b": [[1.02, 1.03]]}, "a", (1, 1)),  # not worth another
+        ({"a": [[0.8, 1.2], [1.3, 1.3]], "b": [[1.1, 1.1]] * 2, "c": [[2.0, 2.0]]}, "b", (3, 3)),
+        ({"a": [[0.9, 1.2], [0.9, 0.9]], "b": [[1.1, 1.1], [1.3, 1.3], [1.3, 1.3]]}, "a", (3, 3)),
+    ],
+)
+def test_what_one_trial_cannot_tell_apart_has_another(trials: dict, taken: str, counts: tuple[int, int]) -> None:
+    asked: list[str] = []
+
+    def trial(name: str) -> list[float]:
+        asked.append(name)
+        return trials[name][min(asked.count(name), len(trials[name])) - 1]
+
+    assert fastest(list(trials), trial)[0] == taken
+    assert (asked.count("a"), asked.count("b")) == counts
+    assert asked.count("c") == ("c" in trials)
 
 
 def test_a_candidate_says_placement_and_quantization() -> None:
