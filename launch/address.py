@@ -39,5 +39,6 @@ def _greeting(host: str, port: int, timeout_s: float) -> bytes | None:
 def no_answer(address: str, why: str) -> str:
     return (
         f"launch.address={address}: no Ray cluster answers there ({why}); "
-        f"start one (ray start --head), or leave launch.address out"
+        f"start one (ray start --head), or leave launch.address out; where the cluster asks for a token (Ray says "
+        f"InvalidAuthToken), set RAY_AUTH_MODE=token"
     )
