@@ -24,6 +24,7 @@ import psutil
 
 from launch.devices import count_cores
 from launch.failures import Cause
+from launch.fence import Fence
 from launch.leave import WayOut, leave
 from launch.names import PACKAGES
 from trainer.numbers import Rewind
@@ -202,6 +203,7 @@ class Worker:
 
     def train(self) -> dict[str, Any] | Failure:
         """Train until the end or a failure; what the trainer returns, or why it failed. Then in no process group."""
+        import ray
         import torch
         from torch import distributed as dist
 
@@ -209,6 +211,7 @@ class Worker:
 
         torch.set_num_threads(self._threads)  # again, in the thread that trains: OpenMP counts them per thread
         self._free.clear()
+        fence = Fence(ray.get_runtime_context().gcs_address) if self._assignment.rank == 0 else None
         try:
             if self._abandoned:
                 raise ConnectionError("connection closed: a peer was gone before training began")
@@ -228,6 +231,9 @@ class Worker:
             return result
         except BaseException as error:  # SystemExit too: the driver must learn of every end
             return self._failed(error)
+        finally:
+            if fence:
+                fence.close()
 
     def _failed(self, error: BaseException) -> Failure:
         """Tidy up after `error`, and tell it, or what made this rank give up."""
