@@ -11,7 +11,7 @@ import threading
 import time
 
 EVERY_S = 2.0
-CUT_OFF_S = 20.0
+CUT_OFF_S = 10.0
 """After so much silence; the others take a machine for lost after 3 s of it."""
 
 

@@ -37,7 +37,7 @@ from launch.failures import TEAM_FILE, Cause
 from launch.ledger import Ledger
 from launch.member import Member
 from launch.options import LaunchOptions
-from launch.places import Node, Places, draining, gone, is_there
+from launch.places import Node, Places, draining, gone
 from launch.policy import FailurePolicy, ScalingPolicy
 from launch.team import Team
 from launch.worker import Event, Failed, Failure
@@ -208,9 +208,9 @@ class Supervisor:
         """Find the nodes to go on with. Who comes takes the places of who went: the others keep their ranks, and what
         lies in their nodes' memory."""
         assert self._team is not None
-        known = self._team.lost | self._leaving
-        lost = known | gone({*self._nodes, *self._coming} - known)
-        if self._nodes[0] in lost:  # where rank 0 was; cut off, it may live on
+        silent = self._team.lost | gone({*self._nodes, *self._coming} - self._team.lost - self._leaving)
+        lost = silent | self._leaving
+        if self._nodes[0] in silent:  # where rank 0 was; cut off, it may live on
             self._left_behind = replace(self._left_behind, lingers=True)
         held = {node: self._ranks_of(node) for node in self._nodes if node not in lost}
         arrived = [node for node in self._coming if node not in lost]
@@ -229,7 +229,7 @@ class Supervisor:
                 return State.FINISH
         keep = there[: crew.nodes]
         for node in {*self._nodes, *self._coming, *there} - set(keep):
-            self._drop(node)
+            self._drop(node, lost=node in silent)
         if crew != self.crew:
             self._say(f"going on with {crew.workers} ranks on {crew.nodes} nodes, after {self.crew.workers} ranks")
         self._ranks = [member for node in keep for member in held.get(node, [None] * crew.per_node)]
@@ -263,15 +263,15 @@ class Supervisor:
     def _new(self, node: Node, *, own_gpu: bool = False) -> Member:
         return members.start(node, self._places.options(node), self.crew, self._options, own_gpu=own_gpu)
 
-    def _drop(self, node: Node) -> None:
-        """Nothing of ours stays on `node`."""
+    def _drop(self, node: Node, *, lost: bool) -> None:
+        """Nothing of ours stays on `node`. lost: it is not there any more."""
         for member in [*self._spares, *(member for member in self._ranks if member)]:
             if member.node == node:
                 ray.kill(member.actor)
         self._spares = [spare for spare in self._spares if spare.node != node]
         self._ranks = [None if member and member.node == node else member for member in self._ranks]
         self._devices = {place: gpu for place, gpu in self._devices.items() if place[0] != node}
-        self._places.give_back(node, lost=not is_there(node))
+        self._places.give_back(node, lost=lost)
 
     def _resuming(self, job: Job) -> Job:
         """What the user said of where to begin has been done: from now on it is the newest step of this run. Where he

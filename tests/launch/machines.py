@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 NEEDS = ("ip", "unshare", "nsenter", "mount")
@@ -78,7 +79,8 @@ class Machines:
         self._inits.clear()
         for name in [line.split()[0] for line in _told("netns list").splitlines() if line.startswith("atoll-m")]:
             for pid in _told("netns pids", name).split():
-                os.kill(int(pid), signal.SIGKILL)
+                with suppress(ProcessLookupError):  # the first has taken the others with it
+                    os.kill(int(pid), signal.SIGKILL)
             _ip("netns del", name)
             _told("link del", name.replace("-m", "-p"))
         _told("link del", SWITCH)
