@@ -60,12 +60,17 @@ class TiledBlock(Protocol):
         ...
 
 
+def can_stream(block: nn.Module) -> bool:
+    """Whether it is a `TiledBlock`."""
+    return callable(getattr(block, "keys", None)) and callable(getattr(block, "tile", None))
+
+
 def check_blocks(
     options: ActivationOptions, blocks: Sequence[nn.Module], dtype: torch.dtype, device: torch.device
 ) -> None:
     """ValueError for blocks, or a dtype of compute, that cannot be run by tiles."""
     for block in blocks:
-        if not (hasattr(block, "keys") and hasattr(block, "tile")):
+        if not can_stream(block):
             raise ValueError(
                 f"offload.activations.mode={options.mode}: {type(block).__name__} does not say how it runs by tiles "
                 "(keys and tile, docs/activations.md); set offload.activations.mode=swap, or input"
@@ -154,7 +159,7 @@ class Streaming:
         self.options, self.device, self.pools = options, device, pools
         self.out, self.into = streams
         self.ended = ended
-        self.stores_attention = options.mode == "stream"
+        self.stores_attention = not options.input_alone
 
     def run(self, block: Any, place: Place, x: Tensor, *tables: Tensor) -> Tensor:
         """x (B, S, D); what the block returns."""
@@ -211,7 +216,7 @@ class Streaming:
                 stored[0] = stored[0].transpose(1, 2)
             tile = away.tiles[number]
             x, here = x.detach().requires_grad_(wants_x), _cut(tables, tile)
-            attention = partial(attended, keys=keys, grads=grads, stored=stored)
+            attention = partial(attended, keys=keys, grads=grads, stored=stored, anchor=sums.anchor)
             with torch.enable_grad():
                 out = block.tile(x, *here, attention)
             found = sums.add(x, [out], [grad[:, tile]])
@@ -239,15 +244,20 @@ class Streaming:
         slot = self.pools.brought(lease.slot)
         order = [(number, 1) for number in range(num)] + [(number, len(away.fields)) for number in reversed(range(num))]
         coming: deque[tuple[Memory, Event, list[Tensor]]] = deque()
-        for place, (number, num_fields) in enumerate(order):
-            coming.append(self._fetch(away, lease, slot, number, num_fields))
-            if place == len(order) - 1:
-                lease.slot = None
-                self.pools.give_slot(slot, coming[-1][1])
-                self.pools.load_ahead()
-            if place:
-                yield from self._used(*coming.popleft())
-        yield from self._used(*coming.popleft())
+        try:
+            for place, (number, num_fields) in enumerate(order):
+                coming.append(self._fetch(away, lease, slot, number, num_fields))
+                if place == len(order) - 1:
+                    lease.slot = None
+                    self.pools.give_slot(slot, coming[-1][1])
+                    self.pools.load_ahead()
+                if place:
+                    yield self._arrived(*coming[0])
+                    self.pools.give_buffer(coming.popleft()[0])
+            yield self._arrived(*coming[0])
+        finally:  # where a backward ends early, too
+            for buffer, *_ in coming:
+                self.pools.give_buffer(buffer)
 
     def _fetch(
         self, away: _Away, lease: Lease, slot: Memory, number: int, num_fields: int
@@ -260,10 +270,9 @@ class Streaming:
             buffer.data[:size_bytes].copy_(away.in_slot(slot.data, number)[:size_bytes], non_blocking=True)
         return buffer, mark(self.device, self.into), away.views(buffer.data, number, num_fields)
 
-    def _used(self, buffer: Memory, arrived: Event, views: list[Tensor]) -> Iterator[list[Tensor]]:
+    def _arrived(self, _: Memory, arrived: Event, views: list[Tensor]) -> list[Tensor]:
         wait(self.device, None, arrived)
-        yield views
-        self.pools.give_buffer(buffer)
+        return views
 
 
 class _Leaving:
@@ -323,17 +332,19 @@ class _Sums:
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self._weights = weights
         self._sums: list[Tensor | None] = [None] * len(weights)
+        self.anchor = torch.empty(0, requires_grad=True)
+        """Asked for with them, see `attended`."""
 
     def add(self, x: Tensor, outs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor | None:
         """Go backward from `outs`; the gradient of x."""
         wanted = [(out, grad.to(out.dtype)) for out, grad in zip(outs, grads, strict=True) if out.requires_grad]
-        inputs = [*([x] if x.requires_grad else []), *self._weights]
-        if not wanted or not inputs:
+        if not wanted:
             return None
+        inputs = [*([x] if x.requires_grad else []), *self._weights, self.anchor]
         outs, grads = zip(*wanted, strict=True)
         found = list(torch.autograd.grad(outs, inputs, grads, allow_unused=True))
         grad_x = found.pop(0) if x.requires_grad else None
-        for place, one in enumerate(found):
+        for place, one in enumerate(found[:-1]):
             total = self._sums[place]
             if one is not None:
                 precise = torch.promote_types(one.dtype, torch.float32)

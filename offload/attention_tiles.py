@@ -53,20 +53,21 @@ def attend(q: Tensor, keys: Sequence[Keys]) -> tuple[Tensor, Tensor]:
     return total.to(out.dtype), sums
 
 
-def attended(q: Tensor, keys: Sequence[Keys], grads: list[Keys | None], stored: Sequence[Tensor]) -> Tensor:
+def attended(
+    q: Tensor, *, keys: Sequence[Keys], grads: list[Keys | None], stored: Sequence[Tensor], anchor: Tensor
+) -> Tensor:
     """`attend` with a gradient: that of `keys` is added to `grads`, fp32, which are None at first.
 
-    stored: output and log-sum-exp, where they are known."""
-    if not q.requires_grad:  # the keys may want a gradient
-        q = q.detach().requires_grad_()
-    out: Tensor = _Attend.apply(q, keys, grads, stored)  # type: ignore[no-untyped-call]
+    stored: output and log-sum-exp, where they are known. anchor: who asks for its gradient, which is None, asks for
+    that of the keys, whether or not the queries have one."""
+    out: Tensor = _Attend.apply(q, anchor, keys, grads, stored)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, keys: Sequence[Keys], grads: list[Keys | None], stored: Sequence[Tensor]
+        ctx: Any, q: Tensor, _: Tensor, keys: Sequence[Keys], grads: list[Keys | None], stored: Sequence[Tensor]
     ) -> Tensor:
         out, sums = stored or attend(q, keys)
         ctx.keys, ctx.grads = keys, grads
@@ -90,7 +91,7 @@ class _Attend(torch.autograd.Function):
                 for total, one in zip(known, of_keys, strict=True):
                     total.add_(one)
         assert grad_q is not None
-        return grad_q.to(q.dtype), None, None, None
+        return grad_q.to(q.dtype), None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------- kernels

@@ -64,6 +64,11 @@ class ActivationOptions:
         return self.mode in ("stream", "stream_input")
 
     @property
+    def input_alone(self) -> bool:
+        """Whether attention is computed again, from what alone is in host memory."""
+        return self.mode in ("input", "stream_input")
+
+    @property
     def stream_tokens(self) -> int:
         """Of a tile, of all sequences together, where `streams`."""
         return self.tile_tokens or STREAM_TOKENS

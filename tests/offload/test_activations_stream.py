@@ -1,6 +1,7 @@
 """Blocks that run by tiles: the gradients of the whole, whatever the tiles, and memory that comes back."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from offload.activations import Activations
+from offload.activations_slots import Drives
 from offload.options import ActivationOptions
+from offload.plan import Recorder, load_bytes
 from tests.offload.test_activations import assert_equal, gradients, one_thread
-from trainer.models.llama import Llama
+from tests.offload.tier_conformance import PAGE
+from trainer.models.llama import Block, Llama
 from trainer.options import LlamaOptions
 
 __all__ = ["one_thread"]
@@ -59,3 +63,184 @@ def test_gradients_are_those_of_the_whole(mode: str, heads: int, size: int, tile
         assert_near(gradients(model, *batch(size)), expected)
     assert len(expected) == 1 + len(list(model.parameters()))
     stream.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_gradients_in_fewer_bits(mode: str, dtype: torch.dtype, tolerance: float) -> None:
+    """As near to those of fp64 as the untiled model's."""
+    exact, whole, model = gradients(llama(), *batch()), gradients(llama(dtype), *batch()), llama(dtype)
+    stream = streaming(model, 26, mode)
+    for found, plain, wanted in zip(gradients(model, *batch()), whole, exact, strict=True):
+        error, allowed = (float((a.double() - wanted).norm() / wanted.norm()) for a in (found, plain))
+        assert error < 1.5 * allowed + 1e-7 and error < tolerance
+    stream.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_it_is_bitwise_the_same_each_time(mode: str) -> None:
+    found = []
+    for _ in range(2):
+        model = llama(torch.float32)
+        stream = streaming(model, 26, mode)
+        found.append([tensor for _ in range(3) for tensor in gradients(model, *batch())])
+        stream.close()
+    assert_equal(*found)
+    half = len(found[0]) // 3
+    assert_equal(found[0][:half], found[0][-half:])
+
+
+def test_both_modes_are_bitwise_alike() -> None:
+    """Attention computed again is what was stored."""
+    found = []
+    for mode in MODES:
+        model = llama(torch.float32)
+        stream = streaming(model, 26, mode)
+        found.append(gradients(model, *batch()))
+        stream.close()
+    assert_equal(*found)
+
+
+def test_gradients_accumulate_over_micro_batches() -> None:
+    plain, model = llama(), llama()
+    stream = streaming(model, 20)
+    for _ in range(3):
+        for one in (plain, model):
+            one(*batch()).backward()
+    assert_near([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+    stream.close()
+
+
+def test_frozen_weights_and_inputs_get_no_gradient() -> None:
+    """A frozen block is run by tiles as well; of another the last product alone is trained, or keys are not."""
+    plain, model = llama(), llama()
+    for one in (plain, model):
+        one.embed.requires_grad_(False)
+        one.layers[0].requires_grad_(False)
+        one.layers[1].requires_grad_(False)
+        one.layers[1].mlp.down.requires_grad_(True)
+        one.layers[2].attention.qkv.requires_grad_(False)
+    stream = streaming(model, 26)
+    assert_near(gradients(model, *batch()), gradients(plain, *batch()))
+    assert model.layers[1].mlp.gate_up.weight.grad is None and model.layers[2].attention.qkv.weight.grad is None
+    assert len(stream.pools._slots.free) == 1, "the frozen block left nothing, so the second one was the first"
+    stream.close()
+
+
+def test_without_gradients_it_runs_by_tiles_and_stores_nothing() -> None:
+    plain, model = llama(), llama()
+    stream = streaming(model, 26)
+    with torch.no_grad():
+        assert_near([model(*batch())], [plain(*batch())])
+    assert stream.pools.size_bytes() == {"buffers": 0, "host": 0, "nvme": 0}
+    stream.close()
+    assert "forward" not in model.blocks()[0].__dict__
+
+
+@pytest.mark.parametrize("most_tokens", [None, 4 * SEQ])
+def test_memory_does_not_grow(most_tokens: int | None) -> None:
+    """Two buffers of a tile, and a slot for each block, whatever the lengths are once the longest was there."""
+    plain, model = llama(), llama()
+    stream = streaming(model, 26, most_tokens=most_tokens)
+    sizes = []
+    for length in (SEQ, 2 * SEQ, 7, SEQ, 2 * SEQ, 1):
+        assert_near(gradients(model, *batch(length=length)), gradients(plain, *batch(length=length)))
+        sizes.append(stream.pools.size_bytes())
+        assert stream.pools.num_buffers == 2 and stream.device_bytes() == sizes[-1]["buffers"]
+    assert sizes[1:] == [sizes[1]] * 5 and (most_tokens is None or sizes[0] == sizes[1])
+    stream.close()
+
+
+def test_a_graph_that_is_dropped_gives_its_memory_back() -> None:
+    """Before its backward, and within it."""
+    plain, model = llama(), llama()
+    stream = streaming(model, 26)
+
+    def stop(_: Tensor) -> None:
+        raise InterruptedError
+
+    for block in range(3):
+        loss = model(*batch())
+        del loss
+        handle = model.blocks()[block].register_forward_hook(lambda _, __, out: out.register_hook(stop) and None)
+        with pytest.raises(InterruptedError):
+            gradients(model, *batch())
+        handle.remove()
+        assert_near(gradients(model, *batch()), gradients(plain, *batch()))
+    assert stream.pools.num_buffers == 2
+    stream.close()
+
+
+def test_a_graph_is_gone_through_once() -> None:
+    model = llama()
+    stream = streaming(model, 26)
+    x = torch.ones(1, SEQ, OPTIONS.dim, dtype=torch.float64, requires_grad=True)
+    out = model.blocks()[0](x, model.cos[:SEQ], model.sin[:SEQ]).sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gone through once with offload.activations.mode=stream"):
+        out.backward()
+    stream.close()
+
+
+def slot_bytes(mode: str, tile: int, num_tokens: int = SEQ, size: int = BATCH, itemsize: int = 8) -> int:
+    """Of one block, as it is rounded: tile after tile."""
+    o, total = OPTIONS, 0
+    for start in range(0, num_tokens, tile // size):
+        tokens = size * min(tile // size, num_tokens - start)
+        fields = [o.dim, *([o.num_heads * o.head_dim, o.num_heads] if mode == "stream" else [])]
+        total += sum(-(-tokens * width * itemsize // 512) * 512 for width in fields)
+    return -(-total // PAGE) * PAGE
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("slots", "tile"), [(2, 26), (3, 26), (2, 200)])
+def test_what_host_memory_does_not_hold_goes_on_to_a_drive(disk_folder: Path, mode: str, slots: int, tile: int) -> None:
+    plain, model = llama(num_layers=6), llama(num_layers=6)
+    each = slot_bytes(mode, tile)
+    options = ActivationOptions(mode=mode, tile_tokens=tile, host_bytes=slots * each + 1)
+    stream = Activations(options, CPU, drives=Drives(folders=[disk_folder]), poison=True)
+    stream.wrap(model.blocks())
+    for _ in range(3):
+        assert_near(gradients(model, *batch()), gradients(plain, *batch()))
+    assert stream.pools.size_bytes()["host"] == slots * each
+    assert stream.pools.size_bytes()["nvme"] == (6 - slots) * each
+    stream.close()
+    assert stream.pools.written_bytes == 3 * (6 - slots) * each
+
+
+def test_a_compiled_block_runs_by_tiles_too() -> None:
+    plain, model = llama(torch.float32), llama(torch.float32)
+    torch._dynamo.reset()
+    for block in model.blocks():
+        block.forward = torch.compile(block.forward, backend="aot_eager")
+    stream = streaming(model, 26)
+    for _ in range(2):
+        assert_near(gradients(model, *batch()), gradients(plain, *batch()), rtol=1e-4, atol=1e-6)
+    stream.close()
+    assert_near(gradients(model, *batch()), gradients(plain, *batch()), rtol=1e-4, atol=1e-6)  # compiled, and whole
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def most_bytes(tokens: int, mode: str = "stream", device: torch.device = CPU) -> int:
+    """The most that a forward and backward of one block hold beside its weights, on tiles of 64."""
+    block = WIDE_BLOCK(device)
+    stream = Activations(ActivationOptions(mode=mode, tile_tokens=64), device)
+    stream.wrap([block])
+    x = torch.ones(1, tokens, 64, device=device)
+    cos, sin = torch.ones(tokens, 16), torch.ones(tokens, 16)
+    with Recorder() as recorder:
+        x = (x * 2).requires_grad_()
+        out = block(x, cos, sin)
+        del x
+        out.backward(torch.ones_like(out))
+        return load_bytes(recorder.requests())
+
+
+def WIDE_BLOCK(device: torch.device) -> Block:
+    options = LlamaOptions(dim=64, ffn_dim=256, num_layers=1, num_heads=8, num_kv_heads=2, head_dim=32)
+    block = Block(options, device=device, dtype=torch.float32)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.05)
+    return block
