@@ -14,7 +14,6 @@ from checkpoint.roster import Roster
 from checkpoint.snapshot_process import local_roster
 from checkpoint.snapshots import NoSnapshots, Snapshots
 from offload.activations_stream import check_blocks
-from offload.activations_tiles import tile
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from parallel.sequence import SequenceParallel
@@ -72,8 +71,7 @@ def build_engine(
     activations = job.offload.activations
     if activations.streams:
         check_blocks(activations, model.blocks(), dtype, where.device)
-    elif activations.tile_tokens is not None:
-        tile(model.tiles(), activations.tile_tokens)
+    model.run_by_tiles(activations)
     common: dict[str, Any] = {
         "units": model.units(),
         "initial": model.initial(job.train.seed, where.device),

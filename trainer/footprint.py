@@ -19,7 +19,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from offload.activations_plan import BlockCost
 from offload.activations_stream import can_stream
-from offload.activations_tiles import tile
 from offload.activations_watch import intercept, watched
 from offload.options import ActivationOptions
 from offload.plan import Recorder, load_bytes
@@ -105,8 +104,7 @@ def footprint(job: Job, *, vocab_size: int, micro_batch_size: int, num_tokens: i
     model = build_model(job.model, vocab_size=vocab_size, seq_len=num_tokens, dtype=dtype, device=cpu)
     move_without_memory(model, dtype, cpu)
     options = job.offload.activations
-    if options.tile_tokens and not options.streams:
-        tile(model.tiles(), options.tile_tokens)
+    model.run_by_tiles(options)
     blocks = model.blocks()
     fake = FakeTensorMode()
     _pretend(model, fake)

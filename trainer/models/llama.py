@@ -67,6 +67,9 @@ class Llama(LanguageModel):
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)
 
+    def around(self) -> list[nn.Module]:
+        return [self.head.norm]
+
     @property
     def num_heads(self) -> tuple[int, int]:
         return self.options.num_heads, self.options.num_kv_heads
