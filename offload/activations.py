@@ -159,8 +159,9 @@ class Activations:
         return tuple(self._choices)
 
     def set(self, choices: Sequence[Choice]) -> None:
-        """Choose for each block; between a backward and the next forward. Not for ``keep``, which wraps nothing."""
-        if len(choices) != len(self._choices) or self.options.mode == "keep":
+        """Choose for each block; between a backward and the next forward. Not for ``keep``, which wraps nothing, nor
+        where blocks run by tiles, as all do."""
+        if len(choices) != len(self._choices) or self.options.mode == "keep" or self.options.streams:
             raise ValueError(f"{len(choices)} choices for {len(self._choices)} blocks of {self.options}")
         self._choices, self._auto, self._measuring = list(choices), False, False
 

@@ -293,17 +293,18 @@ class _Leaving:
         with on(s.out):
             for target, source in zip(away.views(away.in_slot(slot.data, number), number)[1:], made, strict=True):
                 target.copy_(source, non_blocking=True)
-        self._flying.append((mark(s.device, s.out), list(made)))
+        assert away.lease is not None
+        away.lease.left = mark(s.device, s.out)
+        self._flying.append((away.lease.left, list(made)))
         if len(self._flying) > IN_FLIGHT:
             wait(s.device, None, self._flying.popleft()[0])
 
     def end(self) -> None:
         s, lease = self._s, self._away.lease
         assert lease is not None and self._slot is not None
-        wait(s.device, None, self._x_left)
+        wait(s.device, None, self._x_left)  # who called may let go of it
         for event, made in self._flying:
             self._place.hold(event, made)
-        lease.left = mark(s.device, s.out)
         size_bytes = self._away.bytes(self._x.size(1))
         lease.slot = s.pools.pass_on(self._slot, size_bytes, lease.left, self._place.number, self._place.num)
 
@@ -322,7 +323,7 @@ class _Leaving:
             for number, tile in enumerate(away.tiles):
                 target = away.views(away.in_slot(slot.data, number), number, 1)[0]
                 target.copy_(x[:, tile].detach(), non_blocking=True)
-        self._x_left = mark(s.device, s.out)
+        self._x_left = away.lease.left = mark(s.device, s.out)
         return slot
 
 
