@@ -239,7 +239,8 @@ class Streaming:
         lease, num = away.lease, len(away.tiles)
         if lease is None or lease.slot is None:
             raise RuntimeError(
-                "a graph is gone through once with offload.activations.mode=stream; set it to swap to do so again"
+                f"a graph is gone through once with offload.activations.mode={self.options.mode}; set it to swap to do "
+                "so again"
             )
         slot = self.pools.brought(lease.slot)
         order = [(number, 1) for number in range(num)] + [(number, len(away.fields)) for number in reversed(range(num))]
