@@ -59,7 +59,7 @@ def options(name: str, nvme: str) -> dict | None:
     checkpointed; only swap takes an alpha, so ``%input::0`` keeps no block."""
     found = re.fullmatch(
         r"([a-z-]+)(?:\+([\d.]+))?(?:/([\d.]+))?(?:~([\d.]+))?(?:@(\d+))?"
-        r"(?:%([a-z]+)(?::([\d.]*)(?::(\d+))?)?)?(?:\^(\d+))?",
+        r"(?:%([a-z_]+)(?::([\d.]*)(?::(\d+))?)?)?(?:\^(\d+))?",
         name,
     )
     if not found or found[1] not in TIERS:

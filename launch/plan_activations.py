@@ -57,7 +57,7 @@ class ActivationPlan:
 
     def rows(self, tier: str) -> list[str]:
         """A table; the row with an asterisk is the job's."""
-        rows = alternatives(self.asked)
+        rows = alternatives(self.asked, streams=self.footprint.stream_bytes is not None)
         auto = "offload.activations=auto (" + (
             f"α = {self.auto.alpha:.2f})" if self.auto.alpha is not None else f"{self.auto.mode})"
         )
@@ -151,7 +151,7 @@ def link_rate(machine: Machine) -> float:
 
 
 def _same(a: ActivationOptions, b: ActivationOptions) -> bool:
-    keys = ("mode", "alpha", "keep_last") if a.swaps else ("mode",)
+    keys = ("mode", "alpha", "keep_last") if a.swaps and not a.streams else ("mode",)
     return all(getattr(a, key) == getattr(b, key) for key in keys)
 
 

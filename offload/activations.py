@@ -22,7 +22,6 @@ import logging
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,6 +31,7 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 
 from offload.activations_memory import (
+    Lease,
     Pools,
     elapsed_s,
     link_bytes_per_s,
@@ -45,7 +45,8 @@ from offload.activations_memory import (
     wait,
 )
 from offload.activations_plan import BlockCost, Choice, DriveRoom, choose, fit
-from offload.activations_slots import Drives, Event, Memory, Stored
+from offload.activations_slots import Drives, Event
+from offload.activations_stream import Place, Streaming
 from offload.activations_tape import Tape
 from offload.activations_watch import intercept
 from offload.options import ActivationOptions
@@ -53,19 +54,6 @@ from offload.options import ActivationOptions
 log = logging.getLogger(__name__)
 WARM_UP = 2
 """Forwards before the one that ``auto`` measures: the first may compile."""
-
-
-@dataclass
-class _Lease:
-    """What a tape holds and gives back when it dies."""
-
-    slot: Memory | Stored | None
-    """None once what was there is in `buffer`."""
-    left: Event
-    """After it the sources are in the slot that they left to."""
-    buffer: Memory | None = None
-    arrived: Event = None
-    """After it they are in `buffer`."""
 
 
 class Activations:
@@ -104,16 +92,21 @@ class Activations:
         cuda = device.type == "cuda"
         self._out = torch.cuda.Stream(device) if cuda else None
         self._in = torch.cuda.Stream(device) if cuda else None
+        self._ended: list[Lease] = []
+        """Of graphs that are no more; what reads their buffers may not be launched yet."""
+        self._streaming = (
+            Streaming(options, device, self.pools, streams=(self._out, self._in), ended=self._ended.append)
+            if options.streams
+            else None
+        )
         self._choices: list[Choice] = []
         self._tapes: list[weakref.ref[Tape]] = []
         """In the order of their forwards."""
-        self._leases: weakref.WeakKeyDictionary[Tape, _Lease] = weakref.WeakKeyDictionary()
+        self._leases: weakref.WeakKeyDictionary[Tape, Lease] = weakref.WeakKeyDictionary()
         self._leaving: deque[tuple[int, Event, list[Tensor]]] = deque()
         """Of which forward, after what they have been copied out, and what."""
         self._clock = 0
         """Forwards of blocks so far."""
-        self._ended: list[_Lease] = []
-        """Of tapes that are no more; what reads their buffers may not be launched yet."""
         self._auto = options.chooses
         """Whether α is still to be chosen."""
         self._wrapped: list[weakref.ref[nn.Module]] = []
@@ -138,11 +131,12 @@ class Activations:
         if not o.leave:
             self._choices = [Choice("keep")] * n
             return
-        num_kept = min(n, o.keep_last) if o.swaps else 0
+        num_kept = o.num_kept(n)
         away = Choice("swap" if o.mode == "auto" else o.mode, o.alpha or 0.0)
         self._choices = [away] * (n - num_kept) + [Choice("keep")] * num_kept
         for position, block in enumerate(blocks):
-            self._wrapped += [weakref.ref(module) for module in block.modules() if intercept(module)]
+            if not o.streams:
+                self._wrapped += [weakref.ref(module) for module in block.modules() if intercept(module)]
             self._stand_before(position, block)
 
     def _stand_before(self, position: int, block: nn.Module) -> None:
@@ -165,8 +159,9 @@ class Activations:
         return tuple(self._choices)
 
     def set(self, choices: Sequence[Choice]) -> None:
-        """Choose for each block; between a backward and the next forward. Not for ``keep``, which wraps nothing."""
-        if len(choices) != len(self._choices) or self.options.mode == "keep":
+        """Choose for each block; between a backward and the next forward. Not for ``keep``, which wraps nothing, nor
+        where blocks run by tiles, as all do."""
+        if len(choices) != len(self._choices) or self.options.mode == "keep" or self.options.streams:
             raise ValueError(f"{len(choices)} choices for {len(self._choices)} blocks of {self.options}")
         self._choices, self._auto, self._measuring = list(choices), False, False
 
@@ -211,6 +206,8 @@ class Activations:
     # ------------------------------------------------------------------------------------------------ forward
 
     def _run(self, position: int, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._streaming is not None:
+            forward = partial(self._streaming.run, block, self._place(position, *args))
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         self._clock += 1
@@ -221,7 +218,7 @@ class Activations:
         while self._tapes and self._tapes[-1]() is None:
             self._tapes.pop()
         choice, previous = self._choices[position], len(self._tapes) - 1
-        if choice.mode == "keep":
+        if choice.mode == "keep" or self._streaming is not None:
             out = forward(*args, **kwargs)
         else:
             measured = (self._auto or self._measuring) and self._num_forwards > WARM_UP
@@ -243,6 +240,13 @@ class Activations:
             register_multi_grad_hook(outputs, lambda _: self._before_backward(previous), mode="any")
         return out
 
+    def _place(self, position: int, x: Tensor, *_: Any) -> Place:
+        growth = max(1.0, (self.most_tokens or 0) * x.size(-1) / max(1, x.numel()))
+        return Place(position, len(self._choices), growth, self._hold)
+
+    def _hold(self, left: Event, made: list[Tensor]) -> None:
+        self._leaving.append((self._clock, left, made))
+
     def _depart(self, position: int, tape: Tape) -> None:
         """Copy a tape's sources to host memory; they are let go of once they are there."""
         sources = [source for source in tape.sources if source.flat is not None]
@@ -260,7 +264,7 @@ class Activations:
                 flats.append(source.flat)
                 source.flat = None
         left = mark(self.device, self._out)
-        lease = _Lease(self.pools.pass_on(slot, size_bytes, left, number, num), left)
+        lease = Lease(self.pools.pass_on(slot, size_bytes, left, number, num), left)
         self._leaving.append((self._clock, left, flats))
         self._leases[tape] = lease
         weakref.finalize(tape, self._ended.append, lease).atexit = False
@@ -287,7 +291,7 @@ class Activations:
             if lease is not None and lease.slot is not None and self.pools.is_there(lease.slot):
                 self._fetch(tape, lease)
 
-    def _fetch(self, tape: Tape, lease: _Lease) -> None:
+    def _fetch(self, tape: Tape, lease: Lease) -> None:
         assert lease.slot is not None
         slot = self.pools.brought(lease.slot)
         sources = [source for source in tape.sources if source.numel]

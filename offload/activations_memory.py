@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,19 @@ GPU_SHARE = 0.97
 HOST_SHARE = 0.8
 """Of the memory still available, what is taken where `ActivationOptions.host_bytes` does not say and something else may
 be done with the rest."""
+
+
+@dataclass
+class Lease:
+    """What a forward that left something holds, and gives back when it is no more."""
+
+    slot: Memory | Stored | None
+    """None once what was there is in `buffer`, or used."""
+    left: Event
+    """After it the sources are in the slot that they left to."""
+    buffer: Memory | None = None
+    arrived: Event = None
+    """After it they are in `buffer`."""
 
 
 class Pools:

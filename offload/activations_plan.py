@@ -32,7 +32,7 @@ STEP = 64
 @dataclass(frozen=True)
 class Choice:
     mode: str
-    """``keep``, ``swap``, ``input`` (alone is swapped) or ``recompute``."""
+    """``keep``, ``swap``, ``input`` (alone is swapped) or ``recompute``; ``stream`` and ``stream_input`` are of all."""
     alpha: float = 0.0
     """Of ``swap``: the fraction of tokens whose matrix products are swapped."""
 

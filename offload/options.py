@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 
-ACTIVATIONS = ("keep", "swap", "input", "recompute", "auto", "checkpoint")
+ACTIVATIONS = ("keep", "swap", "input", "recompute", "auto", "checkpoint", "stream", "stream_input")
+STREAM_TOKENS = 32768
+"""Of a tile where none are given: kernels work well on so many, and what is inside a block of them takes a few GB."""
 STATES = ("none", "host", "nvme", "auto")
 WEIGHTS = ("device", "host")
 UPDATES = ("just_in_time", "speculate")
@@ -14,7 +16,9 @@ class ActivationOptions:
     """What a block does with what its backward needs: ``keep`` it; ``swap`` it to host memory; swap its ``input`` alone
     and recompute all from it, attention too; ``recompute`` it from the block's input and attention's output, which
     stay; ``auto``: swap as much as hides behind compute and fits; ``checkpoint``: PyTorch's, all is recomputed from the
-    input, which stays. ``offload.activations=swap`` is short for this key."""
+    input, which stays; ``stream``: the whole block runs over a few tokens at a time, attention too, which takes the
+    least of the device: as ``swap`` with α = 0, or ``stream_input``: as ``input``. ``offload.activations=swap`` is
+    short for this key."""
     alpha: float | None = None
     """With ``swap``: the fraction of the tokens whose matrix products are swapped and not recomputed. None: chosen from
     measured times, as with ``auto``."""
@@ -26,7 +30,7 @@ class ActivationOptions:
     if there are any. None: what is needed, and with drives, or a chosen α, 80% of what is available."""
     tile_tokens: int | None = None
     """MLPs run over so many tokens at a time, and again in the backward: for sequences whose inner tensors do not fit.
-    None: over all at once."""
+    With ``stream`` and ``stream_input`` whole blocks do. None: over all at once, or `STREAM_TOKENS`."""
 
     def __post_init__(self) -> None:
         if self.mode not in ACTIVATIONS:
@@ -51,8 +55,27 @@ class ActivationOptions:
 
     @property
     def swaps(self) -> bool:
-        """Whether host memory is taken, and the last blocks keep."""
-        return self.mode in ("swap", "input", "auto")
+        """Whether host memory is taken."""
+        return self.mode in ("swap", "input", "auto") or self.streams
+
+    @property
+    def streams(self) -> bool:
+        """Whether whole blocks run by tiles of tokens."""
+        return self.mode in ("stream", "stream_input")
+
+    @property
+    def input_alone(self) -> bool:
+        """Whether attention is computed again, from what alone is in host memory."""
+        return self.mode in ("input", "stream_input")
+
+    @property
+    def stream_tokens(self) -> int:
+        """Of a tile, of all sequences together, where `streams`."""
+        return self.tile_tokens or STREAM_TOKENS
+
+    def num_kept(self, num_blocks: int) -> int:
+        """How many of so many blocks keep what they save where others do not: the last ones."""
+        return min(num_blocks, self.keep_last) if self.swaps and not self.streams else 0
 
     @property
     def chooses(self) -> bool:

@@ -13,7 +13,7 @@ from checkpoint.ranks import Ranks
 from checkpoint.roster import Roster
 from checkpoint.snapshot_process import local_roster
 from checkpoint.snapshots import NoSnapshots, Snapshots
-from offload.activations_tiles import tile
+from offload.activations_stream import check_blocks
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from parallel.sequence import SequenceParallel
@@ -68,8 +68,10 @@ def build_engine(
 
     say: gets what the engine chooses while training.
     """
-    if job.offload.activations.tile_tokens is not None:
-        tile(model.tiles(), job.offload.activations.tile_tokens)
+    activations = job.offload.activations
+    if activations.streams:
+        check_blocks(activations, model.blocks(), dtype, where.device)
+    model.run_by_tiles(activations)
     common: dict[str, Any] = {
         "units": model.units(),
         "initial": model.initial(job.train.seed, where.device),
@@ -77,7 +79,7 @@ def build_engine(
         "options": job.parallel,
         "dtype": dtype,
         "device": where.device,
-        "recompute": model.blocks() if job.offload.activations.mode == "checkpoint" else [],
+        "recompute": model.blocks() if activations.mode == "checkpoint" else [],
         "compile": model.blocks() if compiles(job, where.device) else [],
     }
     if job.engine == "fsdp2":

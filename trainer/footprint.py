@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from offload.activations_plan import BlockCost
-from offload.activations_tiles import tile
+from offload.activations_stream import can_stream
 from offload.activations_watch import intercept, watched
 from offload.options import ActivationOptions
 from offload.plan import Recorder, load_bytes
@@ -43,6 +43,8 @@ class Footprint:
     """The most that a block's forward and backward hold beside what it saves."""
     head_bytes: int
     """The most that the head and its loss hold."""
+    stream_bytes: int | None = None
+    """The most that a block holds that runs by tiles; None for a model whose blocks cannot."""
 
     def cost(self, forward_s: float) -> BlockCost:
         return BlockCost(
@@ -57,8 +59,8 @@ class Footprint:
         """In host memory, and on drives behind it where it has `room` for fewer than all blocks that swap."""
         if not options.swaps:
             return 0, 0
-        num_away = max(0, self.num_blocks - options.keep_last)
-        more = 0 if options.mode == "input" else self.attention_bytes + int(_alpha(options) * self.rest_bytes)
+        num_away = self.num_blocks - options.num_kept(self.num_blocks)
+        more = 0 if options.input_alone else self.attention_bytes + int(_alpha(options) * self.rest_bytes)
         each = self.input_bytes + more
         num = int(min(num_away, room // each))
         return num * each, (num_away - num) * each
@@ -69,6 +71,8 @@ class Footprint:
         With ``swap`` and ``input``: two buffers, or two blocks' worth on the way out, see `offload.activations`.
         """
         n, least = self.num_blocks, self.input_bytes + self.attention_bytes
+        if options.streams and self.stream_bytes is not None:
+            return max(self.stream_bytes, self.head_bytes)
         running = max(self.work_bytes + self.kept_bytes, self.head_bytes)
         if options.mode == "keep":
             return n * self.kept_bytes + max(self.work_bytes, self.head_bytes)
@@ -76,12 +80,14 @@ class Footprint:
             return n * self.input_bytes + running
         if options.mode == "recompute":
             return n * least + running
-        kept = min(n, options.keep_last)
+        kept = options.num_kept(n)
         whole = self.input_bytes if options.mode == "input" else least + (self.rest_bytes if _alpha(options) else 0)
         return kept * self.kept_bytes + 2 * whole + running
 
 
 def _alpha(options: ActivationOptions) -> float:
+    if options.streams:
+        return 0.0
     return 1.0 if options.alpha is None else options.alpha
 
 
@@ -97,8 +103,8 @@ def footprint(job: Job, *, vocab_size: int, micro_batch_size: int, num_tokens: i
     cpu = torch.device("cpu")
     model = build_model(job.model, vocab_size=vocab_size, seq_len=num_tokens, dtype=dtype, device=cpu)
     move_without_memory(model, dtype, cpu)
-    if job.offload.activations.tile_tokens:
-        tile(model.tiles(), job.offload.activations.tile_tokens)
+    options = job.offload.activations
+    model.run_by_tiles(options)
     blocks = model.blocks()
     fake = FakeTensorMode()
     _pretend(model, fake)
@@ -106,7 +112,22 @@ def footprint(job: Job, *, vocab_size: int, micro_batch_size: int, num_tokens: i
         tokens = torch.zeros(micro_batch_size, num_tokens, dtype=torch.int64)
         args, kwargs = _arguments(model, blocks[0], tokens)
         sizes = _block(blocks[0], args, kwargs)
+        keys_bytes = sizes.pop("keys_bytes")
+        if can_stream(blocks[0]):
+            sizes["stream_bytes"] = _stream(blocks[0], args, options.stream_tokens // micro_batch_size, keys_bytes)
         return Footprint(num_blocks=len(blocks), head_bytes=_head(model.units()[-1], args[0], tokens), **sizes)
+
+
+def _stream(block: nn.Module, args: tuple[Any, ...], tile_tokens: int, keys_bytes: int) -> int:
+    """The most that a block holds which runs by tiles of so many tokens of each sequence, in its backward: the
+    gradients of its output and input; keys, values and their fp32 gradients; what it holds of a tile, and two tiles on
+    their way."""
+    x, *tables = args
+    whole, tile = x.nbytes, slice(0, max(1, tile_tokens))
+    part = _block(block, (x[:, tile].detach().requires_grad_(), *(table[tile] for table in tables)), {})
+    moving = 2 * (part["input_bytes"] + part["attention_bytes"])
+    grads_bytes = keys_bytes * 4 // x.itemsize
+    return int(2 * whole + keys_bytes + grads_bytes + part["kept_bytes"] + part["work_bytes"] + moving)
 
 
 def _pretend(model: nn.Module, fake: FakeTensorMode) -> None:
@@ -140,6 +161,7 @@ def _arguments(model: nn.Module, block: nn.Module, tokens: Tensor) -> tuple[tupl
 def _block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
     products: list[int] = []
     attention: list[int] = []
+    keys: list[int] = []
     kept: dict[int, tuple[torch.UntypedStorage, int]] = {}
     fixed = {id(t.untyped_storage()) for t in (*block.parameters(), *block.buffers(), *_others(args, kwargs))}
 
@@ -148,6 +170,7 @@ def _block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
         if kind == "linear":
             products.append(out.nbytes)
         else:  # beside it, a sum of the softmax a query, fp32
+            keys.append(inputs[1].nbytes + inputs[2].nbytes)
             attention.append(out.nbytes + 4 * out.numel() // out.size(-1))
         return out
 
@@ -173,6 +196,7 @@ def _block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
         "input_bytes": input_bytes,
         "attention_bytes": sum(attention),
         "rest_bytes": sum(products[:-1]),
+        "keys_bytes": sum(keys),
         "kept_bytes": kept_bytes,
         "work_bytes": max(0, most + input_bytes - kept_bytes),
     }
@@ -199,9 +223,11 @@ def _head(head: nn.Module, x: Tensor, targets: Tensor) -> int:
         return load_bytes(recorder.requests())
 
 
-def alternatives(options: ActivationOptions) -> dict[str, ActivationOptions]:
-    """What else blocks could do, by the override. Those that take less of the device come later."""
+def alternatives(options: ActivationOptions, *, streams: bool = False) -> dict[str, ActivationOptions]:
+    """What else blocks could do, by the override. Those that take less of the device come later. streams: whether they
+    could run by tiles."""
     plain = replace(options, mode="keep", alpha=None)
+    by_tiles = {f"offload.activations={mode}": replace(plain, mode=mode) for mode in ("stream", "stream_input")}
     return {
         "offload.activations=keep": plain,
         "offload.activations=swap offload.activations.alpha=1": replace(plain, mode="swap", alpha=1.0),
@@ -211,4 +237,5 @@ def alternatives(options: ActivationOptions) -> dict[str, ActivationOptions]:
             plain, mode="swap", alpha=0.0, keep_last=0
         ),
         "offload.activations=input offload.activations.keep_last=0": replace(plain, mode="input", keep_last=0),
+        **(by_tiles if streams else {}),
     }

@@ -87,7 +87,7 @@ def _smaller(
     options, offload = job.offload.activations, job.offload
     own = sizes(options, micro)
     now, saved = own.device_bytes(options), {}
-    for text, other in alternatives(options).items():
+    for text, other in alternatives(options, streams=own.stream_bytes is not None).items():
         saved[text] = now - own.device_bytes(other)
     if micro > 1:
         half = sizes(options, micro // 2)

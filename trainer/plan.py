@@ -44,12 +44,14 @@ def _activations(job: Job, model: LanguageModel) -> dict[str, str]:
     options, num = job.offload.activations, len(model.blocks())
     if options.mode == "keep":
         return {}
-    kept = min(num, options.keep_last) if options.swaps else 0
+    kept = options.num_kept(num)
     alpha = "what hides behind compute" if options.alpha is None else f"{options.alpha:g} of the tokens"
     where = "to host memory" + (", and on to NVMe where that is short" if job.offload.nvme_path else "")
     how = {
         "swap": f"swap {alpha} {where}, the rest is recomputed",
         "input": f"swap their input alone {where}, all is recomputed",
+        "stream": f"run by tiles of {options.stream_tokens} tokens, their input and attention's output go {where}",
+        "stream_input": f"run by tiles of {options.stream_tokens} tokens, their input alone goes {where}",
         "recompute": "keep their input and attention's output, the rest is recomputed",
         "checkpoint": "keep their input, all is recomputed",
     }["swap" if options.mode == "auto" else options.mode]

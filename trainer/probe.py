@@ -95,14 +95,18 @@ def _run(
     job: Job, num_blocks: int, micro_batch_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[_Times, _Bytes]:
     """Seconds of the whole and of its last block, and what they take."""
-    mode = job.offload.activations.mode
+    activations = job.offload.activations
+    if activations.streams:  # what does not fit otherwise: host memory holds that of a few blocks
+        activations = replace(activations, host_bytes=None)
+    else:
+        activations = ActivationOptions(mode=_UNSWAPPED.get(activations.mode, activations.mode))
     alone = replace(
         job,
         model=cut(job.model, num_blocks),
         optimizer=OptimizerOptions(name="sgd", momentum=0.0),
         parallel=ParallelOptions(),
         # which blocks swap how much depends on how many there are
-        offload=OffloadOptions(activations=ActivationOptions(mode=_UNSWAPPED.get(mode, mode))),
+        offload=OffloadOptions(activations=activations),
     )
     seq_len = job.train.seq_len
     model = build_model(alone.model, vocab_size=vocab_size, seq_len=seq_len, dtype=dtype, device=device)

@@ -23,7 +23,7 @@ def workload_of(job: Job, model: LanguageModel, world: int, *, compute_bytes: in
         moments=2 if job.optimizer.name == "adamw" else int(job.optimizer.momentum > 0),
         prefetch_units=options.prefetch_units,
         recompute=products_again(job.offload.activations),
-        recompute_attention=job.offload.activations.mode in ("checkpoint", "input"),
+        recompute_attention=job.offload.activations.mode == "checkpoint" or job.offload.activations.input_alone,
         loss_chunk_tokens=job.model.loss_chunk_tokens,
         exact=options.exact,
     )

@@ -130,6 +130,16 @@ def test_sequences_that_cannot_be_shared(model: LlamaOptions, train: dict, messa
         check(config, Crew(6, 2, "cpu"))
 
 
+def test_tiles_of_blocks_do_not_share_sequences(tmp_path: Path) -> None:
+    config = Config(
+        offload=OffloadOptions(activations=ActivationOptions(mode="stream")),
+        parallel=ParallelOptions(levels={"node": 1, "gpu": 2}, sequence="gpu"),
+        run=RunOptions(root=str(tmp_path)),
+    )
+    with pytest.raises(ValueError, match="parallel.sequence=gpu with offload.activations.mode=stream.*mode=swap"):
+        check(config, Crew(2, 1, "cpu"))
+
+
 def test_tiles_need_our_engine(tmp_path: Path) -> None:
     offload = OffloadOptions(activations=ActivationOptions(tile_tokens=64))
     config = Config(engine="fsdp2", offload=offload, run=RunOptions(root=str(tmp_path)))

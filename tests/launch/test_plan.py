@@ -176,7 +176,7 @@ def test_a_chosen_alpha_follows_the_machine() -> None:
 @pytest.mark.parametrize(
     "mode",
     ["keep", "swap", "swap offload.activations.alpha=1", "swap offload.activations.alpha=0.5", "input", "recompute",
-     "checkpoint", "auto"],
+     "checkpoint", "auto", "stream", "stream_input"],
 )  # fmt: skip
 def test_the_table_of_memory_has_what_the_row_of_the_job_says(mode: str) -> None:
     planned = plan(composed(*BIG, "parallel=hfsdp", *f"offload.activations.mode={mode}".split()), PRESETS["dgx-h100"])

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from offload.activations import Activations
-from offload.activations_tiles import tile
 from offload.options import ActivationOptions
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard
 from trainer.models.llama import Llama
@@ -27,15 +26,13 @@ def train(preset: str, mode: str, alpha: float | None, tile_tokens: int | None =
     mesh = Mesh.of({}, rank=dist.get_rank(), world=dist.get_world_size())
     llama = LlamaOptions(dim=64, ffn_dim=160, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=16)
     model = Llama(llama, vocab_size=64, seq_len=32, dtype=torch.float32, device=CPU)
-    if tile_tokens:
-        tile(model.tiles(), tile_tokens)
+    leave = ActivationOptions(mode=mode, alpha=alpha, tile_tokens=tile_tokens)
+    model.run_by_tiles(leave)
     engine = shard(
         model, mesh, Placement.of(options, mesh.num_levels), units=model.units(), initial=model.initial(0, CPU),
         optimizer=OptimizerOptions(), options=options, dtype=torch.float32, device=CPU,
     )  # fmt: skip
-    activations = Activations(
-        ActivationOptions(mode=mode, alpha=alpha), CPU, pack=engine._pack, unpack=engine._unpack, poison=True
-    )
+    activations = Activations(leave, CPU, pack=engine._pack, unpack=engine._unpack, poison=True)
     activations.wrap(model.blocks())
     generator = torch.Generator().manual_seed(dist.get_rank())
     losses = []
@@ -66,6 +63,11 @@ def run(rank: int, world: int, preset: str, store: str) -> None:
     found = train(preset, "swap", 1.0, 24)
     if rank == 0:
         print("tiles", max(float((a - b).abs().max()) for a, b in zip(found, kept, strict=True)), flush=True)
+    for mode in ("stream", "stream_input"):
+        found = train(preset, mode, None, 24)
+        worst = max(float((a - b).abs().max()) for a, b in zip(found, kept, strict=True))
+        if rank == 0:
+            print(mode, worst < 1e-4, flush=True)
     dist.destroy_process_group()
 
 

@@ -16,7 +16,15 @@ def test_training_is_bitwise_that_with_activations_kept(placement: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90, env=_environment())
     assert done.returncode == 0, done.stderr
     lines = done.stdout.split("\n")[:-1]
-    assert lines == ["swap 1.0 0.0", "swap 0.0 0.0", "recompute None 0.0", "input None 0.0", "tiles 0.0"]
+    assert lines == [
+        "swap 1.0 0.0",
+        "swap 0.0 0.0",
+        "recompute None 0.0",
+        "input None 0.0",
+        "tiles 0.0",
+        "stream True",
+        "stream_input True",
+    ]
 
 
 def _environment() -> dict[str, str]:

@@ -112,6 +112,41 @@ def test_mlps_run_by_tiles(tmp_path: Path, data: Path, kept: list[float]) -> Non
     assert losses == pytest.approx(kept, rel=1e-5)
 
 
+@pytest.mark.parametrize("tier", [{}, {"states": "host", "weights": "host"}])
+@pytest.mark.parametrize("mode", ["stream", "stream_input"])
+def test_whole_blocks_run_by_tiles(
+    tmp_path: Path, data: Path, kept: list[float], mode: str, tier: dict[str, Any]
+) -> None:
+    """Of 12 tokens of each sequence, the last of 8."""
+    losses, text = run(tmp_path, "stream", data, offload=tier, mode=mode, tile_tokens=24)
+    assert losses == pytest.approx(kept, rel=1e-5)
+    assert "4 run by tiles of 24 tokens" in text
+
+
+def test_tiles_go_on_to_a_drive(tmp_path: Path, data: Path, kept: list[float], disk_folder: Path) -> None:
+    """Beside states on it, and weights in host memory."""
+    drives = {"states": "nvme", "weights": "host", "nvme_path": [str(disk_folder)]}
+    losses, text = run(tmp_path, "nvme", data, offload=drives, mode="stream", tile_tokens=24, host_bytes=100_000)
+    assert losses == pytest.approx(kept, rel=1e-5)
+    assert "host memory holds 2 of them" in text and "goes on to NVMe" in text
+
+
+def test_what_cannot_run_by_tiles_is_refused(tmp_path: Path) -> None:
+    """Before anything is taken: a model that does not say how, and fp32 on a GPU."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config.save_pretrained(tmp_path / "hf")
+    offload = OffloadOptions(activations=ActivationOptions(mode="stream"))
+    job = Job(model=HFOptions(path=str(tmp_path / "hf"), from_scratch=True), offload=offload)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    model = build_model(job.model, vocab_size=64, seq_len=32, dtype=torch.float32, device=cpu)
+    with pytest.raises(ValueError, match="mode=stream: Qwen3DecoderLayer .* set offload.activations.mode=swap"):
+        build_engine(job, model, Rank(0, 1, cpu), torch.float32)
+    llama = build_model(MODEL, vocab_size=64, seq_len=32, dtype=torch.float32, device=cpu)
+    with pytest.raises(ValueError, match="float32 on a GPU.*set train.dtype=bf16"):
+        build_engine(Job(model=MODEL, offload=offload), llama, Rank(0, 1, gpu), torch.float32)
+
+
 def test_a_run_chooses_alpha_and_says_so(tmp_path: Path, data: Path, kept: list[float]) -> None:
     losses, text = run(tmp_path, "auto", data, mode="auto", keep_last=1)
     assert losses == pytest.approx(kept, rel=1e-4)  # a product cut in two may round otherwise

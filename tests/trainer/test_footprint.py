@@ -36,6 +36,7 @@ def measured(options: ActivationOptions) -> int:
             setattr(module, name, nn.Parameter(torch.randn(p.shape) * 0.02))
     for block in model.blocks() if options.mode == "checkpoint" else []:
         block.forward = _again(block.forward)
+    model.run_by_tiles(options)
     swap = Activations(options if options.leave else ActivationOptions(), CPU)
     swap.wrap(model.blocks())
     tokens = torch.randint(64, (2, TOKENS))
@@ -54,6 +55,16 @@ def test_what_a_mode_takes_is_what_a_step_takes_in_it(number: int) -> None:
     weights = 4 * (LAYERS * (64 * 128 + 64 * 64 + 3 * 64 * 192 + 128) + 2 * 64 * 64 + 64)
     by_plan, real = found().device_bytes(options), measured(options)
     assert 0.8 * by_plan < real < 1.2 * by_plan + weights, (by_plan, real, weights)
+
+
+@pytest.mark.parametrize("mode", ["stream", "stream_input"])
+def test_what_tiles_take_is_what_a_step_takes(mode: str) -> None:
+    """Within the block: gradients of a block's weights, in fp32 and as they come, are not counted."""
+    options = ActivationOptions(mode=mode, tile_tokens=64)
+    weights = 4 * (LAYERS * (64 * 128 + 64 * 64 + 3 * 64 * 192 + 128) + 2 * 64 * 64 + 64)
+    by_plan, real = found(options).device_bytes(options), measured(options)
+    assert 0.8 * by_plan < real < 1.2 * by_plan + 1.4 * weights, (by_plan, real, weights)
+    assert by_plan < 0.7 * found().device_bytes(ActivationOptions(mode="input", keep_last=0))
 
 
 def test_tiles_take_less() -> None:
@@ -80,4 +91,7 @@ def test_only_swapping_takes_host_memory() -> None:
     assert sizes.host_bytes(replace(swap, mode="input", alpha=None)) == ((LAYERS - 2) * sizes.input_bytes, 0)
     one = sizes.input_bytes + sizes.attention_bytes + sizes.rest_bytes // 2
     assert sizes.host_bytes(swap) == ((LAYERS - 2) * one, 0)
+    stream = ActivationOptions(mode="stream")
+    assert sizes.host_bytes(stream) == (LAYERS * (sizes.input_bytes + sizes.attention_bytes), 0), "none is kept"
+    assert sizes.host_bytes(replace(stream, mode="stream_input")) == (LAYERS * sizes.input_bytes, 0)
     assert sizes.host_bytes(swap, 3 * one - 1) == (2 * one, (LAYERS - 4) * one), "whole slots; the rest on drives"

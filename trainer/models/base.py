@@ -5,7 +5,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from offload.activations_tiles import can_tile
+from offload.activations_tiles import can_tile, tile
+from offload.options import ActivationOptions
 from offload.state import Read
 
 
@@ -41,6 +42,19 @@ class LanguageModel(nn.Module, ABC):
         """Submodules that may run over a few tokens at a time: the MLPs of blocks, where they are plain."""
         mlps = [getattr(block, "mlp", None) for block in self.blocks()]
         return [mlp for mlp in mlps if isinstance(mlp, nn.Module) and can_tile(mlp)]
+
+    def around(self) -> list[nn.Module]:
+        """Modules outside the blocks that look at one token at a time and take more than their input: where blocks run
+        by tiles, they do."""
+        return []
+
+    def run_by_tiles(self, options: ActivationOptions) -> None:
+        """Have what `options` say run over a few tokens at a time, but for the blocks. ValueError where there is no
+        such thing."""
+        if options.streams and self.around():
+            tile(self.around(), options.stream_tokens)
+        elif options.tile_tokens is not None and not options.streams:
+            tile(self.tiles(), options.tile_tokens)
 
     @abstractmethod
     def flops_per_token(self, seq_len: int) -> int:

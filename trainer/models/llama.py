@@ -6,6 +6,7 @@ v, ``gate_up`` those of gate and up; `trainer.models.export` takes them apart.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from trainer.models.loss import linear_cross_entropy
 from trainer.models.random_init import RandomRead
 from trainer.models.swiglu import swiglu
 from trainer.options import LlamaOptions
+
+Attend = Callable[[Tensor], Tensor]
+"""From queries (B, H, S, E) to what attention makes of them."""
 
 
 class Llama(LanguageModel):
@@ -63,6 +67,9 @@ class Llama(LanguageModel):
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)
 
+    def around(self) -> list[nn.Module]:
+        return [self.head.norm]
+
     @property
     def num_heads(self) -> tuple[int, int]:
         return self.options.num_heads, self.options.num_kv_heads
@@ -96,9 +103,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, S, D); cos, sin (S, E/2)."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+        return self.tile(x, cos, sin, None)
+
+    def tile(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | None) -> Tensor:
+        """The block on some of the tokens, at their positions; attend: what attention makes of their queries (B, H, S,
+        E). With `keys` what a block offers that runs by tiles of tokens (`offload.activations_stream`)."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
         x = x + self.mlp(self.mlp_norm(x))
         return x
+
+    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of some of the tokens, each (B, K, S, E)."""
+        return self.attention.keys(self.attention_norm(x), cos, sin)
 
 
 class Attention(nn.Module):
@@ -106,18 +122,29 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = options.head_dim
         self.heads = [options.num_heads, options.num_kv_heads, options.num_kv_heads]
+        self.num_rows = options.num_heads * options.head_dim
+        """Of ``qkv``'s weight, the first, that make queries."""
         self.qkv = nn.Linear(options.dim, sum(self.heads) * self.head_dim, bias=False, **on_meta)
         self.out = nn.Linear(options.num_heads * self.head_dim, options.dim, bias=False, **on_meta)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=-2)  # (B, S, H or K, E)
-        # v gets its own memory: a view would keep q and k as they were before their rotation until the backward.
-        q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # views: the kernels take any strides
-        grouped = self.heads[0] != self.heads[1]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | None = None) -> Tensor:
+        if attend is None:
+            q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=-2)  # (B, S, H or K, E)
+            # v gets its own memory: a view would keep q and k as they were before their rotation until the backward.
+            q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # views: the kernels take any strides
+            grouped = self.heads[0] != self.heads[1]
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        else:
+            q = F.linear(x, self.qkv.weight[: self.num_rows]).unflatten(-1, (-1, self.head_dim))
+            y = attend(rotate(q, cos, sin).transpose(1, 2))
         x = self.out(y.transpose(1, 2).flatten(2))
         return x
+
+    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        kv = F.linear(x, self.qkv.weight[self.num_rows :]).unflatten(-1, (-1, self.head_dim))
+        k, v = kv.split(self.heads[1:], dim=-2)
+        return rotate(k, cos, sin).transpose(1, 2), v.contiguous().transpose(1, 2)
 
 
 class MLP(nn.Module):
