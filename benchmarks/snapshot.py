@@ -274,7 +274,7 @@ def measure_lm_resiliency(
 def start_nodes(args: argparse.Namespace, world: int, folder: Path) -> Roster:
     run, token = secrets.token_bytes(16), secrets.token_bytes(32)
     nodes = tuple(
-        start_process(run, f"n{number}", token, hold_s=20, log=folder / f"n{number}.log")
+        start_process(run, f"n{number}", token, hold_s=60, log=folder / f"n{number}.log")
         for number in range(args.nodes)
     )
     return Roster(run=run, token=token, nodes=nodes, rank_nodes=tuple(r * args.nodes // world for r in range(world)))

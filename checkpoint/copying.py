@@ -91,25 +91,27 @@ def seal(area: Bytes, marks: Sequence[Mark]) -> list[int]:
         start = len(crcs) * PIECE_BYTES
         end = mark.end if mark is marks[-1] else mark.end // PIECE_BYTES * PIECE_BYTES
         if end > start:
-            crcs += piece_crcs(area[start:end], PIECE_BYTES, idle_threads(), NICENESS)
+            crcs += piece_crcs(area[start:end], PIECE_BYTES, _spare_threads(), NICENESS)
     return crcs
 
 
 def _copy_in_host_memory(places: Sequence[tuple[Bytes, Tensor]]) -> None:
-    """By numpy: it frees the GIL, and does not start torch's threads on a second set of cores.
-
-    Beside a GPU half of this rank's cores copy: the next update is what they would do, and that waits for the copy.
-    On CPUs training computes on them, and the copy takes what is left idle.
-    """
+    """By numpy: it frees the GIL, and does not start torch's threads on a second set of cores."""
     parts = [
         (target[start : start + PART_BYTES], source.numpy()[start : start + PART_BYTES])
         for target, source in places
         for start in range(0, len(target), PART_BYTES)
     ]
-    threads = max(idle_threads(), torch.get_num_threads() // 2) if torch.cuda.is_initialized() else idle_threads()
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(_spare_threads()) as pool:
         for _ in pool.map(lambda part: np.copyto(*part), parts):
             pass
+
+
+def _spare_threads() -> int:
+    """Beside a GPU half of this rank's cores: what they would do is the next update, which waits for the copy. On CPUs
+    training computes on them, and the copy takes what is left idle."""
+    idle = idle_threads()
+    return max(idle, torch.get_num_threads() // 2) if torch.cuda.is_initialized() else idle
 
 
 def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
