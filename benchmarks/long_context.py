@@ -32,8 +32,9 @@ from one_run import baseline, command  # noqa: E402
 from report import gpu_watched, write_report  # noqa: E402
 
 CASES = ("long", "sweep", "vary", "ladder", "short24", "short32")
-LADDER = {"1b": 2**20, "3b": 409600}
-"""How far each model's ladder goes, in tokens."""
+LADDER = {"1b": (2**20, "streamed%stream^32768"), "3b": (400_000, "streamed%stream_input^32768")}
+"""How far each model's ladder goes, in tokens, and how: what 1b's blocks leave fits in host memory and on a drive, of
+3b's the inputs do."""
 Row = dict[str, Any]
 
 
@@ -168,8 +169,12 @@ class Bench:
 
     def ladder(self) -> None:
         for model in self.args.ladder:
-            spec = {"run": "ladder", "model": model, "name": self.args.ladder_name, "cap": 24}
-            spec |= {"from": self.args.ladder_from, "to": LADDER[model]}
+            most, name = LADDER[model]
+            lengths = [n for n in (self.args.ladder_from << i for i in range(20)) if n < most] + [most]
+            spec = {"run": "ladder", "model": model, "name": self.args.ladder_name or name, "cap": 24}
+            spec |= {"from": self.args.ladder_from, "to": most, "lengths": self.args.ladder_lengths or lengths}
+            if self.args.ladder_host_gb:
+                spec["activations"] = {"host_bytes": int(1e9 * self.args.ladder_host_gb)}
             spec |= {"nvme": self.args.nvme} if self.args.nvme else {}
             run_s = min(self.args.ladder_s, self.left_s() - 10)
             started = self.spec({**spec, "budget_s": run_s})
@@ -220,7 +225,9 @@ def main() -> None:
     parser.add_argument("--vary-steps", type=int, default=200)
     parser.add_argument("--vary-s", type=float, default=90, help="for each run of it")
     parser.add_argument("--ladder", nargs="*", default=["1b", "3b"], choices=list(LADDER))
-    parser.add_argument("--ladder-name", default="streamed%swap:0:0^16384")
+    parser.add_argument("--ladder-name", default="", help="instead of each model's own")
+    parser.add_argument("--ladder-lengths", type=int, nargs="*", help="instead of doubling from --ladder-from")
+    parser.add_argument("--ladder-host-gb", type=float, default=0.0, help="of host memory for activations")
     parser.add_argument("--ladder-from", type=int, default=16384)
     parser.add_argument("--ladder-s", type=float, default=110, help="for each model")
     parser.add_argument("--nvme", default="", help="a folder for what host memory does not hold of a ladder")
