@@ -9,6 +9,7 @@ import torch
 import torch.fx.experimental._config
 
 from offload.options import ActivationOptions, OffloadOptions
+from parallel.unit import TrainableFlat
 from trainer.build import Rank, build_engine
 from trainer.job import Job
 from trainer.loop import Trainer
@@ -19,14 +20,21 @@ MODEL = LlamaOptions(dim=64, ffn_dim=128, num_layers=4, num_heads=4, num_kv_head
 
 
 def run(
-    root: Path, name: str, data: Path, *, model: Any = MODEL, offload: dict[str, Any] | None = None, **activations: Any
+    root: Path,
+    name: str,
+    data: Path,
+    *,
+    model: Any = MODEL,
+    micro: int | None = 2,
+    offload: dict[str, Any] | None = None,
+    **activations: Any,
 ) -> tuple[list[float], str]:
     """The losses, and what else was told."""
     job = Job(
         model=model,
         data=DataOptions(source="text", paths=[str(data)], valid_fraction=0, cache_dir=str(root / "cache")),
         train=TrainOptions(
-            steps=6, seq_len=32, global_batch_size=4, micro_batch_size=2, eval_sequences=4, sample_tokens=0
+            steps=6, seq_len=32, global_batch_size=4, micro_batch_size=micro, eval_sequences=4, sample_tokens=0
         ),
         offload=OffloadOptions(activations=ActivationOptions(**activations), **(offload or {})),
         logger=LoggerOptions(tensorboard=False, plot=False),
@@ -110,6 +118,22 @@ def test_a_model_of_hugging_face(tmp_path: Path, data: Path) -> None:
 def test_mlps_run_by_tiles(tmp_path: Path, data: Path, kept: list[float]) -> None:
     losses, _ = run(tmp_path, "tiled", data, mode="swap", alpha=0.0, tile_tokens=24)
     assert losses == pytest.approx(kept, rel=1e-5)
+
+
+def test_blocks_run_through_all_micro_batches_while_their_weights_are_there(
+    tmp_path: Path, data: Path, kept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer-major: by tiles of a micro-batch's tokens, weights come from host memory as for one micro-batch."""
+    came: list[int] = []
+    gather = TrainableFlat.gather
+    monkeypatch.setattr(TrainableFlat, "gather", lambda flat, *args: came.append(args[0].numel()) or gather(flat, *args))
+    streamed = {"states": "host", "weights": "host"}
+    batch_major = run(tmp_path, "batch-major", data, micro=1, offload=streamed, mode="recompute")[0]
+    for_four = sum(came)
+    came.clear()
+    layer_major = run(tmp_path, "layer-major", data, micro=None, offload=streamed, mode="stream", tile_tokens=32)[0]
+    assert sum(came) < 0.4 * for_four, (came, for_four)
+    assert batch_major == pytest.approx(kept, rel=1e-4) and layer_major == pytest.approx(kept, rel=1e-4)
 
 
 @pytest.mark.parametrize("tier", [{}, {"states": "host", "weights": "host"}])
