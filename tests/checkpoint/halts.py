@@ -132,9 +132,9 @@ class HaltingGeneration(Generation):
         self.halt("begun")
         return slot
 
-    def written(self, version: int, part: Any) -> None:
+    def written(self, version: int, part: Any, fault: str) -> None:
         self.halt("written")
-        super().written(version, part)
+        super().written(version, part, fault)
 
     def _seal(self, making: Making) -> None:
         super()._seal(making)
