@@ -126,7 +126,12 @@ def test_blocks_run_through_all_micro_batches_while_their_weights_are_there(
     """Layer-major: by tiles of a micro-batch's tokens, weights come from host memory as for one micro-batch."""
     came: list[int] = []
     gather = TrainableFlat.gather
-    monkeypatch.setattr(TrainableFlat, "gather", lambda flat, *args: came.append(args[0].numel()) or gather(flat, *args))
+
+    def counted(flat: TrainableFlat, out: torch.Tensor, scratch: Any) -> Any:
+        came.append(out.numel())
+        return gather(flat, out, scratch)
+
+    monkeypatch.setattr(TrainableFlat, "gather", counted)
     streamed = {"states": "host", "weights": "host"}
     batch_major = run(tmp_path, "batch-major", data, micro=1, offload=streamed, mode="recompute")[0]
     for_four = sum(came)
