@@ -81,7 +81,7 @@ def test_killed_run_goes_on_to_the_last_bit(tmp_path: Path, workers: int, kills:
     assert losses(tmp_path / "killed") == expected, f"seed {seed}, killed {killed} times"
 
 
-AWAY = "offload.threads=1 offload.predict=false offload.nvme_direct=false".split()
+AWAY = "offload.threads=1 offload.predict=false".split()
 SPECULATE = ["offload.weights=host", "offload.update=speculate", "offload.speculate_share=0.7"]
 
 
@@ -104,7 +104,7 @@ def test_killed_run_with_states_away_goes_on_to_the_last_bit(
     away = ["launch.workers=1", *AWAY, *more]
     whole = command(tmp_path, "whole", "offload=host", *away[:3])
     subprocess.run(whole, check=True, capture_output=True, timeout=120)
-    drives = [f"offload.nvme_path=[{tmp_path}]"] if tier == "nvme" else []
+    drives = [f"offload.nvme_path=[{tmp_path}]", "offload.nvme_direct=false"] if tier == "nvme" else []
     again = command(tmp_path, "killed", f"offload={tier}", *away, *drives)
     killed = 0
     for step in sorted(draw.sample(range(STEPS - 2), kills)):
