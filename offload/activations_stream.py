@@ -37,6 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from offload.activations_memory import ALIGN, Lease, Pools, mark, on, wait
 from offload.activations_slots import Event, Memory
+from offload.activations_tiles import WeightSums
 from offload.attention_tiles import Keys, attend, attended, check_dtype
 from offload.options import ActivationOptions
 from offload.space import round_up
@@ -200,7 +201,7 @@ class Streaming:
     # ------------------------------------------------------------------------------------------------ backward
 
     def backward(
-        self, block: Any, away: _Away, tables: Sequence[Tensor], grad: Tensor, wants_x: bool, sums: "_Sums"
+        self, block: Any, away: _Away, tables: Sequence[Tensor], grad: Tensor, wants_x: bool, sums: WeightSums
     ) -> Tensor | None:
         """The gradient of x, if it is wanted; those of the weights are added to `sums`."""
         arriving, num = self._arrive(away), len(away.tiles)
@@ -328,37 +329,6 @@ class _Leaving:
         return slot
 
 
-class _Sums:
-    """Gradients of weights, summed in fp32 over tiles."""
-
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        self._weights = weights
-        self._sums: list[Tensor | None] = [None] * len(weights)
-        self.anchor = torch.empty(0, requires_grad=True)
-        """Asked for with them, see `attended`."""
-
-    def add(self, x: Tensor, outs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor | None:
-        """Go backward from `outs`; the gradient of x."""
-        wanted = [(out, grad.to(out.dtype)) for out, grad in zip(outs, grads, strict=True) if out.requires_grad]
-        if not wanted:
-            return None
-        inputs = [*([x] if x.requires_grad else []), *self._weights, self.anchor]
-        outs, grads = zip(*wanted, strict=True)
-        found = list(torch.autograd.grad(outs, inputs, grads, allow_unused=True))
-        grad_x = found.pop(0) if x.requires_grad else None
-        for place, one in enumerate(found[:-1]):
-            total = self._sums[place]
-            if one is not None:
-                precise = torch.promote_types(one.dtype, torch.float32)
-                self._sums[place] = one.to(precise) if total is None else total.add_(one)
-        return grad_x
-
-    def totals(self) -> list[Tensor | None]:
-        return [
-            total.to(w.dtype) if total is not None else None for total, w in zip(self._sums, self._weights, strict=True)
-        ]
-
-
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -379,7 +349,7 @@ class _Block(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
-        sums = _Sums([p for p in ctx.block.parameters() if p.requires_grad])
+        sums = WeightSums([p for p in ctx.block.parameters() if p.requires_grad])
         grad_x = ctx.streaming.backward(ctx.block, ctx.away, ctx.tables, grad, ctx.needs_input_grad[5], sums)
         return None, None, None, None, None, grad_x, *sums.totals()
 

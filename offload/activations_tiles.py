@@ -57,6 +57,37 @@ def _tile(module: nn.Module, num_tokens: int) -> None:
     module.forward = torch.compiler.disable(forward)
 
 
+class WeightSums:
+    """Gradients of weights, summed in fp32 over tiles."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._weights = weights
+        self._sums: list[Tensor | None] = [None] * len(weights)
+        self.anchor = torch.empty(0, requires_grad=True)
+        """Asked for with them, see `offload.attention_tiles.attended`."""
+
+    def add(self, x: Tensor, outs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor | None:
+        """Go backward from `outs`; the gradient of x."""
+        wanted = [(out, grad.to(out.dtype)) for out, grad in zip(outs, grads, strict=True) if out.requires_grad]
+        if not wanted:
+            return None
+        inputs = [*([x] if x.requires_grad else []), *self._weights, self.anchor]
+        outs, grads = zip(*wanted, strict=True)
+        found = list(torch.autograd.grad(outs, inputs, grads, allow_unused=True))
+        grad_x = found.pop(0) if x.requires_grad else None
+        for place, one in enumerate(found[:-1]):
+            total = self._sums[place]
+            if one is not None:
+                precise = torch.promote_types(one.dtype, torch.float32)
+                self._sums[place] = one.to(precise) if total is None else total.add_(one)
+        return grad_x
+
+    def totals(self) -> list[Tensor | None]:
+        return [
+            total.to(w.dtype) if total is not None else None for total, w in zip(self._sums, self._weights, strict=True)
+        ]
+
+
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, module: nn.Module, num_tokens: int, x: Tensor, *weights: Tensor) -> Tensor:
@@ -76,26 +107,23 @@ class _Tiled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *_ = ctx.saved_tensors
-        weights = [p for p in ctx.module.parameters() if p.requires_grad]
+        sums = WeightSums([p for p in ctx.module.parameters() if p.requires_grad])
         wants_x = ctx.needs_input_grad[2]
         rows, grads = x.reshape(-1, x.size(-1)), grad.reshape(-1, grad.size(-1))
         grad_x = torch.empty_like(rows) if wants_x else None
-        sums: list[Tensor | None] = [None] * len(weights)
         with unwatched():
             for start in range(0, len(rows), ctx.num_tokens):
                 tile = slice(start, start + ctx.num_tokens)
                 with torch.enable_grad():
                     part = rows[tile].detach().requires_grad_(wants_x)
                     y = type(ctx.module).forward(ctx.module, part)
-                found = torch.autograd.grad(y, [*([part] if wants_x else []), *weights], grads[tile])
+                found = sums.add(part, [y], [grads[tile]])
                 if grad_x is not None:
-                    grad_x[tile] = found[0]
-                for i, one in enumerate(found[wants_x:]):
-                    total = sums[i]
-                    sums[i] = one.float() if total is None else total.add_(one)
+                    assert found is not None
+                    grad_x[tile] = found
         return (
             None,
             None,
             grad_x.view_as(x) if grad_x is not None else None,
-            *(total.to(w.dtype) if total is not None else None for total, w in zip(sums, weights, strict=True)),
+            *sums.totals(),
         )
