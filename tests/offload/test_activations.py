@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from offload.activations_plan import BlockCost, Choice, choose, choose_alpha
 from offload.hostpool import HostPool
 from offload.options import ActivationOptions
 from offload.plan import Recorder
+from tests.offload.leaving import llama_of, nothing_grows
 from trainer.models.llama import Llama
 from trainer.options import LlamaOptions
 
@@ -44,14 +44,7 @@ def one_thread() -> Iterator[None]:
 
 def llama(dtype: torch.dtype = torch.float32, device: torch.device = CPU, options: LlamaOptions = OPTIONS) -> Llama:
     """The same weights every time."""
-    model = Llama(options, vocab_size=128, seq_len=2 * SEQ, dtype=dtype, device=device)
-    generator = torch.Generator().manual_seed(0)
-    tied: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, p in module.named_parameters(recurse=False):
-            values = torch.randn(p.shape, generator=generator) * 0.1 + (1 if p.ndim == 1 else 0)
-            setattr(module, name, tied.setdefault(p, nn.Parameter(values.to(device, dtype))))
-    return model
+    return llama_of(options, vocab_size=128, seq_len=2 * SEQ, dtype=dtype, device=device)
 
 
 def batch(length: int = SEQ, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
@@ -335,7 +328,6 @@ def test_what_leaves_is_held_no_more() -> None:
 def test_nothing_grows(num_steps: int) -> None:
     model = llama()
     swap = leaving(model, "swap", 0.5)
-    process = psutil.Process()
 
     def state() -> tuple[Any, ...]:
         gc.collect()
@@ -343,15 +335,7 @@ def test_nothing_grows(num_steps: int) -> None:
         slots = swap.pools._slots
         return tensors, swap.pools.size_bytes(), swap.pools.num_buffers, slots.num, len(swap._tapes), len(swap._leases)
 
-    for _ in range(2):
-        gradients(model, *batch())
-    before, resident = state(), 0
-    for step in range(num_steps):
-        gradients(model, *batch())
-        if step == 20:
-            resident = process.memory_info().rss
-    assert state() == before
-    assert process.memory_info().rss < resident + (16 << 20)
+    nothing_grows(lambda: gradients(model, *batch()), state, num_steps)
     assert swap.pools.num_buffers == 2
     assert swap.pools._slots.num == LAYERS - 2
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from offload.activations_plan import BlockCost, Choice, DriveRoom, choose
 from offload.activations_slots import Drives
 from offload.drive import DriveError, SystemCalls
 from offload.options import ActivationOptions
+from tests.offload.leaving import give_up_in_each_block, nothing_grows
 from tests.offload.test_activations import (
     CPU,
     LARGE,
@@ -187,19 +187,12 @@ def test_a_graph_that_is_dropped_gives_its_memory_back(disk_folder: Path) -> Non
     """Before its backward, and within it."""
     expected, model = gradients(llama(), *batch()), llama()
     swap = leaving(model, disk_folder)
-
-    def stop(_: Tensor) -> None:
-        raise InterruptedError
-
-    for block in range(LAYERS):
-        loss = model(*batch())
-        del loss
-        handle = model.blocks()[block].register_forward_hook(lambda _, __, out: out.register_hook(stop) and None)
-        with pytest.raises(InterruptedError):
-            gradients(model, *batch())
-        handle.remove()
-        gc.collect()
-        assert_equal(gradients(model, *batch()), expected)
+    give_up_in_each_block(
+        model,
+        lambda: gradients(model, *batch()),
+        lambda: model(*batch()),
+        lambda: assert_equal(gradients(model, *batch()), expected),
+    )
     swap._give_back()
     slots = swap.pools._slots
     assert slots is not None and len(slots.free) + len(slots._storing) == 2 and not slots._stored
@@ -284,7 +277,6 @@ def test_a_slow_drive_is_waited_for(disk_folder: Path) -> None:
 def test_nothing_grows(disk_folder: Path, num_steps: int) -> None:
     model = llama()
     swap = leaving(model, disk_folder)
-    process = psutil.Process()
 
     def state() -> tuple[Any, ...]:
         gc.collect()
@@ -294,15 +286,7 @@ def test_nothing_grows(disk_folder: Path, num_steps: int) -> None:
         assert slots is not None
         return tensors, swap.pools.size_bytes(), slots.num_cut, len(slots._stored), threads, handles, len(swap._leases)
 
-    for _ in range(2):
-        gradients(model, *batch())
-    before, resident = state(), 0
-    for step in range(num_steps):
-        gradients(model, *batch())
-        if step == 20:
-            resident = process.memory_info().rss
-    assert state() == before
-    assert process.memory_info().rss < resident + (16 << 20)
+    nothing_grows(lambda: gradients(model, *batch()), state, num_steps)
     swap.close()
     assert swap.pools.written_bytes == (num_steps + 2) * (LAYERS - 2) * slot_bytes("swap", 0.0)
 

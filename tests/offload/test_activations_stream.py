@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from offload.activations import Activations
@@ -14,6 +14,7 @@ from offload.activations_slots import Drives
 from offload.options import ActivationOptions
 from offload.plan import Recorder, load_bytes
 from parallel.sequence import SequenceParallel
+from tests.offload.leaving import give_up_in_each_block, llama_of
 from tests.offload.test_activations import assert_equal, gradients, one_thread
 from tests.offload.tier_conformance import PAGE
 from trainer.models.llama import Block, Llama, rotary_tables
@@ -28,13 +29,7 @@ MODES = ["stream", "stream_input"]
 
 def llama(dtype: torch.dtype = torch.float64, **changes: Any) -> Llama:
     """The same weights every time."""
-    model = Llama(replace(OPTIONS, **changes), vocab_size=64, seq_len=2 * SEQ, dtype=dtype, device=CPU)
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        for name, p in module.named_parameters(recurse=False):
-            values = torch.randn(p.shape, generator=generator) * 0.1 + (1 if p.ndim == 1 else 0)
-            setattr(module, name, nn.Parameter(values.to(dtype)))
-    return model
+    return llama_of(replace(OPTIONS, **changes), vocab_size=64, seq_len=2 * SEQ, dtype=dtype, device=CPU)
 
 
 def batch(size: int = BATCH, length: int = SEQ) -> tuple[Tensor, Tensor]:
@@ -157,18 +152,12 @@ def test_a_graph_that_is_dropped_gives_its_memory_back() -> None:
     """Before its backward, and within it."""
     plain, model = llama(), llama()
     stream = streaming(model, 26)
-
-    def stop(_: Tensor) -> None:
-        raise InterruptedError
-
-    for block in range(3):
-        loss = model(*batch())
-        del loss
-        handle = model.blocks()[block].register_forward_hook(lambda _, __, out: out.register_hook(stop) and None)
-        with pytest.raises(InterruptedError):
-            gradients(model, *batch())
-        handle.remove()
-        assert_near(gradients(model, *batch()), gradients(plain, *batch()))
+    give_up_in_each_block(
+        model,
+        lambda: gradients(model, *batch()),
+        lambda: model(*batch()),
+        lambda: assert_near(gradients(model, *batch()), gradients(plain, *batch())),
+    )
     assert stream.pools.num_buffers == 2
     stream.close()
 

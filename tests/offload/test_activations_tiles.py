@@ -8,6 +8,7 @@ from offload.activations import Activations
 from offload.activations_tiles import can_tile, tile
 from offload.options import ActivationOptions
 from offload.plan import Recorder, load_bytes
+from tests.offload.leaving import llama_of
 from trainer.models.llama import Llama
 from trainer.options import LlamaOptions
 
@@ -18,13 +19,7 @@ OPTIONS = LlamaOptions(dim=32, ffn_dim=256, num_layers=3, num_heads=4, num_kv_he
 
 def llama(dtype: torch.dtype = torch.float32) -> Llama:
     """The same weights every time."""
-    model = Llama(OPTIONS, vocab_size=64, seq_len=SEQ, dtype=dtype, device=CPU)
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        for name, p in module.named_parameters(recurse=False):
-            values = torch.randn(p.shape, generator=generator) * 0.1 + (1 if p.ndim == 1 else 0)
-            setattr(module, name, nn.Parameter(values.to(dtype)))
-    return model
+    return llama_of(OPTIONS, vocab_size=64, seq_len=SEQ, dtype=dtype, device=CPU)
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
