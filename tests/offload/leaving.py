@@ -31,7 +31,7 @@ def llama_of(
 def give_up_in_each_block(
     model: Any, step: Callable[[], Any], forward: Callable[[], Any], then: Callable[[], None]
 ) -> None:
-    """For each block: a forward whose graph is dropped, a `step` whose backward ends when it comes there, and `then`."""
+    """For each block: a forward whose graph is dropped, a `step` whose backward ends when it comes there, `then`."""
 
     def stop(_: Tensor) -> None:
         raise InterruptedError
