@@ -265,6 +265,7 @@ def test_a_state_that_turns_out_bad_is_not_kept_and_the_one_before_is(four: Node
             snapshots.save(step, pieces(rank, 4, step), state, {"step": step}, fault=lambda fault=fault: fault)
             snapshots.wait_copied()
             snapshots.wait()
+            snapshots._ranks.tell(b"decided")  # every node has heard what became of it
             if rank == 0:
                 said.append(str(snapshots.error() or ""))
                 found = newest_snapshot(four.roster([]))
