@@ -505,7 +505,8 @@ class Generation:
     def _expect(self, version: int) -> Making:
         self._check_open()
         if self._making.version != version:
-            raise GivenUp(f"node {self.label} makes version {self._making.version}, not {version}")
+            known = self.outcome.problem if self.outcome.version == version else ""
+            raise GivenUp(known or f"node {self.label} makes version {self._making.version}, not {version}")
         return self._making
 
     def _check_open(self) -> None:
