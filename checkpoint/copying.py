@@ -7,7 +7,7 @@ area; an event after every `RUN_BYTES` lets threads checksum what has arrived wh
 event is what the next update waits for, on the GPU: nobody sleeps.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,13 +18,13 @@ from torch import Tensor
 from checkpoint.crc import Bytes, idle_threads, piece_crcs
 from checkpoint.fragment import PIECE_BYTES
 from checkpoint.layout import Index
+from checkpoint.places import array_offsets, to_copy
 from offload.state import Piece
 
 RUN_BYTES = 256 << 20
 """Copied between two events."""
 PART_BYTES = 16 << 20
 """Of host memory, copied by a thread at a time."""
-ALIGN_BYTES = 64
 NICENESS = 10
 """Checksums take the cores that training leaves idle."""
 
@@ -43,14 +43,17 @@ class Copier:
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
 
-    def copy(self, pieces: Sequence[Piece], index: Index, area: Bytes, after: torch.cuda.Event | None) -> list[Mark]:
-        """Copy what lies in host memory; a GPU's pieces are on their way, on the side stream once `after` is over."""
-        places = list(_places(pieces, index, area))
+    def copy(
+        self, pieces: Sequence[Piece], index: Index, area: Bytes, after: torch.cuda.Event | None
+    ) -> tuple[list[Mark], int]:
+        """Copy what lies in host memory; a GPU's pieces are on their way, on the side stream once `after` is over. Also
+        returns how many bytes were not in the area already."""
+        places = list(to_copy(pieces, index, area))
         end = array_offsets(index)[1]
         away = sorted((p for p in places if p[1].is_cuda), key=lambda place: place[0].ctypes.data)
         marks = self._issue(away, area, after, end) if away else [Mark(end, None)]
         _copy_in_host_memory([place for place in places if not place[1].is_cuda])
-        return marks
+        return marks, sum(len(target) for target, _ in places)
 
     def _issue(
         self, places: Sequence[tuple[Bytes, Tensor]], area: Bytes, after: torch.cuda.Event | None, end: int
@@ -75,11 +78,13 @@ class Copier:
         return self._stream
 
 
-def copy_here(pieces: Iterable[Piece], index: Index, area: Bytes) -> list[Mark]:
+def copy_here(pieces: Iterable[Piece], index: Index, area: Bytes) -> tuple[list[Mark], int]:
     """In the training thread, which has nothing else to do: with all of torch's threads, one piece at a time."""
-    for target, source in _places(pieces, index, area):
+    copied = 0
+    for target, source in to_copy(pieces, index, area):
         torch.from_numpy(target).copy_(source)
-    return [Mark(array_offsets(index)[1], None)]
+        copied += len(target)
+    return [Mark(array_offsets(index)[1], None)], copied
 
 
 def seal(area: Bytes, marks: Sequence[Mark]) -> list[int]:
@@ -118,23 +123,3 @@ def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
     event = torch.cuda.Event(blocking=True)  # whoever waits for it leaves the core to others
     event.record(stream)
     return event
-
-
-def array_offsets(index: Index) -> tuple[Mapping[tuple[str, str], int], int]:
-    """Where each array of an index begins in its rank's area, in bytes, and where the last one ends."""
-    offsets, end = {}, 0
-    for key, array in index.arrays.items():
-        offsets[key] = end
-        end += -(-array.length * array.item_bytes // ALIGN_BYTES) * ALIGN_BYTES
-    return offsets, end
-
-
-def _places(pieces: Iterable[Piece], index: Index, area: Bytes) -> Iterator[tuple[Bytes, Tensor]]:
-    """Of every piece that is not empty, where it goes and its bytes; it must be the one that the index says."""
-    offsets = array_offsets(index)[0]
-    for piece, span in zip(pieces, index.spans, strict=True):
-        assert (piece.name, piece.kind, piece.start, piece.stop) == (span.name, span.kind, span.start, span.stop)
-        if span.stop > span.start:
-            source = piece.tensor.detach()
-            start = offsets[span.kind, span.dtype] + span.offset * source.element_size()
-            yield area[start : start + source.nbytes], source.view(torch.uint8)

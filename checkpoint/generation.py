@@ -32,6 +32,8 @@ from checkpoint.wire import Message, NodeAddress, Wire, WireError
 
 SLICE_BYTES = 4 * PIECE_BYTES
 """Of each element, pulled and encoded at a time by a lane."""
+UNKNOWN = -1
+"""The step of a version that was begun before anybody wrote it."""
 PATIENCE_S = 50.0
 """Longest wait for another node within a snapshot. Ranks write theirs within one step of each other."""
 
@@ -134,8 +136,9 @@ class Generation:
             "seconds": self.seconds,
         }
 
-    def begin(self, version: int, step: int) -> int:
-        """The slot to write `version` into; from here what the slot held does not exist."""
+    def begin(self, version: int, step: int | None) -> int:
+        """The slot to write `version` into; from here what the slot held does not exist. step: None where it is not
+        known yet; who writes asks again, with it."""
         with self._changed:
             making = self._expect(version)
             if making.draft is None and not self._changed.wait_for(
@@ -144,8 +147,12 @@ class Generation:
                 raise GivenUp(f"node {self.label} still writes what was given up before version {version}")
             self._expect(version)
             if making.draft is None:
-                making.draft = self.segment.begin(version, step, making.keep)
+                making.draft = self.segment.begin(version, UNKNOWN, making.keep)
                 self._changed.notify_all()
+            if step is None:
+                return making.draft.slot
+            if making.step == UNKNOWN:
+                making.draft.step = step
             if making.step != step:
                 raise GivenUp(f"version {version} is of step {making.step}, not {step}: the ranks are not in step")
             self._go_on(making)  # where there are no ranks

@@ -60,6 +60,11 @@ DTYPES = {name: DType(getattr(torch, name), name) for name in _EXACT} | {
 }
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in `DTYPES`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def step_folder(step: int, version: int = 0) -> str:
     return f"step-{step:08d}" + (f".{version}" if version else "")
 
@@ -152,13 +157,14 @@ Lengths = dict[tuple[str, str], int]
 """Elements by kind and dtype."""
 
 
-def span_of(piece: Piece, lengths: Lengths) -> Span:
-    """Where a piece goes: behind what its array, which has `lengths` elements, holds already; `lengths` grows."""
-    dtype = str(piece.tensor.dtype).removeprefix("torch.")
+def span_of(piece: Piece, lengths: Lengths, offset: int | None = None) -> Span:
+    """Where a piece goes: to `offset` of its array, or behind the elements that it has (`lengths`), which grow then."""
+    dtype = dtype_name(piece.tensor.dtype)
     numel = piece.stop - piece.start
     assert piece.tensor.shape == (numel,), f"{piece.name}: {piece.tensor.shape}"
-    offset = lengths.get((piece.kind, dtype), 0)
-    lengths[piece.kind, dtype] = offset + numel
+    if offset is None:
+        offset = lengths.get((piece.kind, dtype), 0)
+        lengths[piece.kind, dtype] = offset + numel
     return Span(
         name=piece.name,
         kind=piece.kind,

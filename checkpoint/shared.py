@@ -36,6 +36,8 @@ from checkpoint.segment_files import FOLDER, NAME, SegmentError, create_locked, 
 
 FORMAT = 1
 PAGE_BYTES = 4096
+STRIDE_BYTES = 1 << 16
+"""From slot to slot, or a multiple: an update from one to another meets the same alignment as one in place."""
 
 _SUPER = struct.Struct("<8sI16sIQQ")
 _SUPER_MAGIC = b"ATOLLSEG"
@@ -93,6 +95,7 @@ class Segment:
             raise ValueError(f"segment {name}: {num_slots} slots (2 to 255) of {payload_bytes} + {meta_bytes} bytes")
         path = Path(folder, name)
         payload_bytes, meta_bytes = _pages(payload_bytes), _pages(meta_bytes)
+        meta_bytes += -(payload_bytes + meta_bytes) % STRIDE_BYTES
         size = _total(num_slots, payload_bytes, meta_bytes)
         free = os.statvfs(folder)
         if size > free.f_bavail * free.f_frsize:

@@ -170,7 +170,8 @@ class SnapshotNode:
             generation = self._running(int(message["generation"]))
             return generation.grant(int(message["rank"]), int(message["after"]), float(message["wait_s"]))
         if what == "begin":
-            return {"slot": self._running().begin(int(message["version"]), int(message["step"]))}
+            step = message["step"]
+            return {"slot": self._running().begin(int(message["version"]), None if step is None else int(step))}
         if what == "written":
             self._running().written(int(message["version"]), Written(**message["part"]), str(message["fault"]))
             return {}

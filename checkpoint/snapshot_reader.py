@@ -15,12 +15,12 @@ import torch
 
 from checkpoint import values
 from checkpoint.area import AreaDamaged, Blob, Manifest, Written, manifest_bytes
-from checkpoint.copying import array_offsets
 from checkpoint.crc import Bytes, crc32c, piece_crcs
 from checkpoint.erasure import ReedSolomon, TooManyErasures, aligned_empty
 from checkpoint.errors import CheckpointError
 from checkpoint.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader
 from checkpoint.layout import DTYPES, Index, Span
+from checkpoint.places import array_offsets
 from checkpoint.recovery import Found
 from checkpoint.wire import Refused, Wire, WireError
 from offload.state import Piece

@@ -5,6 +5,13 @@
 
 The rest of a snapshot is the snapshot processes' work. One is made at a time: where the one before is not committed
 yet, `save` waits for it.
+
+[Note: the version that the update writes]
+Host memory of state that an update may leave elsewhere (`offload.state.Movable`) needs no copy. Once a version is
+decided the next is begun at once, before its step is known, and updates put such state into its slot, then change it
+there, until `save` hands that slot over. The slot is not theirs any more: the next update writes into the slot of the
+next version, if that is begun, else to where the state was at first, from where it is copied. Where every step gets a
+snapshot, or the next does, an update waits instead for the version before, as `save` would.
 """
 
 import itertools
@@ -23,19 +30,20 @@ import torch.distributed as dist
 
 from checkpoint import recovery, values
 from checkpoint.area import Blob, Written, areas, whole
-from checkpoint.copying import Copier, Mark, array_offsets, copy_here, seal
+from checkpoint.copying import Copier, Mark, copy_here, seal
 from checkpoint.crc import Bytes, crc32c
 from checkpoint.errors import CheckpointError
 from checkpoint.fragment import PIECE_BYTES
-from checkpoint.layout import DTYPES, ArrayLayout, Index, Span
+from checkpoint.layout import Index
 from checkpoint.options import CheckpointOptions
+from checkpoint.places import array_offsets, berths, lay_out
 from checkpoint.ranks import Ranks
 from checkpoint.roster import Plan, Roster, check_nodes, cut_groups
 from checkpoint.shared import Segment
 from checkpoint.snapshot_process import drop
 from checkpoint.snapshot_reader import SnapshotReader
 from checkpoint.wire import Refused, Wire
-from offload.state import Piece
+from offload.state import Movable, Piece, Room, nowhere
 
 _log = logging.getLogger(__name__)
 
@@ -54,10 +62,12 @@ class Stats:
 
     taken: int = 0
     state_bytes: int = 0
+    copied_bytes: int = 0
+    """Of the last one: what had to be copied in host memory or from the device. The rest lay in the segment."""
     segment_bytes: int = 0
     """Shared memory of the node, for all versions of all its ranks."""
     stall_s: list[float] = field(default_factory=list)
-    """Of each: how long the training thread waited in `save` and `wait_copied`."""
+    """Of each: how long the training thread waited in `save` and `wait_copied`, and for the next one's place."""
     copy_s: list[float] = field(default_factory=list)
     """Of each, in the background: until all was in the segment, and its checksums were made."""
     node_s: dict[str, float] = field(default_factory=dict)
@@ -79,6 +89,7 @@ class _Job:
     issued: threading.Event = field(default_factory=threading.Event)
     """All copies are done, or on the side stream with their marks behind them."""
     marks: list[Mark] = field(default_factory=list)
+    copied_bytes: int = 0
 
 
 class Snapshots:
@@ -113,7 +124,13 @@ class Snapshots:
         self._restored: int | None = None
         self._reader: SnapshotReader | None = None
         self._copier = Copier()
-        self._described: tuple[list[Any], Index] | None = None
+        self._index: Index | None = None
+        self._movable = Movable(extents=())
+        self._berths: list[list[torch.Tensor]] = []
+        """By slot, the place of each extent."""
+        self._open_slot: int | None = None
+        """Of the version that was granted, as long as updates may write there."""
+        self._done_steps = 0
         self._next, self._last_due, self._step_s = 1, 0.0, 0.0
         self.stats = Stats()
 
@@ -140,16 +157,24 @@ class Snapshots:
 
     # ------------------------------------------------------------------------------------------------ saving
 
-    def start(self, pieces: Iterable[Piece], rank_state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    def start(
+        self,
+        pieces: Iterable[Piece],
+        rank_state: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        movable: Movable | None = None,
+    ) -> None:
         """Reserve the memory and begin; every rank calls it with what it will save, once it has loaded.
 
+        movable: what of it an update may leave in the segment; its `room` is set here, and taken back by `close`.
         What `open` did not choose is thrown away. CheckpointError, on every rank, where a node is not there or has too
         little shared memory.
         """
         if self._reader is not None:
             self._reader.close()
             self._reader = None
-        index = self._lay_out(pieces)
+        extents = movable.extents if movable else ()
+        index = self._index = lay_out(pieces, extents)
         blob = Blob(
             index=index.dumps(), rank_state=values.dumps(dict(rank_state)), meta=values.dumps(dict(meta)), crcs=()
         )
@@ -173,11 +198,16 @@ class Snapshots:
         self.stats.segment_bytes = os.stat(self._segment.path).st_size
         self._slots = [self._segment.slot_memory(slot) for slot in range(self._segment.num_slots)]
         self._pinned = [slot for slot in self._slots if torch.cuda.is_available() and self._pin(slot)]
+        if movable and extents:
+            self._berths = [berths(extents, index, self._area(slot)) for slot in range(len(self._slots))]
+            self._movable = movable
+            movable.room = self._room
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
         self._thread.start()
 
     def due(self, step: int) -> bool:
         """Whether to take a snapshot after `step` steps; with ``auto`` every rank must call it after every step."""
+        self._done_steps = step
         if self._options.snapshot_every_steps != "auto":
             return step % int(self._options.snapshot_every_steps) == 0
         now = time.perf_counter()
@@ -219,12 +249,12 @@ class Snapshots:
         begun = time.perf_counter()
         if background and not callable(pieces):
             pieces = list(pieces)
-            self._lay_out(pieces)
-        assert self._described is not None, "start() first"
+        assert self._index is not None, "start() first"
+        self._done_steps = step
         job = _Job(
             step,
             pieces,
-            self._described[1],
+            self._index,
             values.dumps(dict(rank_state)),
             values.dumps(dict(meta)) if self._ranks.rank == 0 else b"{}",
             torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None,
@@ -241,12 +271,13 @@ class Snapshots:
                 self._error = self._broken
                 return
             self._job = self._copying = job
+            self._open_slot = None
             self._changed.notify_all()
         if not background:
             job.begun.wait()
             if job.area is not None:
                 assert not callable(job.pieces)
-                job.marks = copy_here(job.pieces, job.index, job.area)
+                job.marks, job.copied_bytes = copy_here(job.pieces, job.index, job.area)
             job.issued.set()
         self.stats.stall_s.append(time.perf_counter() - begun)
 
@@ -275,6 +306,7 @@ class Snapshots:
     def close(self, *, dropped: bool = False) -> None:
         """Let go; a copy under way is finished. `dropped`, on rank 0: end the snapshot processes too, with all they
         hold."""
+        self._movable.room = nowhere
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -286,6 +318,7 @@ class Snapshots:
             for slot in self._pinned:
                 torch.cuda.cudart().cudaHostUnregister(slot.ctypes.data + self._start)
             del self._slots, self._pinned
+            self._berths = []
             self._segment.close()
         if dropped and self._ranks.rank == 0:
             drop(self._roster)
@@ -300,6 +333,8 @@ class Snapshots:
             ) as wire:
                 wire.ask({"do": "attach", "generation": self._generation, "rank": self._ranks.rank})
                 while self._await_grant(wire):
+                    if self._berths:
+                        self._open(wire)
                     job = self._await_job()
                     if job is None:
                         return
@@ -338,6 +373,32 @@ class Snapshots:
                     self._changed.notify_all()
                 return True
 
+    def _open(self, wire: Wire) -> None:
+        """Begin the version that was granted, so that updates write there. Where it was given up meanwhile, who writes
+        it is told so."""
+        try:
+            slot = int(wire.ask({"do": "begin", "version": self._granted, "step": None})["slot"])
+        except Refused:
+            return
+        with self._changed:
+            if self._job is None:
+                self._open_slot = slot
+                self._changed.notify_all()
+
+    def _room(self) -> Room | None:
+        """Asked by the training thread before an update; see [Note: the version that the update writes]."""
+        begun = time.perf_counter()
+        with self._changed:
+            every = self._options.snapshot_every_steps
+            if every != "auto" and (self._done_steps + 1) % int(every) == 0:
+                self._changed.wait_for(
+                    lambda: self._open_slot is not None or self._broken is not None or self._closed, GRANT_S
+                )
+            slot = self._open_slot
+        if self.stats.stall_s:
+            self.stats.stall_s[-1] += time.perf_counter() - begun
+        return None if slot is None else self._berths[slot]
+
     def _decided(self, version: int, step: int, answer: Mapping[str, Any]) -> None:
         before = str(self._error)
         with self._changed:
@@ -364,10 +425,10 @@ class Snapshots:
         except Refused as error:  # given up before it began: the others will not have it either
             self._skip(version, job, error)
             return
-        area = self._slots[slot][self._start : self._start + self._size]
+        area = self._area(slot)
         if callable(job.pieces) or isinstance(job.pieces, list):
             pieces = list(job.pieces()) if callable(job.pieces) else job.pieces
-            job.marks = self._copier.copy(pieces, job.index, area, job.after)
+            job.marks, job.copied_bytes = self._copier.copy(pieces, job.index, area, job.after)
             job.issued.set()
         else:
             job.area = area
@@ -391,11 +452,15 @@ class Snapshots:
             self._job, self._granted, self._last = None, 0, version
             self._written = (version, job.step)
         self.stats.taken += 1
-        self.stats.state_bytes = data_bytes
+        self.stats.state_bytes, self.stats.copied_bytes = data_bytes, job.copied_bytes
         try:
             wire.ask({"do": "written", "version": version, "part": asdict(part), "fault": job.fault()})
         except Refused as error:
             self._skip(version, job, error)
+
+    def _area(self, slot: int) -> Bytes:
+        """This rank's, in a slot."""
+        return self._slots[slot][self._start : self._start + self._size]
 
     def _wake(self, version: int, step: int) -> None:
         """From rank 0, the nodes without ranks, which keep parity alone: nobody else tells them of a step."""
@@ -472,27 +537,6 @@ class Snapshots:
             cost_s += self.stats.node_s.get("cpu", 0.0) / cores
         return float(np.ceil(cost_s / (COST * self._step_s)))
 
-    def _lay_out(self, pieces: Iterable[Piece]) -> Index:
-        """What lies where in this rank's area. The same pieces have the same index, which is made once."""
-        shape = [(p.name, p.kind, p.start, p.stop, tuple(p.shape), p.tensor.dtype) for p in pieces]
-        if self._described is not None and self._described[0] == shape:
-            return self._described[1]
-        lengths: dict[tuple[str, str], int] = {}
-        spans = []
-        for name, kind, start, stop, full, dtype in shape:
-            key = kind, str(dtype).removeprefix("torch.")
-            assert key[1] in DTYPES, f"{name}: {dtype}"
-            offset = lengths.get(key, 0)
-            spans.append(Span(name=name, kind=kind, start=start, stop=stop, shape=full, dtype=key[1], offset=offset))
-            lengths[key] = offset + stop - start
-        arrays = {
-            key: ArrayLayout(kind=key[0], dtype=key[1], length=length, chunk=length)
-            for key, length in lengths.items()
-            if length
-        }
-        self._described = shape, Index(arrays=arrays, spans=spans)
-        return self._described[1]
-
 
 class NoSnapshots:
     """With ``checkpoint.snapshot_every_steps=0``: surface of `Snapshots`."""
@@ -505,7 +549,7 @@ class NoSnapshots:
     def open(self, step: int) -> SnapshotReader:
         raise CheckpointError(f"there is no snapshot of step {step}: checkpoint.snapshot_every_steps=0")
 
-    def start(self, pieces: Iterable[Piece], rank_state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    def start(self, *state: Any) -> None:
         pass
 
     def due(self, step: int) -> bool:

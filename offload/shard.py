@@ -79,6 +79,8 @@ class Shard:
     """Host memory for the weights, where they do not take the gradient's place in the slot."""
     versions: list[State] = field(default_factory=list)
     """In host memory, the current one first; none on NVMe."""
+    home: State | None = None
+    """Of states that may live elsewhere: their own memory; see `offload/states.py`, [Note: the other version]."""
     made: Terms | None = None
     """By which terms the other version was made from the gradient in the slot."""
     place: int = 0

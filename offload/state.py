@@ -5,8 +5,8 @@ reads them. A range is named by its parameter, never by a rank or a unit, so tha
 placement is read by any M under any other.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -28,6 +28,25 @@ class Piece:
     """Shape of the whole parameter; ``stop <= prod(shape)``."""
     tensor: torch.Tensor
     """1-D view of ``stop - start`` elements on whatever device the state lives; changes with the next update."""
+
+
+Room = Sequence[torch.Tensor]
+"""For each extent of a `Movable` a tensor of its size, where the update may put it."""
+
+
+def nowhere() -> Room | None:
+    return None
+
+
+@dataclass(kw_only=True)
+class Movable:
+    """State in host memory that an update may leave in another place than where it found it, and so there are two
+    versions of it without a copy: snapshots give the place (`checkpoint/snapshots.py`), the update writes there."""
+
+    extents: Sequence[tuple[str, torch.Tensor]]
+    """Kind and memory, 1-D fp32, of what stays together: pieces of state are views of it."""
+    room: Callable[[], Room | None] = field(default=nowhere)
+    """Asked before each update. None: there is no place but their own. Where they are already: in place."""
 
 
 Read = Callable[[str, str, int, int], torch.Tensor]

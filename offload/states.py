@@ -21,6 +21,11 @@ the factor is known is made just in time too. After a clipped step the next one 
 vain takes bandwidth. It pays for shards whose gradients come early; the others, which the next forward asks for first,
 need no second copy: updated in place, they take their turn while the next forward runs.
 
+[Note: the other version] Snapshots keep versions of the state in shared memory. Where they have room for the next one,
+an update reads the states where they are and writes them there, which takes the bytes of an update in place, and no
+copy is made later. The version before is not touched from then on: it is the snapshot. Where there is no room, as the
+one before is not committed yet, states go home, to the arena. Speculated shards, and those on NVMe, stay.
+
 [Note: NVMe] A shard's states lie in chunks of ``[master | exp_avg | exp_avg_sq]``. A ring of buffers in the arena is
 read ahead across shards and written behind; the tier answers loads as if in the order asked, so that a chunk may be
 asked for while its last store is under way.
@@ -48,7 +53,7 @@ from offload.hostpool import HostPool
 from offload.nvme import NvmeTier
 from offload.shard import OUTGOING, RING, Shard, Terms, Update, chunk_bytes, host_bytes, largest_chunk, nvme_bytes
 from offload.space import round_up
-from offload.state import MASTER
+from offload.state import MASTER, Movable
 
 KINDS = (MASTER, "exp_avg", "exp_avg_sq")
 
@@ -66,6 +71,8 @@ class _Batch:
     work: Sequence[tuple[Shard, Terms, Update]]
     scale: Tensor | None
     known: torch.cuda.Event | None
+    places: dict[Shard, State]
+    """Where states go that may go elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,8 @@ class AwayStates:
         self.update_s = 0.0
         """Seconds that the last updates took, from when their gradients and the factor were known."""
         self._ring: deque[Tensor] = deque()
+        self._movable = Movable(extents=())
+        self._moving: list[Shard] = []
 
     # ------------------------------------------------------------------------------------------------ memory
 
@@ -163,6 +172,15 @@ class AwayStates:
         self._thread = threading.Thread(target=self._work, name="offload-update", daemon=True)
         self._thread.start()
 
+    def movable(self, shards: Iterable[Shard]) -> Movable:
+        """Let the states of `shards`, those that can, go where there is room, [Note: the other version]."""
+        self._moving = [shard for shard in shards if not (shard.on_nvme or shard.pingpong)]
+        for shard in self._moving:
+            shard.home = shard.versions[0]
+        extents = [extent for shard in self._moving for extent in zip(KINDS, shard.versions[0], strict=True)]
+        self._movable = Movable(extents=extents)
+        return self._movable
+
     # ------------------------------------------------------------------------------------------------ a step
 
     def take(self, shard: Shard, grad: Tensor) -> None:
@@ -204,8 +222,18 @@ class AwayStates:
         self._under_way = answers
         self._idle.clear()
         self._known, self._submitted = known, True
-        self._batches.put(_Batch(work=batch, scale=scale, known=known))
+        self._batches.put(_Batch(work=batch, scale=scale, known=known, places=self._places()))
         return answers
+
+    def _places(self) -> dict[Shard, State]:
+        room = self._movable.room()
+        found = {}
+        for number, shard in enumerate(self._moving):
+            assert shard.home is not None
+            master, exp_avg, exp_avg_sq = room[3 * number : 3 * number + 3] if room else shard.home
+            if master.data_ptr() != shard.versions[0][0].data_ptr():
+                found[shard] = master, exp_avg, exp_avg_sq
+        return found
 
     def settle(self) -> None:
         """Wait until no update is under way, and what was stored is."""
@@ -276,7 +304,10 @@ class AwayStates:
             while done < shard.numel:
                 start, state = next(states) if shard.on_nvme else (0, shard.versions[0])
                 done = start + state[0].numel()
-                self._step(shard, terms, scale, start, state, state, shard.weight)
+                out = batch.places.get(shard, state)
+                self._step(shard, terms, scale, start, state, out, shard.weight)
+            if shard in batch.places:
+                shard.versions[0] = batch.places[shard]
             yield self._send(shard, shard.weight)
         next(states, None)  # hands the last chunk to the drives
         self.update_s = time.perf_counter() - start_s

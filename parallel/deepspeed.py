@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from offload.state import MASTER, Fill, Piece, Read, filling
+from offload.state import MASTER, Fill, Movable, Piece, Read, filling
 from parallel import foreign
 from parallel.cut import wrap_blocks
 from parallel.engine import Accept
@@ -155,6 +155,9 @@ class DeepSpeedEngine:
 
     def passing_bytes(self) -> dict[str, int]:
         return {}
+
+    def movable(self) -> Movable:
+        return Movable(extents=())
 
     def written_bytes_per_s(self) -> float:
         return 0.0

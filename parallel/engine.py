@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from offload.state import Fill, Piece
+from offload.state import Fill, Movable, Piece
 
 Accept = Callable[[Tensor], bool]
 """Given the global gradient norm before clipping: whether to update. All ranks answer alike; it may wait."""
@@ -43,6 +43,9 @@ class Engine(Protocol):
 
         With state away from the device, a piece is good until the next is asked for.
         """
+
+    def movable(self) -> Movable:
+        """What of the state may go elsewhere with an update: none where it is on the device. Ask once."""
 
     def load(self, fill: Fill, *, moments: bool) -> None:
         """Fill the weights (and the optimizer's state, if `moments`) by `fill`, each rank its own ranges."""

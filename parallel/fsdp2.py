@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from offload.state import MASTER, Fill, Piece, Read, filling
+from offload.state import MASTER, Fill, Movable, Piece, Read, filling
 from parallel import foreign
 from parallel.cut import wrap_blocks
 from parallel.engine import Accept
@@ -159,6 +159,9 @@ class FSDP2Engine:
 
     def passing_bytes(self) -> dict[str, int]:
         return {}
+
+    def movable(self) -> Movable:
+        return Movable(extents=())
 
     def written_bytes_per_s(self) -> float:
         return 0.0

@@ -19,6 +19,7 @@ from offload.hostpool import HostPool
 from offload.options import OffloadOptions
 from offload.placing import Part, place
 from offload.shard import Run, Shard, Terms
+from offload.state import Movable
 from offload.states import KINDS, AdamW, AwayStates
 from parallel import optimizer as optimizers
 from parallel.options import OptimizerOptions
@@ -152,6 +153,12 @@ class Offloader:
                 if write and flat.away:
                     flat.away.weight[start:done] = state[0]
         next(parts, None)
+
+    def movable(self) -> Movable:
+        """What may go elsewhere with an update; of states that ranks share each checkpoints a part, and they stay."""
+        if self._states is None:
+            return Movable(extents=())
+        return self._states.movable(flat.away for flat in self.flats if flat.away and flat.states_are_own)
 
     def bytes(self) -> dict[str, int]:
         """What is held in host memory and on NVMe."""

@@ -36,7 +36,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.activations import Activations
 from offload.options import OffloadOptions
-from offload.state import MASTER, Fill, Piece, Read, filling
+from offload.state import MASTER, Fill, Movable, Piece, Read, filling
 from parallel import optimizer as optimizers
 from parallel.collectives import BufferPool, Lane, Queue, Steps
 from parallel.cut import cut_units, move_without_memory, wrap_blocks
@@ -249,6 +249,9 @@ class ShardedModel:
                 yield Piece(
                     name=name, kind=BUFFER, start=0, stop=stop, shape=tuple(buffer.shape), tensor=buffer.view(-1)
                 )
+
+    def movable(self) -> Movable:
+        return self._offloader.movable()
 
     def load(self, fill: Fill, *, moments: bool) -> None:
         def wanted(flat: TrainableFlat, start: int, state: dict[str, Tensor]) -> Iterator[Piece]:

@@ -236,6 +236,11 @@ class TrainableFlat(Flat):
         return torch.float32 if self._format else self.dtype
 
     @property
+    def states_are_own(self) -> bool:
+        """Whether no replica has the same optimizer range: this rank checkpoints all of it."""
+        return self.mesh.shard(self.layout.size, self.mesh.num_levels) == (self.optim_start, self.optim_stop)
+
+    @property
     def slot_is_shard(self) -> bool:
         """Whether, in host memory, one place can serve as the slot and as the parameter shard."""
         return self._format is None and (self.start, self.stop) == (self.optim_start, self.optim_stop)

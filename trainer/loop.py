@@ -286,7 +286,7 @@ class Trainer:
         if (batch := self._left_behind.batches_before) is not None:
             self._num_passed = batch - self.step
             self._tell(f"step {self.step} is done with batch {batch}: {self._num_passed} are passed over in all")
-        self.snapshots.start(self.engine.pieces(), rng_state(), self._meta())
+        self.snapshots.start(self.engine.pieces(), rng_state(), self._meta(), self.engine.movable())
         if source is not None or self._num_passed:
             self._snapshot()  # at once: what was restored may stand on fewer nodes, and lie otherwise for other ranks
 

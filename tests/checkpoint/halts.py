@@ -127,7 +127,7 @@ class HaltingGeneration(Generation):
             with contextlib.suppress(OSError):
                 connection.recv(1)
 
-    def begin(self, version: int, step: int) -> int:
+    def begin(self, version: int, step: int | None) -> int:
         slot = super().begin(version, step)
         self.halt("begun")
         return slot

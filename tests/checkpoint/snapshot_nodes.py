@@ -116,11 +116,12 @@ class Nodes:
         parity: int,
         roster: Roster | None = None,
         group_nodes: int | None = None,
+        every: str = "1",
     ) -> Any:
         """Run `act(snapshots, rank)` on every rank at the same time, spread over the nodes; what rank 0 returned."""
         shared: dict[str, Any] = {}
         roster = roster or self.roster([rank * len(self.nodes) // world for rank in range(world)])
-        options = CheckpointOptions(snapshot_every_steps="1", parity=parity, group_nodes=group_nodes)
+        options = CheckpointOptions(snapshot_every_steps=every, parity=parity, group_nodes=group_nodes)
 
         def one(rank: int) -> Any:
             snapshots = Snapshots(roster, options, ThreadRanks(rank, world, shared), self.said.append)

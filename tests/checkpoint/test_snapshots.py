@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from checkpoint.shared import Segment
 from checkpoint.snapshot_process import drop
 from checkpoint.snapshot_reader import SnapshotReader
 from checkpoint.wire import Refused, Wire, WireError
+from offload.state import Movable, Piece
 from tests.checkpoint.snapshot_nodes import Nodes, check_restored, pieces
 
 SHM = Path("/dev/shm")
@@ -289,6 +292,112 @@ def test_a_state_that_turns_out_bad_is_not_kept_and_the_one_before_is(four: Node
     check_restored(SnapshotReader(found, four.token), 4)
 
 
+class MovingState:
+    """A rank's share of `pieces` whose w can live elsewhere after an update, in two extents with gaps."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+        self.home = [torch.full((p.tensor.numel() + 100,), float("nan")) for p in self._ws(0)]
+        self.memory = self.home
+        self.movable = Movable(extents=[(p.kind, home) for p, home in zip(self._ws(0), self.home, strict=True)])
+
+    def _ws(self, step: int) -> list[Piece]:
+        return [piece for piece in pieces(self.rank, self.world, step) if piece.name == "w"]
+
+    def update(self, step: int) -> bool:
+        """To what it is after `step`; whether it lies in a slot."""
+        room = self.movable.room()
+        self.memory = self.home if room is None else list(room)
+        for piece, memory in zip(self._ws(step), self.memory, strict=True):
+            memory[50:-50] = piece.tensor
+        return room is not None
+
+    def pieces(self, step: int) -> list[Piece]:
+        memories = iter(self.memory)
+        return [
+            replace(piece, tensor=next(memories)[50:-50]) if piece.name == "w" else piece
+            for piece in pieces(self.rank, self.world, step)
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(piece.tensor.nbytes for piece in self._ws(0))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_what_an_update_leaves_in_the_slot_is_not_copied_and_no_later_update_touches_it(four: Nodes, every: int):
+    def act(snapshots, rank: int) -> None:
+        state = MovingState(rank, 4)
+        state.update(0)
+        snapshots.start(state.pieces(0), {"rank": rank}, {"step": 0}, state.movable)
+        for step in range(1, 10):
+            in_slot = state.update(step)
+            if not snapshots.due(step):
+                continue
+            assert in_slot
+            snapshots.save(step, partial(state.pieces, step), {"rank": rank, "step": step}, {"step": step})
+            snapshots.wait_copied()
+            state.update(step + 1)  # while it is made: every third time the state is at home, else this waits
+            snapshots.wait()
+            assert snapshots.error() is None
+            left = sum(piece.tensor.nbytes for piece in state.pieces(step)) - state.num_bytes
+            assert snapshots.stats.copied_bytes == left
+            snapshots._ranks.tell(b"decided")
+            if rank == 0:
+                found = newest_snapshot(four.roster([], without=[step % 4]))
+                assert found is not None and found.step == step
+                check_restored(SnapshotReader(found, four.token), step)
+            snapshots._ranks.tell(b"looked")
+
+    four.ranks(4, act, parity=2, every=str(every))
+
+
+def test_where_there_is_no_room_state_goes_home_and_is_copied_from_there(four: Nodes):
+    def act(snapshots, rank: int) -> None:
+        state, decide = MovingState(rank, 4), threading.Event()
+        state.update(0)
+        snapshots.start(state.pieces(0), {"rank": rank}, {"step": 0}, state.movable)
+
+        def save(step: int) -> None:
+            snapshots.save(
+                step, partial(state.pieces, step), {"rank": rank, "step": step}, {"step": step}, fault=undecided
+            )
+            snapshots.wait_copied()
+
+        def undecided() -> str:
+            decide.wait()
+            return ""
+
+        while not state.update(1):
+            time.sleep(0.01)
+        save(1)
+        assert not state.update(2)  # its slot is the snapshot's, and the next is not begun
+        decide.set()
+        snapshots.wait()
+        assert snapshots.stats.copied_bytes < state.num_bytes / 2
+        save(2)
+        snapshots.wait()
+        assert snapshots.stats.copied_bytes > state.num_bytes  # and the rest
+        while not state.update(3):
+            time.sleep(0.01)
+        snapshots._ranks.tell(b"decided")
+        if rank == 0:
+            found = newest_snapshot(four.roster([], without=[1, 2]))
+            assert found is not None
+            check_restored(SnapshotReader(found, four.token), 2)
+        snapshots._ranks.tell(b"looked")
+        save(3)
+        snapshots.wait()
+        assert snapshots.error() is None and snapshots.stats.copied_bytes < state.num_bytes / 2
+        snapshots.close()
+        assert not state.update(4)
+
+    four.ranks(4, act, parity=2, every="1000")
+    found = newest_snapshot(four.roster([], without=[0, 3]))
+    assert found is not None
+    check_restored(SnapshotReader(found, four.token), 3)
+
+
 def test_states_of_several_slices_and_groups(tmp_path: Path):
     """Chunks of more than a slice, in two groups of two nodes."""
     nodes = Nodes(4, folder=tmp_path)
@@ -391,7 +500,7 @@ def test_a_process_that_is_left_alone_ends(tmp_path: Path):
 
 def test_too_little_shared_memory_is_said_before_the_first_step(four: Nodes):
     def act(snapshots, rank: int) -> None:
-        huge = torch.empty(0).expand(0)
+        huge = torch.empty(1).expand(1 << 40)
         whole = [type(piece)(**{**vars(piece), "stop": piece.start + (1 << 40)}) for piece in pieces(rank, 1, 0)[:1]]
         whole = [type(piece)(**{**vars(piece), "shape": (1 << 41,), "tensor": huge}) for piece in whole]
         snapshots.start(whole, {}, {})

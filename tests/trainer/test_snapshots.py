@@ -32,7 +32,7 @@ class Broken(Exception):
     pass
 
 
-def job(root: Path, name: str, place: str) -> Job:
+def job(root: Path, name: str, place: str, every: str = "1") -> Job:
     return Job(
         model=LlamaOptions(name="small", dim=32, ffn_dim=64, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16),
         train=TrainOptions(
@@ -42,7 +42,7 @@ def job(root: Path, name: str, place: str) -> Job:
         ),  # fmt: skip
         optimizer=OptimizerOptions(lr=1e-2),
         offload=PLACES[place],
-        checkpoint=CheckpointOptions(every_steps=4, snapshot_every_steps="1", snapshot_hold_s=60),
+        checkpoint=CheckpointOptions(every_steps=4, snapshot_every_steps=every, snapshot_hold_s=60),
         logger=LoggerOptions(tensorboard=False, plot=False),
         run=RunOptions(root=str(root), name=name),
     )  # fmt: skip
@@ -81,6 +81,28 @@ def test_a_broken_run_goes_on_from_memory_to_the_last_bit(tmp_path: Path, place:
     assert any("of the snapshots in memory" in text for text in said), said
     assert min(rest) in (BROKEN_AFTER - 1, BROKEN_AFTER), rest  # the last snapshot may not have been committed
     assert first | rest == whole
+
+
+@pytest.mark.parametrize(("place", "every"), [("host", "1"), ("host", "4"), ("part", "1")])
+def test_states_in_host_memory_are_updated_into_the_snapshot(tmp_path: Path, place: str, every: str):
+    """And so nothing of them is copied, and every loss is that of a run without snapshots."""
+    torch.set_num_threads(1)
+    plain, _ = train(job(tmp_path, "plain", place, every="0"))
+    trained = job(tmp_path, "run", place, every=every)
+    losses: dict[int, float] = {}
+
+    def emit(event: dict[str, Any]) -> None:
+        if event["type"] == "step":
+            losses[event["step"]] = event["loss"]
+        assert event["type"] != "message" or "snapshot" not in event["text"], event["text"]
+
+    trainer = Trainer(trained, emit=emit)
+    trainer.train()
+    assert losses == plain
+    stats, states = trainer.snapshots.stats, trainer.engine.state_bytes()
+    resident = 0 if place == "host" else 12 * 30_000
+    assert stats.taken == STEPS // int(every) and stats.state_bytes >= states["master"] + states["optimizer"]
+    assert stats.copied_bytes <= resident and (stats.copied_bytes > 0) == (resident > 0)
 
 
 def test_without_the_snapshot_process_it_goes_on_from_storage(tmp_path: Path):
