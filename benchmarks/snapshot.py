@@ -10,7 +10,7 @@ One run: blocks of steps without and with, in turn, in the same processes. A blo
 not counted, so that the clock starts and ends with one snapshot under way: all work in the background is in the figure,
 and the encoding and sealing of the nodes' processes share the cores. Ratio: median over the rounds of the steps' time
 without divided by that with, each a block. `--nodes`: so many snapshot processes on this machine, the workers spread
-over them.
+over them. `--states host` shows beside it what copying those states would cost, which updates leave in the segment.
 
 The others save the same tensors after every step under the same rule, one save at a time. DCP writes to `--dcp-folder`
 (default: a tmpfs, as fast as can be). lm-resiliency (`pip install lm-resiliency`, left out with a word where it is not
@@ -33,6 +33,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,13 +150,17 @@ def versus(training: Training, args: argparse.Namespace, *act: Callable[..., Non
     }
 
 
-def measure_snapshots(training: Training, args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, Any]:
+def measure_snapshots(
+    training: Training, args: argparse.Namespace, ranks: Ranks, folder: Path, *, copied: bool = False
+) -> dict[str, Any]:
+    """copied: states in host memory are not updated into the segment, but copied there."""
     options = CheckpointOptions(snapshot_every_steps="1", parity=args.parity)
     found = start_nodes(args, ranks.world, folder).dumps() if ranks.rank == 0 else b""
     roster = Roster.loads(ranks.tell(found))
     snapshots = Snapshots(roster, options, ranks, print)
     try:
-        snapshots.start(training.engine.pieces(), rng_state(), {"step": 0})
+        movable = None if copied else training.engine.movable()
+        snapshots.start(training.engine.pieces(), rng_state(), {"step": 0}, movable)
 
         def save(step: int) -> None:
             snapshots.save(step, training.pieces(), rng_state(), {"step": step})
@@ -177,9 +182,11 @@ def measure_snapshots(training: Training, args: argparse.Namespace, ranks: Ranks
         if not stats.stall_s:
             raise SystemExit("no snapshot was taken")
         states = [int(size) for size in ranks.gather(str(stats.state_bytes).encode())] or [stats.state_bytes]
+        moved = [int(size) for size in ranks.gather(str(stats.copied_bytes).encode())] or [stats.copied_bytes]
         segments = [path.stat().st_size for path in Path(FOLDER).glob(f"atoll-{roster.run.hex()}-*")]
         return {
-            "side": "snapshots", **row, "taken": stats.taken,
+            "side": "snapshots, copied" if copied else "snapshots", **row, "taken": stats.taken,
+            "copied_bytes": sum(moved),
             "stall_ms": round(1e3 * statistics.median(stats.stall_s), 3),
             "stall_ms_worst": round(1e3 * max(stats.stall_s), 3),
             "copy_ms": round(1e3 * statistics.median(stats.copy_s), 1), "state_bytes": sum(states),
@@ -294,7 +301,8 @@ def worker(args: argparse.Namespace, rank: int, port: int) -> None:
     with attention_backends(torch.device(args.device)):
         for _ in range(3):  # compile, grow the pools
             training.block(1, nothing, nothing)
-        sides = [measure_snapshots]
+        sides: list[Callable[..., dict[str, Any]]] = [measure_snapshots]
+        sides += [partial(measure_snapshots, copied=True)] if args.states == "host" else []
         sides += [measure_lm_resiliency] if "lmr" in args.beside else []
         sides += [measure_dcp] if "dcp" in args.beside else []
         common = {"workers": world, "device": args.device, "model": args.model or f"dim {args.dim}"}

@@ -7,11 +7,10 @@ The rest of a snapshot is the snapshot processes' work. One is made at a time: w
 yet, `save` waits for it.
 
 [Note: the version that the update writes]
-Host memory of state that an update may leave elsewhere (`offload.state.Movable`) needs no copy. Once a version is
-decided the next is begun at once, before its step is known, and updates put such state into its slot, then change it
-there, until `save` hands that slot over. The slot is not theirs any more: the next update writes into the slot of the
-next version, if that is begun, else to where the state was at first, from where it is copied. Where every step gets a
-snapshot, or the next does, an update waits instead for the version before, as `save` would.
+State in host memory that an update may leave elsewhere (`offload.state.Movable`) needs no copy. The update before a
+snapshot begins the version and writes the state into its slot; `save` hands the slot over, and the next update writes
+the state into the next version's slot, where that is due at once, else to where it was at first. Such an update waits
+for the version before, as `save` would. With ``auto`` nobody waits: that snapshot is put off until its slot is there.
 """
 
 import itertools
@@ -128,8 +127,10 @@ class Snapshots:
         self._movable = Movable(extents=())
         self._berths: list[list[torch.Tensor]] = []
         """By slot, the place of each extent."""
+        self._wanted = False
+        """Whether the training thread waits for the slot of the next version."""
         self._open_slot: int | None = None
-        """Of the version that was granted, as long as updates may write there."""
+        """That slot, until `save` hands it over."""
         self._done_steps = 0
         self._next, self._last_due, self._step_s = 1, 0.0, 0.0
         self.stats = Stats()
@@ -218,7 +219,8 @@ class Snapshots:
         if step < self._next:
             return False
         with self._changed:
-            busy = not self._granted and self._broken is None
+            ready = self._open_slot is not None if self._berths else bool(self._granted)
+            busy = not ready and self._broken is None
         vote = torch.tensor([float(busy), self._interval()])
         if self._ranks.world > 1:
             dist.all_reduce(vote, op=dist.ReduceOp.MAX)
@@ -271,7 +273,7 @@ class Snapshots:
                 self._error = self._broken
                 return
             self._job = self._copying = job
-            self._open_slot = None
+            self._open_slot, self._wanted = None, False
             self._changed.notify_all()
         if not background:
             job.begun.wait()
@@ -333,9 +335,7 @@ class Snapshots:
             ) as wire:
                 wire.ask({"do": "attach", "generation": self._generation, "rank": self._ranks.rank})
                 while self._await_grant(wire):
-                    if self._berths:
-                        self._open(wire)
-                    job = self._await_job()
+                    job = self._await_job(wire)
                     if job is None:
                         return
                     self._write(wire, job)
@@ -373,31 +373,34 @@ class Snapshots:
                     self._changed.notify_all()
                 return True
 
-    def _open(self, wire: Wire) -> None:
-        """Begin the version that was granted, so that updates write there. Where it was given up meanwhile, who writes
-        it is told so."""
-        try:
-            slot = int(wire.ask({"do": "begin", "version": self._granted, "step": None})["slot"])
-        except Refused:
-            return
-        with self._changed:
-            if self._job is None:
-                self._open_slot = slot
-                self._changed.notify_all()
-
     def _room(self) -> Room | None:
         """Asked by the training thread before an update; see [Note: the version that the update writes]."""
-        begun = time.perf_counter()
+        begun, every = time.perf_counter(), self._options.snapshot_every_steps
+        step = self._done_steps + 1
         with self._changed:
-            every = self._options.snapshot_every_steps
-            if every != "auto" and (self._done_steps + 1) % int(every) == 0:
-                self._changed.wait_for(
-                    lambda: self._open_slot is not None or self._broken is not None or self._closed, GRANT_S
-                )
+            due = step >= self._next and self._granted > 0 if every == "auto" else step % int(every) == 0
+            if not due:
+                return None
+            if self._open_slot is None:
+                self._wanted = True
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: not self._wanted or self._broken or self._closed, GRANT_S)
             slot = self._open_slot
         if self.stats.stall_s:
             self.stats.stall_s[-1] += time.perf_counter() - begun
         return None if slot is None else self._berths[slot]
+
+    def _open(self, wire: Wire) -> None:
+        """Begin the version that was granted, before its step is known. Where it was given up meanwhile, who writes it
+        is told so."""
+        try:
+            slot = int(wire.ask({"do": "begin", "version": self._granted, "step": None})["slot"])
+        except Refused:
+            slot = None
+        with self._changed:
+            if self._wanted:
+                self._open_slot, self._wanted = slot, False
+                self._changed.notify_all()
 
     def _decided(self, version: int, step: int, answer: Mapping[str, Any]) -> None:
         before = str(self._error)
@@ -411,10 +414,13 @@ class Snapshots:
         if self._error is not None and before.partition(":")[2] != str(self._error).partition(":")[2]:
             self._report(f"{self._error}; training goes on")
 
-    def _await_job(self) -> _Job | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._job is not None)
-            return None if self._closed and self._job is None else self._job
+    def _await_job(self, wire: Wire) -> _Job | None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._job is not None or self._wanted)
+                if self._job is not None or self._closed:
+                    return self._job
+            self._open(wire)
 
     def _write(self, wire: Wire, job: _Job) -> None:
         begun = time.perf_counter()

@@ -331,17 +331,16 @@ def test_what_an_update_leaves_in_the_slot_is_not_copied_and_no_later_update_tou
         state.update(0)
         snapshots.start(state.pieces(0), {"rank": rank}, {"step": 0}, state.movable)
         for step in range(1, 10):
-            in_slot = state.update(step)
+            assert state.update(step) == (step % every == 0)
             if not snapshots.due(step):
                 continue
-            assert in_slot
             snapshots.save(step, partial(state.pieces, step), {"rank": rank, "step": step}, {"step": step})
             snapshots.wait_copied()
-            state.update(step + 1)  # while it is made: every third time the state is at home, else this waits
+            state.update(step + 1)  # while it is made; where that is due, once it is made
             snapshots.wait()
             assert snapshots.error() is None
-            left = sum(piece.tensor.nbytes for piece in state.pieces(step)) - state.num_bytes
-            assert snapshots.stats.copied_bytes == left
+            rest = sum(piece.tensor.nbytes for piece in state.pieces(step)) - state.num_bytes
+            assert snapshots.stats.copied_bytes == rest
             snapshots._ranks.tell(b"decided")
             if rank == 0:
                 found = newest_snapshot(four.roster([], without=[step % 4]))
@@ -352,50 +351,58 @@ def test_what_an_update_leaves_in_the_slot_is_not_copied_and_no_later_update_tou
     four.ranks(4, act, parity=2, every=str(every))
 
 
-def test_where_there_is_no_room_state_goes_home_and_is_copied_from_there(four: Nodes):
+def test_a_snapshot_out_of_turn_is_copied_from_where_the_state_was_at_first(four: Nodes):
+    def act(snapshots, rank: int) -> None:
+        state = MovingState(rank, 4)
+        state.update(0)
+        snapshots.start(state.pieces(0), {"rank": rank}, {"step": 0}, state.movable)
+        for step, in_slot in ((1, False), (2, True)):
+            assert state.update(step) == in_slot
+            snapshots.save(step, partial(state.pieces, step), {"rank": rank, "step": step}, {"step": step})
+            snapshots.wait_copied()
+            snapshots.wait()
+            assert snapshots.error() is None
+            assert (snapshots.stats.copied_bytes < state.num_bytes) == in_slot
+        snapshots.close()
+        assert not state.update(4)  # due, but nobody gives a place any more
+
+    four.ranks(4, act, parity=2, every="2")
+    found = newest_snapshot(four.roster([], without=[0, 3]))
+    assert found is not None
+    check_restored(SnapshotReader(found, four.token), 2)
+
+
+def test_an_update_waits_for_the_version_before_it(four: Nodes):
+    """Which is given up here: its slot is taken again."""
+
     def act(snapshots, rank: int) -> None:
         state, decide = MovingState(rank, 4), threading.Event()
         state.update(0)
         snapshots.start(state.pieces(0), {"rank": rank}, {"step": 0}, state.movable)
+        assert state.update(1)
 
-        def save(step: int) -> None:
-            snapshots.save(
-                step, partial(state.pieces, step), {"rank": rank, "step": step}, {"step": step}, fault=undecided
-            )
-            snapshots.wait_copied()
-
-        def undecided() -> str:
+        def fault() -> str:
             decide.wait()
-            return ""
+            return "step 1 left no numbers"
 
-        while not state.update(1):
-            time.sleep(0.01)
-        save(1)
-        assert not state.update(2)  # its slot is the snapshot's, and the next is not begun
+        snapshots.save(1, partial(state.pieces, 1), {"rank": rank, "step": 1}, {"step": 1}, fault=fault)
+        snapshots.wait_copied()
+        first = state.memory[0].data_ptr()
+        waiting = threading.Thread(target=state.update, args=(2,))
+        waiting.start()
+        waiting.join(timeout=0.5)
+        assert waiting.is_alive()
         decide.set()
+        waiting.join()
+        assert "left no numbers" in str(snapshots.error()) and state.memory[0].data_ptr() == first
+        snapshots.save(2, partial(state.pieces, 2), {"rank": rank, "step": 2}, {"step": 2})
         snapshots.wait()
-        assert snapshots.stats.copied_bytes < state.num_bytes / 2
-        save(2)
-        snapshots.wait()
-        assert snapshots.stats.copied_bytes > state.num_bytes  # and the rest
-        while not state.update(3):
-            time.sleep(0.01)
-        snapshots._ranks.tell(b"decided")
-        if rank == 0:
-            found = newest_snapshot(four.roster([], without=[1, 2]))
-            assert found is not None
-            check_restored(SnapshotReader(found, four.token), 2)
-        snapshots._ranks.tell(b"looked")
-        save(3)
-        snapshots.wait()
-        assert snapshots.error() is None and snapshots.stats.copied_bytes < state.num_bytes / 2
-        snapshots.close()
-        assert not state.update(4)
+        assert snapshots.error() is None and snapshots.stats.copied_bytes < state.num_bytes
 
-    four.ranks(4, act, parity=2, every="1000")
-    found = newest_snapshot(four.roster([], without=[0, 3]))
+    four.ranks(4, act, parity=2)
+    found = newest_snapshot(four.roster([], without=[1, 2]))
     assert found is not None
-    check_restored(SnapshotReader(found, four.token), 3)
+    check_restored(SnapshotReader(found, four.token), 2)
 
 
 def test_states_of_several_slices_and_groups(tmp_path: Path):
