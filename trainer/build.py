@@ -42,6 +42,17 @@ class Rank:
             return cls(dist.get_rank(), dist.get_world_size(), where)
         return cls(0, 1, where)
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank. Collective, on the hosts alone."""
+        return self.sum(here)[0] > 0
+
+    def sum(self, *here: float) -> list[float]:
+        """Each over all ranks. Collective, on the hosts alone."""
+        everywhere = torch.tensor(here, dtype=torch.float32)
+        if self.world > 1:
+            dist.all_reduce(everywhere)
+        return everywhere.tolist()
+
 
 def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype of compute, and why."""

@@ -47,12 +47,11 @@ from trainer.resume import check_source, find_source
 from trainer.run import LeftBehind, RunFolder
 from trainer.running import Running, to_host
 from trainer.schedule import learning_rate
+from trainer.wishes import Wishes
 
 Event = dict[str, Any]
 PICTURED = 5
 """Which step of this process the picture of the memory is of."""
-PERSIST = 1 << 16
-"""More than there are ranks."""
 
 
 class Trainer:
@@ -74,20 +73,19 @@ class Trainer:
         self.job, self.overrides = job, tuple(overrides)
         self.where = Rank.current()
         self._emit = emit or Progress(job.train.steps, every_steps=job.logger.every_steps).show
-        self._stop_reason = ""
+        self.wishes = Wishes(self.where)
         self.step = -1
         self.pulse = Pulse()
-        self._pause_wished = 0
         self._num_passed = 0
 
     def request_stop(self, reason: str) -> None:
         """Ask all ranks to end after the step at hand, with a checkpoint. From any thread, or a signal handler."""
-        self._stop_reason = reason
+        self.wishes.wish_stop(reason)
 
     def request_pause(self, *, persist: bool = False) -> None:
         """Ask all ranks to end after the step at hand with a snapshot in memory, so that others go on from it at once;
         with a checkpoint where there are none, or to `persist`. From any thread."""
-        self._pause_wished = PERSIST if persist else 1
+        self.wishes.wish_pause(persist=persist)
 
     def train(self) -> Event:
         """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished``, ``stopped`` or
@@ -99,21 +97,21 @@ class Trainer:
             self._out_of_memory_explained(),
         ):
             self.run.note("train", step=self.step)
-            self._stopping = self._any(bool(self._stop_reason))
-            if not self._stopping and self._any(self.where.rank == 0 and self.run.lacks_eval(self.step)):
+            wishes, last = self.wishes, self.job.train.steps
+            if not wishes.ask(pause=False) and self.where.any(self.where.rank == 0 and self.run.lacks_eval(self.step)):
                 self._validate()
-            while self.step < self.job.train.steps and not (self._stopping or self._pausing):
+            while self.step < last and not (wishes.stopping or wishes.pausing):
                 with self._pictured():
                     self._report(self.train_step(self.step))
                 self.step += 1
-                if self._due(self.job.train.eval_every_steps) or self.step == self.job.train.steps:
+                if self._due(self.job.train.eval_every_steps) or self.step == last:
                     self._validate()
                 if self._due(self.job.checkpoint.every_steps):
                     self._save()
                 if self.snapshots.due(self.step):
                     self._snapshot()
-            done = self.step == self.job.train.steps and not self._owes_eval
-            return self._pause() if self._pausing and not (self._stopping or done) else self._conclude()
+            done = self.step == last and not self._owes_eval
+            return self._pause() if wishes.pausing and not (wishes.stopping or done) else self._conclude()
 
     def train_step(self, step: int) -> Running:
         """One optimizer step: a forward and a backward of each of this rank's micro-batches, then the update."""
@@ -135,7 +133,7 @@ class Trainer:
                 )
         self.pulse.beat("update", step)
         self.snapshots.wait_copied()
-        told = torch.stack((loss * weight, *(torch.full_like(loss, wish) for wish in self._wishes())))
+        told = torch.stack((loss * weight, *(torch.full_like(loss, wish) for wish in self.wishes.here)))
         if self.where.world > 1:
             dist.all_reduce(told)
         fault = ""
@@ -143,7 +141,7 @@ class Trainer:
         def accept(grad_norm: Tensor) -> bool:
             nonlocal fault
             fault = self._judge.fault(told[0].item(), grad_norm.item())
-            return not self._any(bool(fault))
+            return not self.where.any(bool(fault))
 
         grad_norm = self.engine.step(lr, job.train.clip_norm, accept if self._judge.skips else None)
         values = torch.cat((told, grad_norm.view(1)))
@@ -152,10 +150,6 @@ class Trainer:
     def _batches(self, step: int) -> int:
         """How many batches of the data lie behind a run that has done so many steps."""
         return step + self._num_passed
-
-    def _wishes(self) -> tuple[int, int]:
-        """Of this rank alone: to stop, and to pause."""
-        return int(bool(self._stop_reason)), self._pause_wished
 
     def _batch(self, first_sample: int, count: int, part: slice) -> tuple[Tensor, Tensor]:
         """Tokens and targets, each (count, S of this rank) int64 on the device."""
@@ -214,8 +208,7 @@ class Trainer:
         self._num_steps = 0
         self.step = 0
         self._saved_step = self._snapshot_step = -1
-        self._stopping = self._owes_eval = False
-        self._pausing = 0.0
+        self._owes_eval = False
         self._reports: deque[Running] = deque()
         self._lag = 1 if device.type == "cuda" else 0
 
@@ -317,7 +310,7 @@ class Trainer:
         if self.job.checkpoint.snapshots and self._snapshot_step != self.step:
             self._snapshot()
         self.snapshots.wait()
-        if self._pausing >= PERSIST or not self.job.checkpoint.snapshots or self.snapshots.error():
+        if self.wishes.persisting or not self.job.checkpoint.snapshots or self.snapshots.error():
             self._save()
         self.checkpoints.wait()
         return {"type": "end", "status": "paused", "step": self.step, "text": f"paused after step {self.step}"}
@@ -337,7 +330,7 @@ class Trainer:
         if finished:
             text = f"finished at step {self.step}: {self.run.path}; for another run set run.name="
         else:
-            reason = self._stop_reason or "another rank was asked to stop"
+            reason = self.wishes.reason
             text = f"stopped after step {self.step} of {job.train.steps} ({reason}); the same command resumes it"
         written = self.engine.written_bytes_per_s()
         if self.forecast and (compared := self.forecast.summary(written)):
@@ -373,8 +366,7 @@ class Trainer:
         loss, stops, pauses, grad_norm = done.values.tolist()
         now = time.perf_counter()
         step_s, self._clock = max(now - self._clock, done.issue_s), now
-        self._stopping = self._stopping or stops > 0
-        self._pausing = self._pausing or pauses
+        self.wishes.heard(stops, pauses)
         if not self._judge.skips and (fault := self._judge.fault(loss, grad_norm)):
             self._raise(done.step, fault)
         if self.where.rank:
@@ -446,21 +438,8 @@ class Trainer:
         """Whether no rank was asked to stop or to pause: a validation is given up then, and made good when the run goes
         on."""
         self.pulse.beat("evaluation", self.step)
-        stops, pauses = self._sum(*self._wishes())
-        self._stopping, self._pausing = self._stopping or stops > 0, self._pausing or pauses
-        self._owes_eval = self._stopping or self._pausing > 0
+        self._owes_eval = self.wishes.ask()
         return not self._owes_eval
-
-    def _any(self, here: bool) -> bool:
-        """Whether it is so on any rank. Collective, on the hosts alone."""
-        return self._sum(here)[0] > 0
-
-    def _sum(self, *here: float) -> list[float]:
-        """Each over all ranks. Collective, on the hosts alone."""
-        everywhere = torch.tensor(here, dtype=torch.float32)
-        if self.where.world > 1:
-            dist.all_reduce(everywhere)
-        return everywhere.tolist()
 
     def _save(self) -> None:
         """Save the state, while training goes on unless much of it is away from the device: then no copy is made."""

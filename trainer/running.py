@@ -14,7 +14,7 @@ class Running:
     lr: float
     values: Tensor
     """(4,) fp32 on the host once `ready`: the mean loss, how many ranks were asked to stop, how many to pause (each
-    that is to persist counts `PERSIST`), the gradient norm."""
+    that is to persist counts `trainer.wishes.PERSIST`), the gradient norm."""
     ready: torch.cuda.Event | None
     issue_s: float
     """What the host spent on it; the device may have taken longer."""
