@@ -10,7 +10,7 @@ One run: blocks of steps without and with, in turn, in the same processes. A blo
 not counted, so that the clock starts and ends with one snapshot under way: all work in the background is in the figure,
 and the encoding and sealing of the nodes' processes share the cores. Ratio: median over the rounds of the steps' time
 without divided by that with, each a block. `--nodes`: so many snapshot processes on this machine, the workers spread
-over them. `--states host` shows beside it what copying those states would cost, which updates leave in the segment.
+over them. With `--states host` "copied" is what it would cost to copy the states that updates leave in the segment.
 
 The others save the same tensors after every step under the same rule, one save at a time. DCP writes to `--dcp-folder`
 (default: a tmpfs, as fast as can be). lm-resiliency (`pip install lm-resiliency`, left out with a word where it is not
@@ -302,7 +302,7 @@ def worker(args: argparse.Namespace, rank: int, port: int) -> None:
         for _ in range(3):  # compile, grow the pools
             training.block(1, nothing, nothing)
         sides: list[Callable[..., dict[str, Any]]] = [measure_snapshots]
-        sides += [partial(measure_snapshots, copied=True)] if args.states == "host" else []
+        sides += [partial(measure_snapshots, copied=True)] if "copied" in args.beside and args.states == "host" else []
         sides += [measure_lm_resiliency] if "lmr" in args.beside else []
         sides += [measure_dcp] if "dcp" in args.beside else []
         common = {"workers": world, "device": args.device, "model": args.model or f"dim {args.dim}"}
@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1, help="snapshot processes")
     parser.add_argument("--parity", type=int, default=0)
     parser.add_argument("--states", choices=("none", "host"), default="none", help="host: offload.states=host")
-    parser.add_argument("--beside", nargs="*", choices=("dcp", "lmr"), default=["dcp", "lmr"])
+    parser.add_argument("--beside", nargs="*", choices=("copied", "dcp", "lmr"), default=["copied", "dcp", "lmr"])
     parser.add_argument("--dcp-folder", default="/dev/shm")
     parser.add_argument("--timeout-s", type=float, default=600)
     parser.add_argument("--out", default="")
