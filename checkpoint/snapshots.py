@@ -373,8 +373,8 @@ class Snapshots:
                     self._changed.notify_all()
                 return True
 
-    def _room(self) -> Room | None:
-        """Asked by the training thread before an update; see [Note: the version that the update writes]."""
+    def _room(self, wait: bool) -> Room | None:
+        """Asked before an update, by the training thread to `wait`; see [Note: the version that the update writes]."""
         begun, every = time.perf_counter(), self._options.snapshot_every_steps
         step = self._done_steps + 1
         with self._changed:
@@ -384,9 +384,10 @@ class Snapshots:
             if self._open_slot is None:
                 self._wanted = True
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: not self._wanted or self._broken or self._closed, GRANT_S)
+                if wait:
+                    self._changed.wait_for(lambda: not self._wanted or self._broken or self._closed, GRANT_S)
             slot = self._open_slot
-        if self.stats.stall_s:
+        if wait and self.stats.stall_s:
             self.stats.stall_s[-1] += time.perf_counter() - begun
         return None if slot is None else self._berths[slot]
 

@@ -77,12 +77,12 @@ class Shard:
     """Where on the device new weights go; None: they stay in host memory."""
     apart: Tensor | None = None
     """Host memory for the weights, where they do not take the gradient's place in the slot."""
-    versions: list[State] = field(default_factory=list)
-    """In host memory, the current one first; none on NVMe."""
-    home: State | None = None
-    """Of states that may live elsewhere: their own memory; see `offload/states.py`, [Note: the other version]."""
-    made: Terms | None = None
-    """By which terms the other version was made from the gradient in the slot."""
+    homes: list[State] = field(default_factory=list)
+    """Its own memory for states: two where they are speculated on, none on NVMe."""
+    state: State = field(init=False)
+    """The current version: in a home, or where snapshots gave it room."""
+    made: tuple[Terms, State] | None = None
+    """By which terms the next version was made from the gradient in the slot, and where."""
     place: int = 0
     """Bytes from the start of the tier."""
     arrived: torch.cuda.Event | None = None

@@ -34,7 +34,7 @@ Room = Sequence[torch.Tensor]
 """For each extent of a `Movable` a tensor of its size, where the update may put it."""
 
 
-def nowhere() -> Room | None:
+def nowhere(wait: bool) -> Room | None:
     return None
 
 
@@ -45,8 +45,9 @@ class Movable:
 
     extents: Sequence[tuple[str, torch.Tensor]]
     """Kind and memory, 1-D fp32, of what stays together: pieces of state are views of it."""
-    room: Callable[[], Room | None] = field(default=nowhere)
-    """Asked before each update. None: there is no place but their own. Where they are already: in place."""
+    room: Callable[[bool], Room | None] = field(default=nowhere)
+    """``room(wait)``, asked before each update: None where there is no place but their own, or if that is not to be
+    waited for, not yet."""
 
 
 Read = Callable[[str, str, int, int], torch.Tensor]

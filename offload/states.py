@@ -24,7 +24,8 @@ need no second copy: updated in place, they take their turn while the next forwa
 [Note: the other version] Snapshots keep versions of the state in shared memory. Where they have room for the next one,
 an update reads the states where they are and writes them there, which takes the bytes of an update in place, and no
 copy is made later. The version before is not touched from then on: it is the snapshot. Where there is no room, as the
-one before is not committed yet, states go home, to the arena. Speculated shards, and those on NVMe, stay.
+one before is not committed yet, states go home, to the arena. What is speculated goes there if the room is known by
+then, and nobody waits for it. States on NVMe stay.
 
 [Note: NVMe] A shard's states lie in chunks of ``[master | exp_avg | exp_avg_sq]``. A ring of buffers in the arena is
 read ahead across shards and written behind; the tier answers loads as if in the order asked, so that a chunk may be
@@ -53,7 +54,7 @@ from offload.hostpool import HostPool
 from offload.nvme import NvmeTier
 from offload.shard import OUTGOING, RING, Shard, Terms, Update, chunk_bytes, host_bytes, largest_chunk, nvme_bytes
 from offload.space import round_up
-from offload.state import MASTER, Movable
+from offload.state import MASTER, Movable, Room
 
 KINDS = (MASTER, "exp_avg", "exp_avg_sq")
 
@@ -71,8 +72,8 @@ class _Batch:
     work: Sequence[tuple[Shard, Terms, Update]]
     scale: Tensor | None
     known: torch.cuda.Event | None
-    places: dict[Shard, State]
-    """Where states go that may go elsewhere."""
+    room: Room | None
+    """See `Movable`."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class AwayStates:
         """Seconds that the last updates took, from when their gradients and the factor were known."""
         self._ring: deque[Tensor] = deque()
         self._movable = Movable(extents=())
-        self._moving: list[Shard] = []
+        self._moving: dict[Shard, int] = {}
+        """With the number of their first extent."""
 
     # ------------------------------------------------------------------------------------------------ memory
 
@@ -166,7 +168,8 @@ class AwayStates:
                 *states, shard.slot = self.arena.take_together(shard.numel, shard.dtypes)
                 if shard.pingpong and shard.stays:
                     shard.apart = states.pop()
-                shard.versions = [(a, b, c) for a, b, c in zip(states[::3], states[1::3], states[2::3], strict=True)]
+                shard.homes = [(a, b, c) for a, b, c in zip(states[::3], states[1::3], states[2::3], strict=True)]
+                shard.state = shard.homes[0]
         if passing := max((shard.passing_bytes for shard in self.shards), default=0):
             self._outgoing.extend((self.arena.take(passing, torch.uint8), None) for _ in range(OUTGOING))
         self._thread = threading.Thread(target=self._work, name="offload-update", daemon=True)
@@ -174,14 +177,19 @@ class AwayStates:
 
     def movable(self, shards: Iterable[Shard]) -> Movable:
         """Let the states of `shards`, those that can, go where there is room, [Note: the other version]."""
-        self._moving = [shard for shard in shards if not (shard.on_nvme or shard.pingpong)]
-        for shard in self._moving:
-            shard.home = shard.versions[0]
-        extents = [extent for shard in self._moving for extent in zip(KINDS, shard.versions[0], strict=True)]
+        extents: list[tuple[str, Tensor]] = []
+        for shard in shards:
+            if not shard.on_nvme:
+                self._moving[shard] = len(extents)
+                extents += zip(KINDS, shard.state, strict=True)
         self._movable = Movable(extents=extents)
         return self._movable
 
     # ------------------------------------------------------------------------------------------------ a step
+
+    def expect(self) -> None:
+        """A backward comes that an update will follow: what it speculates on may go where there is room."""
+        self._movable.room(False)
 
     def take(self, shard: Shard, grad: Tensor) -> None:
         """Start moving a gradient (numel, on the device) into the shard's slot; the caller may let go of it.
@@ -212,7 +220,7 @@ class AwayStates:
         scale: None, or a 0-dim tensor on the device that gradients are multiplied by. What no run of the terms covers
         keeps its state and its weight.
         """
-        known = None
+        known, room = None, self._movable.room(True)
         if scale is not None and self._cuda:
             host = torch.empty((), dtype=scale.dtype, pin_memory=True)
             host.copy_(scale, non_blocking=True)
@@ -222,18 +230,8 @@ class AwayStates:
         self._under_way = answers
         self._idle.clear()
         self._known, self._submitted = known, True
-        self._batches.put(_Batch(work=batch, scale=scale, known=known, places=self._places()))
+        self._batches.put(_Batch(work=batch, scale=scale, known=known, room=room))
         return answers
-
-    def _places(self) -> dict[Shard, State]:
-        room = self._movable.room()
-        found = {}
-        for number, shard in enumerate(self._moving):
-            assert shard.home is not None
-            master, exp_avg, exp_avg_sq = room[3 * number : 3 * number + 3] if room else shard.home
-            if master.data_ptr() != shard.versions[0][0].data_ptr():
-                found[shard] = master, exp_avg, exp_avg_sq
-        return found
 
     def settle(self) -> None:
         """Wait until no update is under way, and what was stored is."""
@@ -279,8 +277,21 @@ class AwayStates:
         if self._submitted and (self._known is None or self._known.query()):
             return
         self._await_gradient(shard)
-        self._make(shard, terms, 1.0)
-        shard.made = terms
+        out = self._place(shard, self._movable.room(False), apart=True)
+        self._make(shard, terms, out)
+        shard.made = terms, out
+
+    def _place(self, shard: Shard, room: Room | None, *, apart: bool = False) -> State:
+        """Where the next version of a shard's states goes, in host memory: `apart` from the current one, or there too
+        if that is not a snapshot's."""
+        here = shard.state[0].data_ptr()
+        places = sorted(shard.homes, key=lambda home: home[0].data_ptr() != here)
+        if room is not None and shard in self._moving:
+            master, exp_avg, exp_avg_sq = room[self._moving[shard] :][:3]
+            places.insert(0, (master, exp_avg, exp_avg_sq))
+        if apart:
+            places = [place for place in places if place[0].data_ptr() != here]
+        return shard.state if places[0][0].data_ptr() == here else places[0]
 
     def _update(self, batch: _Batch) -> Iterator[torch.cuda.Event | None]:
         """Update the shards of a batch; yields each one's event."""
@@ -292,22 +303,24 @@ class AwayStates:
         start_s = time.perf_counter()
         for shard, terms, _ in batch.work:
             self._await_gradient(shard)
-            stands, shard.made = scale == 1.0 and shard.made == terms, None
-            if stands:
+            made, shard.made = shard.made, None
+            if made is not None and scale == 1.0 and made[0] == terms:
                 self.hits += 1
-                shard.versions.reverse()
+                shard.state = made[1]
                 yield shard.left
                 continue
             if shard.left is not None:  # of a guess, whose weights must not arrive after these
                 shard.left.synchronize()
-            done = 0
-            while done < shard.numel:
-                start, state = next(states) if shard.on_nvme else (0, shard.versions[0])
-                done = start + state[0].numel()
-                out = batch.places.get(shard, state)
-                self._step(shard, terms, scale, start, state, out, shard.weight)
-            if shard in batch.places:
-                shard.versions[0] = batch.places[shard]
+            if shard.on_nvme:
+                done = 0
+                while done < shard.numel:
+                    start, state = next(states)
+                    done = start + state[0].numel()
+                    self._step(shard, terms, scale, start, state, state, shard.weight)
+            else:
+                out = self._place(shard, batch.room)
+                self._step(shard, terms, scale, 0, shard.state, out, shard.weight)
+                shard.state = out
             yield self._send(shard, shard.weight)
         next(states, None)  # hands the last chunk to the drives
         self.update_s = time.perf_counter() - start_s
@@ -317,17 +330,16 @@ class AwayStates:
         if shard.arrived is not None:
             shard.arrived.synchronize()
 
-    def _make(self, shard: Shard, terms: Terms, scale: float) -> None:
-        """Make the other version of the states from the current one, and send the weights."""
+    def _make(self, shard: Shard, terms: Terms, out: State) -> None:
+        """Make a next version of the states from the current one, and send the weights."""
         if shard.apart is not None:
-            self._step(shard, terms, scale, 0, shard.versions[0], shard.versions[1], shard.apart)
+            self._step(shard, terms, 1.0, 0, shard.state, out, shard.apart)
             return
         buffer, used = self._outgoing.popleft()
         if used is not None:
             used.synchronize()
         weight = buffer[: shard.numel * shard.dtype.itemsize].view(shard.dtype)
-        current, other = shard.versions
-        self._step(shard, terms, scale, 0, current, other, weight)
+        self._step(shard, terms, 1.0, 0, shard.state, out, weight)
         self._outgoing.append((buffer, self._send(shard, weight)))
 
     def _step(
@@ -405,7 +417,7 @@ class AwayStates:
             stores: deque[tuple[Future[Tensor], Tensor]] = deque()
             for shard in shards:
                 if not shard.on_nvme:
-                    yield 0, shard.versions[0]
+                    yield 0, shard.state
                     continue
                 assert self._tier is not None
                 for start, stop, place in shard.chunks():

@@ -37,6 +37,8 @@ class Offloader:
         self._states: AwayStates | None = None
         self.flats: list[TrainableFlat] = []
         """Those whose states are away, in the order in which they run."""
+        self.coming: tuple[float, int] | None = None
+        """lr and number of the update that follows this backward, if they are known."""
         kinds = optimizers.moment_kinds(optimizer)
         if not options.away:
             for unit in units:
@@ -54,8 +56,6 @@ class Offloader:
             nvme_folders=[Path(path) for path in options.nvme_path],
             nvme_direct=options.nvme_direct,
         )
-        self.coming: tuple[float, int] | None = None
-        """lr and number of the update that follows this backward, if they are known."""
         self._place(units, options, kinds)
 
     def _place(self, units: Sequence[Unit], options: OffloadOptions, kinds: Sequence[str]) -> None:
@@ -92,6 +92,12 @@ class Offloader:
         self.flats = [flat for unit in units for flat in unit.trainable if flat.away]
 
     # ------------------------------------------------------------------------------------------------ a step
+
+    def expect(self, lr: float, updates: int) -> None:
+        """By which terms the update after this backward will be made, which is its number `updates`."""
+        self.coming = lr, updates
+        if self._states is not None:
+            self._states.expect()
 
     def depart(self, flat: TrainableFlat) -> None:
         """Send a final gradient away, on the current stream, if the flat's states are away."""

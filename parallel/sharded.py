@@ -165,7 +165,7 @@ class ShardedModel:
         return loss
 
     def expect(self, lr: float) -> None:
-        self._offloader.coming = lr, self.updates + 1
+        self._offloader.expect(lr, self.updates + 1)
 
     def step(self, lr: float, clip_norm: float | None, accept: Accept | None = None) -> Tensor:
         self._reductions.finish()

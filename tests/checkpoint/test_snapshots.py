@@ -306,7 +306,7 @@ class MovingState:
 
     def update(self, step: int) -> bool:
         """To what it is after `step`; whether it lies in a slot."""
-        room = self.movable.room()
+        room = self.movable.room(True)
         self.memory = self.home if room is None else list(room)
         for piece, memory in zip(self._ws(step), self.memory, strict=True):
             memory[50:-50] = piece.tensor
