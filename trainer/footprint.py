@@ -44,7 +44,7 @@ class Footprint:
     head_bytes: int
     """The most that the head and its loss hold."""
     stream_bytes: int | None = None
-    """The most that a block holds that runs by tiles; None for a model whose blocks cannot."""
+    """The most that a block holds that runs by tiles, or the head beside it; None for a model whose blocks cannot."""
 
     def cost(self, forward_s: float) -> BlockCost:
         return BlockCost(
@@ -72,7 +72,7 @@ class Footprint:
         """
         n, least = self.num_blocks, self.input_bytes + self.attention_bytes
         if options.streams and self.stream_bytes is not None:
-            return max(self.stream_bytes, self.head_bytes)
+            return self.stream_bytes
         running = max(self.work_bytes + self.kept_bytes, self.head_bytes)
         if options.mode == "keep":
             return n * self.kept_bytes + max(self.work_bytes, self.head_bytes)
@@ -104,7 +104,8 @@ def footprint(job: Job, *, vocab_size: int, micro_batch_size: int, num_tokens: i
     model = build_model(job.model, vocab_size=vocab_size, seq_len=num_tokens, dtype=dtype, device=cpu)
     move_without_memory(model, dtype, cpu)
     options = job.offload.activations
-    model.run_by_tiles(options)
+    if not options.streams or model.tiles():
+        model.run_by_tiles(replace(options, mode="keep", alpha=None))
     blocks = model.blocks()
     fake = FakeTensorMode()
     _pretend(model, fake)
@@ -113,9 +114,15 @@ def footprint(job: Job, *, vocab_size: int, micro_batch_size: int, num_tokens: i
         args, kwargs = _arguments(model, blocks[0], tokens)
         sizes = _block(blocks[0], args, kwargs)
         keys_bytes = sizes.pop("keys_bytes")
+        head, x = model.units()[-1], args[0]
+        sizes["head_bytes"] = _head(head, x, tokens)
         if can_stream(blocks[0]):
-            sizes["stream_bytes"] = _stream(blocks[0], args, options.stream_tokens // micro_batch_size, keys_bytes)
-        return Footprint(num_blocks=len(blocks), head_bytes=_head(model.units()[-1], args[0], tokens), **sizes)
+            most = _stream(blocks[0], args, options.stream_tokens // micro_batch_size, keys_bytes)
+            if sizes["head_bytes"] > most:  # less where its norm runs by tiles, too
+                model.run_by_tiles(replace(options, mode="stream", alpha=None))
+                most = max(most, _head(head, x, tokens))
+            sizes["stream_bytes"] = most
+        return Footprint(num_blocks=len(blocks), **sizes)
 
 
 def _stream(block: nn.Module, args: tuple[Any, ...], tile_tokens: int, keys_bytes: int) -> int:
