@@ -223,8 +223,6 @@ def _drives(options: OffloadOptions) -> DriveRoom:
 
 def _refused(job: Job, model: LanguageModel, dtype: torch.dtype, device: torch.device) -> str:
     """Why its blocks cannot run by tiles; empty where they can."""
-    if job.parallel.sequence:
-        return "parallel.sequence shares their tokens; leave it empty"
     try:
         check_blocks(replace(job.offload.activations, mode="stream"), model.blocks(), dtype, device)
     except ValueError as error:

@@ -24,7 +24,7 @@ from offload.options import ActivationOptions
 from offload.plan import Recorder, load_bytes
 from parallel.cut import move_without_memory
 from trainer.job import Job
-from trainer.models import build_model
+from trainer.models import LanguageModel, build_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def footprint(job: Job, *, vocab_size: int, micro_batch_size: int, num_tokens: i
         tokens = torch.zeros(micro_batch_size, num_tokens, dtype=torch.int64)
         args, kwargs = _arguments(model, blocks[0], tokens)
         sizes = _block(blocks[0], args, kwargs)
-        keys_bytes = sizes.pop("keys_bytes")
+        keys_bytes = sizes.pop("keys_bytes") * _repeats(job, model)
         head, x = model.units()[-1], args[0]
         sizes["head_bytes"] = _head(head, x, tokens)
         if can_stream(blocks[0]):
@@ -135,6 +135,12 @@ def _stream(block: nn.Module, args: tuple[Any, ...], tile_tokens: int, keys_byte
     moving = 2 * (part["input_bytes"] + part["attention_bytes"])
     grads_bytes = keys_bytes * 4 // x.itemsize
     return int(2 * whole + keys_bytes + grads_bytes + part["kept_bytes"] + part["work_bytes"] + moving)
+
+
+def _repeats(job: Job, model: LanguageModel) -> int:
+    """How many times keys and values are there where ranks share sequences that their heads do not divide among."""
+    num_kv_heads = model.num_heads[1]
+    return math.lcm(num_kv_heads, job.parallel.sequence_ranks) // num_kv_heads
 
 
 def _pretend(model: nn.Module, fake: FakeTensorMode) -> None:
