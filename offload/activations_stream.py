@@ -190,8 +190,8 @@ class Streaming:
         for number, tile in enumerate(tiles):
             x = next(arriving)[0].detach().requires_grad_(wants_x)
             with torch.enable_grad():
-                own = attention.keys_of_tile(block.keys(x, *_cut(tables, tile)), number)
-            more = sums.add(x, _flat(own), _flat([_taken(grads, place) for place in attention.places(number)]))
+                own = block.keys(x, *_cut(tables, tile))
+            more = sums.add(x, own, attention.grads(grads, number, own))
             if grad_x is not None and more is not None:
                 grad_x[:, tile] += more
         next(arriving, None)
@@ -319,14 +319,3 @@ class _Block(torch.autograd.Function):
 
 def _cut(tables: Sequence[Tensor], tile: slice) -> list[Tensor]:
     return [table[tile] for table in tables]
-
-
-def _flat(keys: Sequence[Keys]) -> list[Tensor]:
-    return [tensor for pair in keys for tensor in pair]
-
-
-def _taken(grads: list[Keys | None], place: int) -> Keys:
-    """A tile's gradients, which nobody needs any more."""
-    found, grads[place] = grads[place], None
-    assert found is not None
-    return found

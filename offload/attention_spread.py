@@ -112,15 +112,25 @@ class SpreadAttention:
 
     def keys(self, of_tiles: Iterable[Keys]) -> list[Keys]:
         """Of all ranks' tiles, from those of this rank's, (B, K, T, E) each."""
-        found = [self.keys_of_tile(keys, number) for number, keys in enumerate(of_tiles)]
+        found: list[list[Keys]] = []
+        for number, keys in enumerate(of_tiles):
+            k, v = (self._pieces(whole, number) for whole in self._spread.to_heads(keys, self._tiling.sizes(number)))
+            found.append(list(zip(k, v, strict=True)))
         return [of_tile[rank] for rank in range(len(self._tiling.lengths)) for of_tile in found]
 
-    def keys_of_tile(self, keys: Keys, number: int) -> list[Keys]:
-        """Of tile `number` of each rank. With a gradient."""
-        k, v = (self._pieces(whole, number) for whole in self._spread.to_heads(keys, self._tiling.sizes(number)))
-        return list(zip(k, v, strict=True))
+    def grads(self, grads: list[Keys | None], number: int, keys: Keys) -> list[Tensor]:
+        """Of `keys` (B, K, T, E), this rank's of tile `number`, from those of all ranks' and of this rank's heads,
+        which are let go of."""
+        found = [_taken(grads, place) for place in self._places(number)]
+        k, v = (_joined([one.transpose(1, 2) for one in of_ranks], 1) for of_ranks in zip(*found, strict=True))
+        both = torch.cat((k, v)).to(keys[0].dtype)
+        back = self._back(both, number)
+        num_heads = keys[0].size(1)
+        if back.size(1) > num_heads:  # those that were repeated, one beside the other
+            back = back.unflatten(1, (num_heads, -1)).sum(2)
+        return list(back.chunk(2))
 
-    def places(self, number: int) -> list[int]:
+    def _places(self, number: int) -> list[int]:
         """Of tile `number` of each rank."""
         return [self._tiling.place(rank, number) for rank in range(len(self._tiling.lengths))]
 
@@ -128,7 +138,7 @@ class SpreadAttention:
         """Of the queries (B, H, T, E) of tile `number`: output of the same shape, and to be stored that of this rank's
         heads (B, T', H', E) with its log-sum-exp (B, H', T')."""
         queries = self._queries(q, number)
-        found = [attend(q, keys[: place + 1]) for q, place in zip(queries, self.places(number), strict=True)]
+        found = [attend(q, keys[: place + 1]) for q, place in zip(queries, self._places(number), strict=True)]
         whole = _joined([out.transpose(1, 2) for out, _ in found], 1)
         return self._back(whole, number), whole, _joined([sums for _, sums in found], 2)
 
@@ -147,7 +157,7 @@ class SpreadAttention:
         outs = [
             attended(q, keys=keys[: place + 1], grads=grads, stored=known, anchor=anchor)
             for q, place, known in zip(
-                self._queries(q, number), self.places(number), self._known(stored, number), strict=True
+                self._queries(q, number), self._places(number), self._known(stored, number), strict=True
             )
         ]
         return self._back(_joined([out.transpose(1, 2) for out in outs], 1), number)
@@ -174,6 +184,13 @@ class SpreadAttention:
     def _pieces(self, whole: Tensor, number: int) -> list[Tensor]:
         """(B, T', H', E) as (B, H', T, E) of each rank."""
         return [piece.transpose(1, 2) for piece in whole.split(self._tiling.sizes(number), dim=1)]
+
+
+def _taken(grads: list[Keys | None], place: int) -> Keys:
+    """A tile's gradients, which nobody needs any more."""
+    found, grads[place] = grads[place], None
+    assert found is not None
+    return found
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

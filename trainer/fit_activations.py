@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -73,54 +74,81 @@ class Narrowed:
     why: str
 
 
+class _Host:
+    """What host memory, and drives behind it, hold of what all blocks leave."""
+
+    def __init__(self, cost: BlockCost, num_blocks: int, room: Room) -> None:
+        self._cost, self._num_blocks, self._room = cost, num_blocks, room
+
+    @cached_property
+    def drives(self) -> DriveRoom | None:
+        """Asked for where it matters: it takes seconds."""
+        return self._room.drives() if self._room.drives else None
+
+    @property
+    def hides(self) -> bool:
+        """Whether inputs and attention go on to drives while blocks compute."""
+        return self.drives is not None and hides([self._cost] * self._num_blocks, self._room.host_bytes, self.drives)
+
+    @property
+    def both_bytes(self) -> int:
+        return self._num_blocks * self._cost.least_bytes
+
+    @property
+    def holds_both(self) -> bool:
+        return self.both_bytes <= self._room.host_bytes or self.hides
+
+    @property
+    def holds_inputs(self) -> bool:
+        each, there = self._cost.input_bytes, self._room.host_bytes
+        short = self._num_blocks * each - there
+        return short <= 0 or (self.drives is not None and 2 * each <= there and short <= self.drives.size_bytes)
+
+
 def narrow(options: ActivationOptions, sizes: Footprint, room: Room, forward_s: float) -> Narrowed:
     """What ``auto`` may begin with. forward_s: of a block, for whether drives hide behind it."""
-    cost, n = sizes.cost(forward_s), sizes.num_blocks
-    behind = room.drives() if room.drives and n * cost.least_bytes > room.host_bytes else None
-    hidden = behind is not None and hides([cost] * n, room.host_bytes, behind)
-
-    def holds_inputs() -> bool:
-        short = n * cost.input_bytes - room.host_bytes
-        passes = behind is not None and room.host_bytes >= 2 * cost.input_bytes and short <= behind.size_bytes
-        return short <= 0 or passes
-
-    asked = options.num_kept(n)
-    taken = [_auto_bytes(replace(options, keep_last=kept), sizes, cost, room, hidden) for kept in range(asked + 1)]
+    cost, asked = sizes.cost(forward_s), options.num_kept(sizes.num_blocks)
+    host = _Host(cost, sizes.num_blocks, room)
+    taken = [_auto_bytes(replace(options, keep_last=kept), sizes, cost, room, host) for kept in range(asked + 1)]
     fitting = [kept for kept, size in enumerate(taken) if size <= room.device_bytes]
     if asked in fitting:
         return Narrowed(options, 0, taken[asked], "")
     why = f"by count {_gib(room.device_bytes)} of the device are left for activations"
     if fitting:
-        why += f"; {asked} blocks that keep all, as offload.activations.keep_last asks, take {_gib(taken[asked])}"
         kept = fitting[-1]
-        return Narrowed(replace(options, keep_last=kept), asked - kept, taken[kept], f"{why}, {kept} fit")
+        why += f"; with offload.activations.keep_last={asked} they take {_gib(taken[asked])}, with {kept} they fit"
+        return Narrowed(replace(options, keep_last=kept), asked - kept, taken[kept], why)
+    alone = replace(options, mode="input", keep_last=0)
+    alone_bytes = sizes.device_bytes(alone)
+    why += f"; what it chooses takes {_gib(taken[0])} at the least, input alone {_gib(alone_bytes)}"
+    if alone_bytes <= room.device_bytes and host.holds_inputs:
+        return Narrowed(alone, asked + 1, alone_bytes, why)
+    mode, said = _by_tiles(options, sizes, room, host, taken[0])
+    if not mode:
+        return Narrowed(options, 0, taken[asked], why + said)
+    tiles = replace(options, mode=mode, keep_last=0)
+    return Narrowed(tiles, asked + (2 if mode == "stream" else 3), sizes.device_bytes(tiles), why + said)
 
-    def other(mode: str, rung: int) -> Narrowed:
-        one = replace(options, mode=mode, keep_last=0)
-        return Narrowed(one, asked + rung, sizes.device_bytes(one), why)
 
-    alone, tiles = other("input", 1), other("stream", 2)
-    why += f"; what it chooses takes {_gib(taken[0])} at the least, input alone {_gib(alone.device_bytes)}"
-    if alone.device_bytes <= room.device_bytes and holds_inputs():
-        return replace(alone, why=why)
+def _by_tiles(
+    options: ActivationOptions, sizes: Footprint, room: Room, host: _Host, otherwise_bytes: int
+) -> tuple[str, str]:
+    """The mode of blocks that run by tiles, or "", and why. otherwise_bytes: of the device, what they would take
+    else."""
     if sizes.stream_bytes is None or room.refused:
-        said = room.refused or "the model's blocks do not say how"
-        return Narrowed(options, 0, taken[asked], f"{why}, and they cannot run by tiles: {said}")
-    why += f", tiles of {options.stream_tokens} tokens {_gib(tiles.device_bytes)}"
-    if tiles.device_bytes >= taken[0]:
-        return Narrowed(
-            options, 0, taken[asked], f"{why}: smaller ones (offload.activations.tile_tokens) may take less"
-        )
-    if n * cost.least_bytes <= room.host_bytes or hidden:
-        return replace(tiles, why=why)
-    why += f"; {_gib(room.host_bytes)} of host memory do not hold inputs and attention, {_gib(n * cost.least_bytes)}"
-    if holds_inputs():
-        return other("stream_input", 3)
-    why += ", nor inputs: give drives by offload.nvme_path, or more host memory"
-    return Narrowed(options, 0, taken[asked], why)
+        return "", f", and they cannot run by tiles: {room.refused or 'the model does not say how its blocks do'}"
+    said = f", tiles of {options.stream_tokens} tokens {_gib(sizes.stream_bytes)}"
+    if sizes.stream_bytes >= otherwise_bytes:
+        return "", f"{said}: smaller ones (offload.activations.tile_tokens) may take less"
+    if host.holds_both:
+        return "stream", said
+    said += f"; {_gib(room.host_bytes)} of host memory do not hold inputs and attention, {_gib(host.both_bytes)}"
+    if host.holds_inputs:
+        return "stream_input", said
+    return "", f"{said}, nor inputs: give drives by offload.nvme_path, or more host memory"
 
 
-def _auto_bytes(options: ActivationOptions, sizes: Footprint, cost: BlockCost, room: Room, hidden: bool) -> int:
+def _auto_bytes(options: ActivationOptions, sizes: Footprint, cost: BlockCost, room: Room, host: _Host) -> int:
     """The least of the device that ``auto`` takes with so many blocks that keep: while it measures, and then."""
     choices = fit([cost] * (sizes.num_blocks - options.num_kept(sizes.num_blocks)), room.host_bytes)
     swap = sizes.device_bytes(replace(options, mode="swap", alpha=0.0))
@@ -128,7 +156,9 @@ def _auto_bytes(options: ActivationOptions, sizes: Footprint, cost: BlockCost, r
         return swap
     recomputed = sum(choice.mode == "recompute" for choice in choices)
     alone = sizes.device_bytes(replace(options, mode="input")) + recomputed * cost.least_bytes
-    return max(alone, swap) if hidden else alone
+    if room.drives is None or (alone <= room.device_bytes < swap and not host.hides):
+        return alone
+    return max(alone, swap)
 
 
 def others_bytes(options: OffloadOptions, work: Workload, traffic: Traffic) -> float:

@@ -1,6 +1,6 @@
 """Two processes share sequences of uneven parts, activations kept and leaving; prints name and losses as JSON lines.
 
-What ``auto`` chooses from is counted: of so little of a device it takes tiles.
+With ``auto`` one of them has so little of a device that it takes tiles, and so does the other.
 """
 
 import json
@@ -28,7 +28,7 @@ LEAVING: dict[str, dict[str, Any]] = {
 }
 
 
-def losses(root: str, name: str, world: int, **act: Any) -> list[float]:
+def losses(root: str, name: str, world: int, device_bytes: int | None = None, **act: Any) -> list[float]:
     """Of the steps, and of the validations before and after them."""
     job = Job(
         model=LlamaOptions(dim=64, ffn_dim=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16),
@@ -39,9 +39,7 @@ def losses(root: str, name: str, world: int, **act: Any) -> list[float]:
             steps=3, seq_len=31, global_batch_size=4, micro_batch_size=2, eval_sequences=3, sample_tokens=0
         ),
         parallel=ParallelOptions(levels={"gpu": world}, sequence="gpu" if world > 1 else ""),
-        offload=OffloadOptions(
-            activations=ActivationOptions(**act), device_bytes=1_000_000 if act.get("mode") == "auto" else None
-        ),
+        offload=OffloadOptions(activations=ActivationOptions(**act), device_bytes=device_bytes),
         logger=LoggerOptions(tensorboard=False, plot=False),
         run=RunOptions(root=root, name=name),
     )
@@ -55,7 +53,8 @@ def run(rank: int, world: int, root: str) -> None:
     limit = timedelta(seconds=90)
     dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=world, timeout=limit)
     for name, options in LEAVING.items():
-        found = losses(root, name, world, **options)
+        little = {"device_bytes": 1_000_000 if rank else 2**40} if name == "auto" else {}
+        found = losses(root, name, world, **little, **options)
         if rank == 0:
             print(json.dumps([name, found]), flush=True)
     dist.destroy_process_group()
