@@ -12,6 +12,9 @@ Everything else is local to a token, so a model runs on its part as it is, if it
 within `SequenceParallel.attention` our attention stands in for `torch.nn.functional.scaled_dot_product_attention`. The
 mean over all tokens is the sum over ranks of the mean over a part times `share`, and so are the gradients of weights.
 
+Blocks that run by tiles attend for themselves, and share tile after tile by `to_heads` and `to_tokens`
+(`offload.attention_spread`).
+
 Source: arXiv 2309.14509 (DeepSpeed Ulysses).
 """
 
