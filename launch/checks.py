@@ -158,12 +158,6 @@ def _check_blocks(config: Config, transport: "Transport", workers: int) -> None:
 
 def _check_sequence(config: Config, size: int) -> None:
     """That of `parallel.sequence.SequenceParallel`, for what is known without the model."""
-    if config.offload.activations.streams:
-        raise ValueError(
-            f"parallel.sequence={config.parallel.sequence} with offload.activations.mode="
-            f"{config.offload.activations.mode}: tiles of a block attend for themselves; leave parallel.sequence "
-            "empty, or set offload.activations.mode=swap"
-        )
     if isinstance(config.model, LlamaOptions) and config.model.num_heads % size:
         raise ValueError(
             f"parallel.sequence={config.parallel.sequence} has {size} ranks, which model.num_heads="

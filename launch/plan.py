@@ -94,12 +94,12 @@ def plan(config: Config, machine: Machine) -> Planned:
     world = config.launch.workers or 1
     levels = config.parallel.levels or machine.levels(world) or {"worker": world}
     mesh = Mesh.of(levels, rank=0, world=world)
-    work, activations, flops = read_workload(config, machine, world)
     memory = machine.memory.get(machine.tier, math.inf)
     cap_gib, options = config.parallel.memory_gib, config.parallel
     if options.sequence:
         raise ValueError(f"parallel.sequence={options.sequence}: the cost model does not know sequence parallelism yet")
     cap_bytes = HEADROOM * memory if cap_gib is None else cap_gib * 2**30
+    work, activations, flops = read_workload(config, machine, mesh, config.offload.device_bytes or cap_bytes)
     choice = None
     if options.placement == "auto":
         allowed = QUANTIZE[:-1] if options.quantize == "auto" else (options.quantize,)
@@ -117,8 +117,11 @@ def plan(config: Config, machine: Machine) -> Planned:
     return Planned(work, machine, candidate, choice, cap_bytes, flops, activations, away, config.offload.nvme_tbw)
 
 
-def read_workload(config: Config, machine: Machine, world: int) -> tuple[Workload, ActivationPlan | None, int]:
-    """The job's numbers, from its model on ``meta``, what its activations take, and its model FLOPs a token."""
+def read_workload(
+    config: Config, machine: Machine, mesh: Mesh, cap_bytes: float
+) -> tuple[Workload, ActivationPlan | None, int]:
+    """The job's numbers, from its model on ``meta``, what its activations take, and its model FLOPs a token. cap_bytes:
+    of the device's memory, what may be used."""
     from trainer.data.tokenizer import open_tokenizer
     from trainer.models import build_model
     from trainer.workload import workload_of
@@ -131,11 +134,11 @@ def read_workload(config: Config, machine: Machine, world: int) -> tuple[Workloa
         dtype=torch.bfloat16 if bf16 else torch.float32,
         device=torch.device("meta"),
     )
-    work = workload_of(config, model, world, compute_bytes=2 if bf16 else 4)
-    activations = plan_activations(config, work, machine, world)
+    work = workload_of(config, model, mesh.world, compute_bytes=2 if bf16 else 4)
+    activations = plan_activations(config, work, machine, mesh, cap_bytes)
     if activations:
-        job = replace(config, offload=replace(config.offload, activations=activations.settled))
-        work = workload_of(job, model, world, compute_bytes=work.compute_bytes)
+        job = replace(config, offload=config.offload.with_activations(activations.settled))
+        work = workload_of(job, model, mesh.world, compute_bytes=work.compute_bytes)
         work = replace(work, activation_bytes=activations.device_bytes)
     return work, activations, model.flops_per_token(config.train.seq_len)
 

@@ -5,23 +5,28 @@ Its figure of the job's own choice is the one that the table of memory and ``par
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from launch.config import Config
 from offload.activations_plan import DriveRoom, choose
+from offload.attention_tiles import check_dtype
 from offload.options import ActivationOptions
+from parallel.mesh import Mesh
+from parallel.placement import Placement
 from parallel.planning.away import rates_of
 from parallel.planning.machine import Machine
+from parallel.planning.traffic import EXACT, Traffic
 from parallel.planning.workload import Workload
+from parallel.transport import Transport
+from trainer.fit_activations import Narrowed, Room, forward_s, host_room, narrow, others_bytes
 from trainer.footprint import Footprint, alternatives, footprint
 
 log = logging.getLogger(__name__)
 LINK_BYTES_PER_S = 50e9
 """Each way between a GPU and host memory while both are busy: PCIe 5 x16 (docs/activations.md)."""
-STATE_BYTES = 14
-"""A parameter, in host memory with ``offload.states=host`` (docs/offload.md)."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,12 @@ class ActivationPlan:
         return [*lines, f"  {self.why}"]
 
 
-def plan_activations(config: Config, work: Workload, machine: Machine, world: int) -> ActivationPlan | None:
-    """None, and a warning, for a model that fake tensors do not run: then there are the estimates of `work` alone."""
-    micro, _ = config.micro_batches(world)
+def plan_activations(
+    config: Config, work: Workload, machine: Machine, mesh: Mesh, cap_bytes: float
+) -> ActivationPlan | None:
+    """None, and a warning, for a model that fake tensors do not run: then there are the estimates of `work` alone.
+    cap_bytes: of the device's memory, what may be used."""
+    micro, _ = config.micro_batches(mesh.world)
     try:
         found = footprint(
             config.job(),
@@ -90,20 +98,58 @@ def plan_activations(config: Config, work: Workload, machine: Machine, world: in
     except Exception as error:
         log.warning("activations are estimated from layers' widths alone: %s: %s", type(error).__name__, error)
         return None
-    options, host = config.offload.activations, _host_room(config, work, machine, world)
+    options = config.offload.activations
+    host = host_room(config.offload, machine.memory.get("host", math.inf), work.numel / mesh.world)
     drives = None
     if config.offload.nvme_path and options.swaps:
         size_bytes = config.offload.nvme_bytes or machine.memory.get("nvme", math.inf)
         drives = DriveRoom(size_bytes, rates_of(machine).drive or 0.0)
-    auto, why, hides = _auto(options, work, machine, found, host, drives)
+    narrowed = _narrowed(config, work, machine, mesh, found, host, drives, cap_bytes)
+    if narrowed.options.mode == "auto":
+        auto, why, hides = _auto(narrowed.options, work, machine, found, host, drives)
+        why = f"{why}; {narrowed.why}" if narrowed.why else why
+    else:
+        auto, why, hides = narrowed.options, f"{narrowed.options.mode}: {narrowed.why}", True
     return ActivationPlan(found, options, auto, why, host if drives else math.inf, hides)
 
 
-def _host_room(config: Config, work: Workload, machine: Machine, world: int) -> float:
-    """Bytes of host memory for a rank's activations."""
-    host = machine.memory.get("host", math.inf)
-    away = STATE_BYTES * work.numel / world if config.offload.states == "host" else 0.0
-    return config.offload.activations.host_bytes or max(0.0, host - away)
+def _narrowed(
+    config: Config,
+    work: Workload,
+    machine: Machine,
+    mesh: Mesh,
+    found: Footprint,
+    host_bytes: float,
+    drives: DriveRoom | None,
+    cap_bytes: float,
+) -> Narrowed:
+    """What ``auto`` may begin with, as a run finds it. With ``parallel=auto`` states are sharded as far as they can be:
+    the placement is chosen by what activations take."""
+    asked, parallel, auto = config.offload.activations, config.parallel, config.parallel.placement == "auto"
+    if machine.tier != "gpu" and config.offload.device_bytes is None:
+        cap_bytes = math.inf
+    placement = Placement(*[mesh.num_levels] * 3) if auto else Placement.of(parallel, mesh.num_levels)
+    transport = EXACT if auto else Transport.of(parallel, mesh, placement)
+    traffic = Traffic(work, mesh, placement, transport, gloo=machine.backend == "gloo")
+    known: Callable[[], DriveRoom] | None = None if drives is None else lambda: drives
+    room = Room(
+        device_bytes=max(0.0, cap_bytes - others_bytes(config.offload, work, traffic)),
+        host_bytes=host_bytes,
+        drives=known,
+        refused=_refused(work, machine),
+    )
+    asked = replace(asked, mode="auto", alpha=None)
+    return narrow(asked, found, room, forward_s(work, machine.compute))
+
+
+def _refused(work: Workload, machine: Machine) -> str:
+    """Why its kernels cannot run by tiles; empty where they can."""
+    try:
+        dtype = torch.bfloat16 if work.compute_bytes == 2 else torch.float32
+        check_dtype(dtype, torch.device("cuda" if machine.tier == "gpu" else "cpu"))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _auto(
@@ -115,8 +161,7 @@ def _auto(
     drives: DriveRoom | None,
 ) -> tuple[ActivationOptions, str, bool]:
     """What ``auto`` would come to, why, and whether it has drives behind host memory."""
-    block = max(work.row, key=lambda unit: unit.forward_flops * unit.count)
-    cost = found.cost(work.tokens * block.forward_flops / machine.compute)
+    cost = found.cost(forward_s(work, machine.compute))
     rate = link_rate(machine)
     choices = choose(
         [cost] * found.num_blocks,

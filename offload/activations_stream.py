@@ -6,12 +6,13 @@ A block that offers what `TiledBlock` says is one node of autograd's graph here,
               of the block runs. x, attention's output and its log-sum-exp are copied out.
     backward  x comes tile by tile and k, v are made again. Then from the last tile to the first: x, attention's output
               and log-sum-exp come; the tile runs again with what attention gave, and backward; attention's backward
-              adds to the gradients of k, v of the tiles up to its own. No later tile adds to those of its own any
-              more, so k, v of this tile go backward too, and its dx is done.
+              adds to the gradients of k, v of the tiles up to its own. Then x comes once more, tile by tile, and k, v
+              go backward too, which completes dx.
 
 So what exists for all tokens is x and the block's output, or their gradients, k and v, and in the backward the fp32
-gradients of k and v, which go with their tiles. The rest is of one tile, and of two more on their way. With
-``stream_input`` x alone leaves, and attention is computed again.
+gradients of k and v. The rest is of one tile, and of two more on their way. With ``stream_input`` x alone leaves, and
+attention is computed again. Where ranks share sequences a tile is one of each rank's tokens, and k, v, attention and
+what is stored of it are of all ranks' tokens and this rank's heads (`offload.attention_spread`).
 
 Weight gradients of tiles are summed in fp32 and given to autograd once. A block must draw nothing at random, and a
 graph is gone through once.
@@ -35,12 +36,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from offload.activations_memory import ALIGN, Lease, Pools, mark, on, wait
+from offload.activations_away import Away, Field
+from offload.activations_memory import Lease, Pools, mark, on, wait
 from offload.activations_slots import Event, Memory
 from offload.activations_tiles import WeightSums
-from offload.attention_tiles import Keys, attend, attended, check_dtype
+from offload.attention_spread import Alone, Spread, SpreadAttention, Tiling
+from offload.attention_tiles import Keys, check_dtype
 from offload.options import ActivationOptions
-from offload.space import round_up
 
 IN_FLIGHT = 2
 """Tiles that are held until they have been copied out."""
@@ -80,59 +82,6 @@ def check_blocks(
 
 
 @dataclass(frozen=True)
-class _Field:
-    """What is stored of each tile: a tensor with its tokens at `dim`."""
-
-    shape: tuple[int, ...]
-    dim: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: Tensor, dim: int) -> "_Field":
-        return cls(tuple(tensor.shape), dim, tensor.dtype)
-
-    def of_tokens(self, num: int) -> list[int]:
-        return [num if place == self.dim else size for place, size in enumerate(self.shape)]
-
-    def bytes(self, num_tokens: int) -> int:
-        return round_up(torch.Size(self.of_tokens(num_tokens)).numel() * self.dtype.itemsize, ALIGN)
-
-
-class _Away:
-    """What one forward left: tile after tile, of each its fields."""
-
-    def __init__(self, num_tokens: int, tile_tokens: int) -> None:
-        self.tile_tokens = min(tile_tokens, num_tokens)
-        self.tiles = [slice(start, min(start + tile_tokens, num_tokens)) for start in range(0, num_tokens, tile_tokens)]
-        self.fields: list[_Field] = []
-        self.lease: Lease | None = None
-
-    def bytes(self, num_tokens: int) -> int:
-        """Of so many tokens, all tiles."""
-        whole, rest = divmod(num_tokens, self.tile_tokens)
-        return whole * self.tile_bytes(self.tile_tokens) + self.tile_bytes(rest)
-
-    def tile_bytes(self, num_tokens: int, num_fields: int | None = None) -> int:
-        return sum(field.bytes(num_tokens) for field in self.fields[:num_fields])
-
-    def in_slot(self, data: Tensor, number: int) -> Tensor:
-        """The bytes of tile `number`."""
-        size_bytes = self.tile_bytes(self.tiles[number].stop - self.tiles[number].start)
-        start = number * self.tile_bytes(self.tile_tokens)
-        return data[start : start + size_bytes]
-
-    def views(self, data: Tensor, number: int, num_fields: int | None = None) -> list[Tensor]:
-        """The first fields of tile `number`, from the beginning of `data`."""
-        num_tokens, start, found = self.tiles[number].stop - self.tiles[number].start, 0, []
-        for field in self.fields[:num_fields]:
-            shape = field.of_tokens(num_tokens)
-            size_bytes = torch.Size(shape).numel() * field.dtype.itemsize
-            found.append(data[start : start + size_bytes].view(field.dtype).view(shape))
-            start += field.bytes(num_tokens)
-        return found
-
-
-@dataclass(frozen=True)
 class Place:
     """Which block it is of those that leave something."""
 
@@ -164,36 +113,45 @@ class Streaming:
 
     def run(self, block: Any, place: Place, x: Tensor, *tables: Tensor) -> Tensor:
         """x (B, S, D); what the block returns."""
-        if getattr(F.scaled_dot_product_attention, "tells", False):
-            raise ValueError(
-                f"parallel.sequence with offload.activations.mode={self.options.mode}: tiles of a block attend for "
-                "themselves; leave parallel.sequence empty, or set offload.activations.mode=swap"
-            )
-        away = _Away(x.size(1), max(1, self.options.stream_tokens // x.size(0)))
+        spread: Spread = getattr(F.scaled_dot_product_attention, "spread", None) or Alone(x.size(1))
+        tiling = Tiling.of(spread.tokens(), spread.rank, max(1, self.options.stream_tokens // x.size(0)))
+        if x.size(1) != tiling.lengths[tiling.rank]:
+            raise ValueError(f"rank {tiling.rank} has {x.size(1)} tokens of a sequence over ranks of {tiling.lengths}")
+        away, attention = Away(tiling), SpreadAttention(spread, tiling)
         weights = [p for p in block.parameters() if p.requires_grad]
         if not torch.is_grad_enabled() or not (x.requires_grad or weights):
             with torch.no_grad():
-                return self.forward(block, away, None, x, tables)
-        out: Tensor = _Block.apply(self, block, away, place, tables, x, *weights)  # type: ignore[no-untyped-call]
+                return self.forward(block, away, attention, None, x, tables)
+        out: Tensor = _Block.apply(self, block, away, attention, place, tables, x, *weights)  # type: ignore[no-untyped-call]
         return out
 
     # ------------------------------------------------------------------------------------------------ forward
 
-    def forward(self, block: Any, away: _Away, place: Place | None, x: Tensor, tables: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self,
+        block: Any,
+        away: Away,
+        attention: SpreadAttention,
+        place: Place | None,
+        x: Tensor,
+        tables: Sequence[Tensor],
+    ) -> Tensor:
         """place: None where nothing is to be stored."""
         leaving = _Leaving(self, away, place, x) if place else None
-        keys = [block.keys(x[:, tile], *_cut(tables, tile)) for tile in away.tiles]
+        tiles = away.tiling.tiles
+        keys = attention.keys(block.keys(x[:, tile], *_cut(tables, tile)) for tile in tiles)
         out = torch.empty_like(x)
-        for number, tile in enumerate(away.tiles):
+        for number, tile in enumerate(tiles):
             made: list[Tensor] = []
 
-            def attention(q: Tensor, made: list[Tensor] = made, number: int = number) -> Tensor:
-                made.extend(attend(q, keys[: number + 1]))
-                return made[0]
+            def attend(q: Tensor, made: list[Tensor] = made, number: int = number) -> Tensor:
+                found, *to_store = attention.attend(q, keys, number)
+                made.extend(to_store)
+                return found
 
-            out[:, tile] = block.tile(x[:, tile], *_cut(tables, tile), attention)
+            out[:, tile] = block.tile(x[:, tile], *_cut(tables, tile), attend)
             if leaving:
-                leaving.leave(number, made[0].transpose(1, 2), made[1])
+                leaving.leave(number, *made)
         if leaving:
             leaving.end()
         return out
@@ -201,50 +159,56 @@ class Streaming:
     # ------------------------------------------------------------------------------------------------ backward
 
     def backward(
-        self, block: Any, away: _Away, tables: Sequence[Tensor], grad: Tensor, wants_x: bool, sums: WeightSums
+        self,
+        block: Any,
+        away: Away,
+        attention: SpreadAttention,
+        tables: Sequence[Tensor],
+        grad: Tensor,
+        wants_x: bool,
+        sums: WeightSums,
     ) -> Tensor | None:
         """The gradient of x, if it is wanted; those of the weights are added to `sums`."""
-        arriving, num = self._arrive(away), len(away.tiles)
-        keys: list[Keys] = []
-        for tile in away.tiles:
-            (x,) = next(arriving)
-            keys.append(block.keys(x, *_cut(tables, tile)))
-        grads: list[Keys | None] = [None] * num
+        arriving, tiles = self._arrive(away), away.tiling.tiles
+        keys = attention.keys(block.keys(next(arriving)[0], *_cut(tables, tile)) for tile in tiles)
+        grads: list[Keys | None] = [None] * len(keys)
         grad_x = torch.empty_like(grad) if wants_x else None
-        for number in reversed(range(num)):
+        for number, tile in reversed(list(enumerate(tiles))):
             x, *stored = next(arriving)
-            if stored:
-                stored[0] = stored[0].transpose(1, 2)
-            tile = away.tiles[number]
-            x, here = x.detach().requires_grad_(wants_x), _cut(tables, tile)
-            attention = partial(attended, keys=keys, grads=grads, stored=stored, anchor=sums.anchor)
+            x = x.detach().requires_grad_(wants_x)
+            attend = partial(
+                attention.attended, number=number, keys=keys, grads=grads, stored=stored, anchor=sums.anchor
+            )
             with torch.enable_grad():
-                out = block.tile(x, *here, attention)
+                out = block.tile(x, *_cut(tables, tile), attend)
             found = sums.add(x, [out], [grad[:, tile]])
-            del out, stored, attention
-            with torch.enable_grad():
-                own = block.keys(x, *here)
-            keys.pop()
-            of_keys = grads.pop()
-            assert of_keys is not None
-            more = sums.add(x, own, of_keys)
             if grad_x is not None:
                 assert found is not None
-                grad_x[:, tile] = found if more is None else found + more
+                grad_x[:, tile] = found
+            del out, stored, attend, found
+        keys.clear()
+        for number, tile in enumerate(tiles):
+            x = next(arriving)[0].detach().requires_grad_(wants_x)
+            with torch.enable_grad():
+                own = block.keys(x, *_cut(tables, tile))
+            more = sums.add(x, own, attention.grads(grads, number, own))
+            if grad_x is not None and more is not None:
+                grad_x[:, tile] += more
         next(arriving, None)
         return grad_x
 
-    def _arrive(self, away: _Away) -> Iterator[list[Tensor]]:
+    def _arrive(self, away: Away) -> Iterator[list[Tensor]]:
         """On the device, until the next is asked for: x of each tile from the first to the last, then all that is
-        stored of each from the last to the first. One comes while another is used."""
-        lease, num = away.lease, len(away.tiles)
+        stored of each from the last to the first, then x again. One comes while another is used."""
+        lease = away.lease
         if lease is None or lease.slot is None:
             raise RuntimeError(
                 f"a graph is gone through once with offload.activations.mode={self.options.mode}; set it to swap to do "
                 "so again"
             )
         slot = self.pools.brought(lease.slot)
-        order = [(number, 1) for number in range(num)] + [(number, len(away.fields)) for number in reversed(range(num))]
+        forth = [(number, 1) for number in range(len(away.tiling.tiles))]
+        order = [*forth, *((number, len(away.fields)) for number, _ in reversed(forth)), *forth]
         coming: deque[tuple[Memory, Event, list[Tensor]]] = deque()
         try:
             for place, (number, num_fields) in enumerate(order):
@@ -262,11 +226,10 @@ class Streaming:
                 self.pools.give_buffer(buffer)
 
     def _fetch(
-        self, away: _Away, lease: Lease, slot: Memory, number: int, num_fields: int
+        self, away: Away, lease: Lease, slot: Memory, number: int, num_fields: int
     ) -> tuple[Memory, Event, list[Tensor]]:
-        num_tokens = away.tiles[number].stop - away.tiles[number].start
-        size_bytes = away.tile_bytes(num_tokens, num_fields)
-        buffer = self.pools.take_buffer(size_bytes, away.tile_bytes(away.tile_tokens))
+        size_bytes = away.tile_bytes(number, num_fields)
+        buffer = self.pools.take_buffer(size_bytes, away.whole_tile_bytes())
         wait(self.device, self.into, lease.left, buffer.free)
         with on(self.into):
             buffer.data[:size_bytes].copy_(away.in_slot(slot.data, number)[:size_bytes], non_blocking=True)
@@ -280,13 +243,13 @@ class Streaming:
 class _Leaving:
     """What a forward copies out, tile by tile."""
 
-    def __init__(self, streaming: Streaming, away: _Away, place: Place, x: Tensor) -> None:
+    def __init__(self, streaming: Streaming, away: Away, place: Place, x: Tensor) -> None:
         self._s, self._away, self._place, self._x = streaming, away, place, x
         self._slot: Memory | None = None
         self._flying: deque[tuple[Event, list[Tensor]]] = deque()
 
     def leave(self, number: int, *made: Tensor) -> None:
-        """made: attention's output (B, T, H, E) and log-sum-exp (B, H, T) of tile `number`."""
+        """made: attention's output (B, T', H', E) and log-sum-exp (B, H', T') of tile `number`."""
         s, away = self._s, self._away
         slot = self._slot or self._take(made)
         if not s.stores_attention:
@@ -307,22 +270,21 @@ class _Leaving:
         wait(s.device, None, self._x_left)  # who called may let go of it
         for event, made in self._flying:
             self._place.hold(event, made)
-        size_bytes = self._away.bytes(self._x.size(1))
+        size_bytes = self._away.bytes()
         lease.slot = s.pools.pass_on(self._slot, size_bytes, lease.left, self._place.number, self._place.num)
 
     def _take(self, made: Sequence[Tensor]) -> Memory:
         """The slot, once it is known what is stored; all of x goes there."""
         s, away, x, place = self._s, self._away, self._x, self._place
-        away.fields = [_Field.of(x, 1)]
+        away.fields = [Field.of(x, 1)]
         if s.stores_attention:
-            away.fields += [_Field.of(made[0], 1), _Field.of(made[1], 2)]
-        longest = away.bytes(-int(-place.growth * x.size(1) // 1))
-        slot = self._slot = s.pools.take_slot(away.bytes(x.size(1)), place.num, longest)
+            away.fields += [Field.of(made[0], 1, of_all=True), Field.of(made[1], 2, of_all=True)]
+        slot = self._slot = s.pools.take_slot(away.bytes(), place.num, away.bytes(place.growth))
         away.lease = Lease(slot, None)
         weakref.finalize(away, s.ended, away.lease).atexit = False
         wait(s.device, s.out, mark(s.device, None), slot.free)
         with on(s.out):
-            for number, tile in enumerate(away.tiles):
+            for number, tile in enumerate(away.tiling.tiles):
                 target = away.views(away.in_slot(slot.data, number), number, 1)[0]
                 target.copy_(x[:, tile].detach(), non_blocking=True)
         self._x_left = away.lease.left = mark(s.device, s.out)
@@ -335,23 +297,24 @@ class _Block(torch.autograd.Function):
         ctx: Any,
         streaming: Streaming,
         block: Any,
-        away: _Away,
+        away: Away,
+        attention: SpreadAttention,
         place: Place,
         tables: Sequence[Tensor],
         x: Tensor,
         *weights: Tensor,
     ) -> Tensor:
-        ctx.streaming, ctx.block, ctx.away, ctx.tables = streaming, block, away, tables
+        ctx.streaming, ctx.given = streaming, (block, away, attention, tables)
         ctx.save_for_backward(*weights)  # so that whoever shards them has them there in the backward
-        return streaming.forward(block, away, place, x, tables)
+        return streaming.forward(block, away, attention, place, x, tables)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
-        sums = WeightSums([p for p in ctx.block.parameters() if p.requires_grad])
-        grad_x = ctx.streaming.backward(ctx.block, ctx.away, ctx.tables, grad, ctx.needs_input_grad[5], sums)
-        return None, None, None, None, None, grad_x, *sums.totals()
+        sums = WeightSums([p for p in ctx.given[0].parameters() if p.requires_grad])
+        grad_x = ctx.streaming.backward(*ctx.given, grad, ctx.needs_input_grad[6], sums)
+        return None, None, None, None, None, None, grad_x, *sums.totals()
 
 
 def _cut(tables: Sequence[Tensor], tile: slice) -> list[Tensor]:

@@ -30,9 +30,14 @@ Keys = tuple[Tensor, Tensor]
 HALVES = (torch.bfloat16, torch.float16)
 
 
+def is_known(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there is a kernel that gives a log-sum-exp."""
+    return device.type != "cuda" or dtype in HALVES
+
+
 def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
     """ValueError where no kernel gives a log-sum-exp."""
-    if device.type == "cuda" and dtype not in HALVES:
+    if not is_known(dtype, device):
         raise ValueError(
             f"offload.activations.mode=stream in {str(dtype).removeprefix('torch.')} on a GPU, where its kernels know "
             "16 bits alone; set train.dtype=bf16, or offload.activations.mode=swap"

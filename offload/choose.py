@@ -95,7 +95,7 @@ def choose(
         raise ValueError(
             f"offload.states=auto: nothing fits into {there}: {wanted}. What helps: "
             f"offload.nvme_path, more of offload.device_bytes or offload.host_bytes, "
-            f"offload.activations=checkpoint, a smaller train.micro_batch_size, more launch.workers"
+            f"offload.activations=auto or checkpoint, a smaller train.micro_batch_size, more launch.workers"
         )
     shortest = min(found, key=lambda item: item.prediction.step_s)
     close = [item for item in found if item.prediction.step_s <= 1.01 * shortest.prediction.step_s]

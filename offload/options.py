@@ -1,6 +1,6 @@
 """What may leave GPU memory."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 ACTIVATIONS = ("keep", "swap", "input", "recompute", "auto", "checkpoint", "stream", "stream_input")
 STREAM_TOKENS = 32768
@@ -15,10 +15,10 @@ class ActivationOptions:
     mode: str = "keep"
     """What a block does with what its backward needs: ``keep`` it; ``swap`` it to host memory; swap its ``input`` alone
     and recompute all from it, attention too; ``recompute`` it from the block's input and attention's output, which
-    stay; ``auto``: swap as much as hides behind compute and fits; ``checkpoint``: PyTorch's, all is recomputed from the
-    input, which stays; ``stream``: the whole block runs over a few tokens at a time, attention too, which takes the
-    least of the device: as ``swap`` with α = 0, or ``stream_input``: as ``input``. ``offload.activations=swap`` is
-    short for this key."""
+    stay; ``auto``: swap as much as hides behind compute and fits, or else, in this order, ``input``, ``stream`` or
+    ``stream_input``; ``checkpoint``: PyTorch's, all is recomputed from the input, which stays; ``stream``: the whole
+    block runs over a few tokens at a time, attention too, which takes the least of the device: as ``swap`` with α = 0,
+    or ``stream_input``: as ``input``. ``offload.activations=swap`` is short for this key."""
     alpha: float | None = None
     """With ``swap``: the fraction of the tokens whose matrix products are swapped and not recomputed. None: chosen from
     measured times, as with ``auto``."""
@@ -104,8 +104,9 @@ class OffloadOptions:
     """Device memory for optimizer states, 12 bytes a parameter (and for weights, with ``weights=host``): the units that
     run first get it."""
     device_bytes: int | None = None
-    """Device memory that ``states=auto`` may plan with, all of it: weights, states, activations. None: 92% of what is
-    free on a GPU when the run starts; on a CPU, what is available."""
+    """Device memory that ``states=auto`` and ``activations=auto`` may plan with, all of it: weights, states,
+    activations. None: for states 92% of what is free on a GPU when the run starts, on a CPU what is available; for
+    activations what the GPU has, or this process may take of it."""
     host_bytes: int | None = None
     """Host memory for all that is kept there. With ``states=nvme`` the states that do not fit go to NVMe; else it is an
     error. None: ``states=host`` takes what it needs, ``states=nvme`` puts no states there, ``states=auto`` plans with
@@ -151,6 +152,11 @@ class OffloadOptions:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"offload.threads={self.threads}: at least 1")
 
+    def with_activations(self, activations: ActivationOptions) -> "OffloadOptions":
+        """These, with what was chosen for ``activations=auto``: what it was planned with is not read any more."""
+        planned = self.states == "auto" or activations.mode == "auto"
+        return replace(self, activations=activations, device_bytes=self.device_bytes if planned else None)
+
     def _check_auto(self) -> None:
         """ValueError for what would be ignored."""
         if self.states == "auto":
@@ -162,10 +168,10 @@ class OffloadOptions:
                     )
             if not self.predict:
                 raise ValueError("offload.predict=false: offload.states=auto chooses by what it predicts")
-        elif self.device_bytes is not None:
+        elif self.device_bytes is not None and self.activations.mode != "auto":
             raise ValueError(
-                f"offload.device_bytes={self.device_bytes} is what offload.states=auto plans with; with "
-                f"offload.states={self.states} set offload.gpu_bytes, of optimizer states on the device"
+                f"offload.device_bytes={self.device_bytes} is what offload.states=auto and offload.activations=auto "
+                f"plan with; with offload.states={self.states} set offload.gpu_bytes, of optimizer states on the device"
             )
 
     @property

@@ -12,6 +12,9 @@ Everything else is local to a token, so a model runs on its part as it is, if it
 within `SequenceParallel.attention` our attention stands in for `torch.nn.functional.scaled_dot_product_attention`. The
 mean over all tokens is the sum over ranks of the mean over a part times `share`, and so are the gradients of weights.
 
+Blocks that run by tiles attend for themselves, and share tile after tile by `to_heads` and `to_tokens`
+(`offload.attention_spread`).
+
 Source: arXiv 2309.14509 (DeepSpeed Ulysses).
 """
 
@@ -41,6 +44,7 @@ class SequenceParallel:
         self._num_tokens = 0
         self._stand_in = torch.compiler.disable(self._attend)  # one for ever, or compiled blocks are compiled again
         self._stand_in.tells = True
+        self._stand_in.spread = self  # for blocks that run by tiles, which attend for themselves
 
     @classmethod
     def of(cls, mesh: Mesh, level: str) -> "SequenceParallel":
@@ -126,21 +130,35 @@ class SequenceParallel:
             raise ValueError(
                 f"{query.size(1)} query heads, {key.size(1)} key heads: must be as many without enable_gqa"
             )
-        repeats = math.lcm(key.size(1), self.size) // key.size(1)
-        if repeats > 1:
-            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        counts = [t.size(1) // self.size for t in (query, key, value)]
-        # (B, S, P, heads, E): what goes to one rank lies side by side, so q, k and v take one collective
-        shares = [
-            t.transpose(1, 2).unflatten(2, (self.size, n)) for t, n in zip((query, key, value), counts, strict=True)
-        ]
-        whole: Tensor = _ToHeads.apply(torch.cat(shares, dim=3), lengths, self.group)  # type: ignore[no-untyped-call]
-        q, k, v = (t.transpose(1, 2) for t in whole.split(counts, dim=2))
+        whole = self.to_heads((query, key, value), lengths)
+        q, k, v = (t.transpose(1, 2) for t in whole)
         # whoever stores activations stores what the kernel makes; what is sent to make its inputs is sent again
-        out = told(kernel, q, k, v, is_causal=is_causal, scale=scale, enable_gqa=counts[0] != counts[1])
-        back: Tensor = _ToTokens.apply(  # type: ignore[no-untyped-call]
-            out.transpose(1, 2), lengths, self.group, self.rank
-        )
+        out = told(kernel, q, k, v, is_causal=is_causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
+        return self.to_tokens(out.transpose(1, 2), lengths)
+
+    # `offload.attention_spread.Spread`, for blocks that run by tiles
+
+    def tokens(self) -> list[int]:
+        """Of each rank, within `attention`."""
+        return self.lengths(self._num_tokens)
+
+    def to_heads(self, tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """From (B, heads, S, E) each, S this rank's of `lengths`, to (B, all S, this rank's heads, E): one collective.
+        Heads that the ranks do not divide are repeated."""
+        counts, shares = [], []
+        for tensor in tensors:
+            repeats = math.lcm(tensor.size(1), self.size) // tensor.size(1)
+            if repeats > 1:
+                tensor = tensor.repeat_interleave(repeats, dim=1)
+            counts.append(tensor.size(1) // self.size)
+            # (B, S, P, heads, E): what goes to one rank lies side by side
+            shares.append(tensor.transpose(1, 2).unflatten(2, (self.size, counts[-1])))
+        whole: Tensor = _ToHeads.apply(torch.cat(shares, dim=3), list(lengths), self.group)  # type: ignore[no-untyped-call]
+        return list(whole.split(counts, dim=2))
+
+    def to_tokens(self, whole: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Back from (B, all S, this rank's heads, E) to (B, heads, S, E)."""
+        back: Tensor = _ToTokens.apply(whole, list(lengths), self.group, self.rank)  # type: ignore[no-untyped-call]
         return back.flatten(2, 3).transpose(1, 2)
 
     def _check(

@@ -156,12 +156,18 @@ def open_snapshots(
     return Snapshots(roster, job.checkpoint, ranks, say)
 
 
+def everyone(mine: Any, where: Rank) -> list[Any]:
+    """What each rank has, in their order. Collective."""
+    if where.world == 1:
+        return [mine]
+    found: list[Any] = [None] * where.world
+    dist.all_gather_object(found, mine)
+    return found
+
+
 def check_same_data(corpus: Corpus, where: Rank) -> None:
     """ValueError where this rank's tokens are not those of rank 0: other files, or another interpreter's library."""
-    if where.world == 1:
-        return
-    fingerprints: list[str] = [""] * where.world
-    dist.all_gather_object(fingerprints, corpus.fingerprint)
+    fingerprints = everyone(corpus.fingerprint, where)
     if corpus.fingerprint != fingerprints[0]:
         raise ValueError(
             f"the data on rank {where.rank} is not that of rank 0: give every node the same files (data.paths) and, "

@@ -24,7 +24,7 @@ from offload.options import ActivationOptions
 from offload.plan import Recorder, load_bytes
 from parallel.cut import move_without_memory
 from trainer.job import Job
-from trainer.models import build_model
+from trainer.models import LanguageModel, build_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Footprint:
     head_bytes: int
     """The most that the head and its loss hold."""
     stream_bytes: int | None = None
-    """The most that a block holds that runs by tiles; None for a model whose blocks cannot."""
+    """The most that a block holds that runs by tiles, or the head beside it; None for a model whose blocks cannot."""
 
     def cost(self, forward_s: float) -> BlockCost:
         return BlockCost(
@@ -72,7 +72,7 @@ class Footprint:
         """
         n, least = self.num_blocks, self.input_bytes + self.attention_bytes
         if options.streams and self.stream_bytes is not None:
-            return max(self.stream_bytes, self.head_bytes)
+            return self.stream_bytes
         running = max(self.work_bytes + self.kept_bytes, self.head_bytes)
         if options.mode == "keep":
             return n * self.kept_bytes + max(self.work_bytes, self.head_bytes)
@@ -104,7 +104,8 @@ def footprint(job: Job, *, vocab_size: int, micro_batch_size: int, num_tokens: i
     model = build_model(job.model, vocab_size=vocab_size, seq_len=num_tokens, dtype=dtype, device=cpu)
     move_without_memory(model, dtype, cpu)
     options = job.offload.activations
-    model.run_by_tiles(options)
+    if not options.streams or model.tiles():
+        model.run_by_tiles(replace(options, mode="keep", alpha=None))
     blocks = model.blocks()
     fake = FakeTensorMode()
     _pretend(model, fake)
@@ -112,10 +113,16 @@ def footprint(job: Job, *, vocab_size: int, micro_batch_size: int, num_tokens: i
         tokens = torch.zeros(micro_batch_size, num_tokens, dtype=torch.int64)
         args, kwargs = _arguments(model, blocks[0], tokens)
         sizes = _block(blocks[0], args, kwargs)
-        keys_bytes = sizes.pop("keys_bytes")
+        keys_bytes = sizes.pop("keys_bytes") * _repeats(job, model)
+        head, x = model.units()[-1], args[0]
+        sizes["head_bytes"] = _head(head, x, tokens)
         if can_stream(blocks[0]):
-            sizes["stream_bytes"] = _stream(blocks[0], args, options.stream_tokens // micro_batch_size, keys_bytes)
-        return Footprint(num_blocks=len(blocks), head_bytes=_head(model.units()[-1], args[0], tokens), **sizes)
+            most = _stream(blocks[0], args, options.stream_tokens // micro_batch_size, keys_bytes)
+            if sizes["head_bytes"] > most:  # less where its norm runs by tiles, too
+                model.run_by_tiles(replace(options, mode="stream", alpha=None))
+                most = max(most, _head(head, x, tokens))
+            sizes["stream_bytes"] = most
+        return Footprint(num_blocks=len(blocks), **sizes)
 
 
 def _stream(block: nn.Module, args: tuple[Any, ...], tile_tokens: int, keys_bytes: int) -> int:
@@ -128,6 +135,12 @@ def _stream(block: nn.Module, args: tuple[Any, ...], tile_tokens: int, keys_byte
     moving = 2 * (part["input_bytes"] + part["attention_bytes"])
     grads_bytes = keys_bytes * 4 // x.itemsize
     return int(2 * whole + keys_bytes + grads_bytes + part["kept_bytes"] + part["work_bytes"] + moving)
+
+
+def _repeats(job: Job, model: LanguageModel) -> int:
+    """How many times keys and values are there where ranks share sequences that their heads do not divide among."""
+    num_kv_heads = model.num_heads[1]
+    return math.lcm(num_kv_heads, job.parallel.sequence_ranks) // num_kv_heads
 
 
 def _pretend(model: nn.Module, fake: FakeTensorMode) -> None:

@@ -31,7 +31,7 @@ from parallel.planning.cost import memory
 from parallel.planning.traffic import Traffic
 from parallel.planning.workload import UnitCost
 from parallel.transport import Transport
-from trainer.build import Rank, mesh_of
+from trainer.build import Rank, everyone, mesh_of
 from trainer.changes import as_plain
 from trainer.job import Job
 from trainer.loggers import replace_file
@@ -113,12 +113,21 @@ def wear(bytes_per_s: float, options: OffloadOptions, *, world: int) -> str:
 
 
 def settle(
-    job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, folder: Path, say: Callable[[str], None]
+    job: Job,
+    model: LanguageModel,
+    where: Rank,
+    dtype: torch.dtype,
+    folder: Path,
+    say: Callable[[str], None],
+    *,
+    activation_bytes: int | None = None,
 ) -> tuple[Job, Forecast | None]:
     """The job with a tier in the place of ``offload.states=auto``, and its forecast; None where nothing is predicted.
     Collective.
 
-    model: on ``meta``. ValueError where ``auto`` finds nothing that fits, or cannot tell.
+    model: on ``meta``. activation_bytes: what activations take of the device, where it is counted: what is measured
+    knows it of blocks that keep or recompute, but not of those that swap.
+    ValueError where ``auto`` finds nothing that fits, or cannot tell.
     """
     options = job.offload
     if not options.away or not options.predict:
@@ -132,12 +141,12 @@ def settle(
         raise ValueError(f"offload.states=auto: {cannot}; choose offload=host or nvme")
     if cannot:
         return job, None
-    plan = _Reckoning(job, model, where, dtype)
+    plan = _Reckoning(job, model, where, dtype, activation_bytes)
     key = _key(job, where, dtype)
     known = _agreed(_load(folder / FILE, key) if where.rank == 0 else None, where)
     if known is None:
         found = plan.measure()
-        profiles = _everyone(found, where)
+        profiles = everyone(found, where)
         if failed := next((text for text in profiles if isinstance(text, str)), None):
             if needed:
                 raise ValueError(f"offload.states=auto: this machine could not be measured: {failed}")
@@ -163,12 +172,15 @@ def settle(
 class _Reckoning:
     """One rank's part of a job as the cost model sees it."""
 
-    def __init__(self, job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype) -> None:
+    def __init__(
+        self, job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, activation_bytes: int | None
+    ) -> None:
         self._job, self._where, self._dtype, self._vocab_size = job, where, dtype, model.vocab_size
         mesh = mesh_of(job, where)
         placement = Placement.of(job.parallel, mesh.num_levels)
         transport = Transport.of(job.parallel, mesh, placement)
-        self.work = workload_of(job, model, where.world, compute_bytes=dtype.itemsize)
+        work = workload_of(job, model, where.world, compute_bytes=dtype.itemsize)
+        self.work = replace(work, activation_bytes=activation_bytes)
         gloo = where.device.type == "cpu"
         self._traffic = Traffic(self.work, mesh, placement, transport, gloo=gloo)
         blocks = set(model.blocks())
@@ -218,7 +230,9 @@ class _Reckoning:
     def choose(self, profile: Profile) -> Chosen:
         sizes = memory(self.work, self._traffic)
         kept = sizes["activations"]
-        if profile.probed.block_bytes is not None and profile.probed.rest_bytes is not None:
+        measured = profile.probed.block_bytes is not None and profile.probed.rest_bytes is not None
+        if measured and self.work.activation_bytes is None:
+            assert profile.probed.rest_bytes is not None and profile.probed.block_bytes is not None
             kept = profile.probed.rest_bytes + self._num_blocks * profile.probed.block_bytes
         return choose(
             self._layers(self._times(profile.probed)), self._job.offload, profile.rates, profile.room,
@@ -275,14 +289,6 @@ def _slowest(profiles: list[Profile]) -> Profile:
         rates=replace(worst([profile.rates for profile in profiles], min), shared=profiles[0].rates.shared),
         room=worst([profile.room for profile in profiles], min),
     )
-
-
-def _everyone(mine: "Profile | str", where: Rank) -> list[Any]:
-    if where.world == 1:
-        return [mine]
-    found: list[Any] = [None] * where.world
-    dist.all_gather_object(found, mine)
-    return found
 
 
 def _agreed(known: "tuple[Profile, OffloadOptions] | None", where: Rank) -> "tuple[Profile, OffloadOptions] | None":

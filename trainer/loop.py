@@ -28,7 +28,7 @@ from checkpoint.snapshot_reader import SnapshotReader
 from checkpoint.snapshots import NoSnapshots, Snapshots
 from offload.device import DeviceReader, peak_flops
 from parallel.options import ParallelOptions
-from trainer import trial
+from trainer import fit_activations, trial
 from trainer.build import Rank, build_engine, check_same_data, choose_dtype, compiles, open_snapshots, share_sequences
 from trainer.data import open_corpus
 from trainer.determinism import deterministic
@@ -228,7 +228,8 @@ class Trainer:
         self._flops_per_token = model.flops_per_token(job.train.seq_len)
         self._peak_flops = peak_flops(where.device, dtype)
         self.sequence = share_sequences(job, model, where)
-        job, self.forecast = settle(job, model, where, dtype, self.run.path, self._tell)
+        job, counted = fit_activations.settle(job, model, where, dtype, self._tell)
+        job, self.forecast = settle(job, model, where, dtype, self.run.path, self._tell, activation_bytes=counted)
         self.job = job
         self.engine = build_engine(job, model, where, dtype, self._tell)
         cleanup.callback(self.engine.close)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from offload.attention_tiles import is_known
 from offload.options import ActivationOptions
 from parallel.engine import Engine
 from trainer.build import Rank, choose_dtype
@@ -58,7 +59,7 @@ def report(job: Job, where: Rank, engine: Engine, vocab_size: int, step: int, er
 
     lines = [f"out of memory on rank {where.rank} in step {step}: {error.split('. GPU')[0].splitlines()[0]}"]
     try:
-        smaller = _smaller(job, micro, held, sizes)
+        smaller = _smaller(job, micro, held, sizes, streams=is_known(dtype, device))
         estimate = sizes(job.offload.activations, micro).device_bytes(job.offload.activations)
     except Exception as unknown:  # a model that fake tensors do not run: the owners are worth telling all the same
         log.warning("no estimate of what would fit: %s: %s", type(unknown).__name__, unknown)
@@ -81,13 +82,18 @@ def report(job: Job, where: Rank, engine: Engine, vocab_size: int, step: int, er
 
 
 def _smaller(
-    job: Job, micro: int, held: dict[str, int], sizes: Callable[[ActivationOptions, int], Footprint]
+    job: Job,
+    micro: int,
+    held: dict[str, int],
+    sizes: Callable[[ActivationOptions, int], Footprint],
+    *,
+    streams: bool,
 ) -> dict[str, int]:
-    """Overrides that would take less, and how many bytes."""
+    """Overrides that would take less, and how many bytes. streams: whether kernels know the dtype of tiles."""
     options, offload = job.offload.activations, job.offload
     own = sizes(options, micro)
     now, saved = own.device_bytes(options), {}
-    for text, other in alternatives(options, streams=own.stream_bytes is not None).items():
+    for text, other in alternatives(options, streams=streams and own.stream_bytes is not None).items():
         saved[text] = now - own.device_bytes(other)
     if micro > 1:
         half = sizes(options, micro // 2)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload.options import ActivationOptions, OffloadOptions
+from offload.options import OffloadOptions
 from parallel.options import OptimizerOptions, ParallelOptions
 from trainer.build import Rank, build_engine
 from trainer.job import Job
@@ -43,12 +43,27 @@ class Probed:
 def probe(job: Job, *, micro_batch_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Probed:
     """Run micro-batches through the job's model cut to two blocks, and on a GPU to one.
 
-    ValueError for a model that cannot be cut; torch.OutOfMemoryError where not even that fits.
+    With weights on the device, whose embedding and head may be large; where that does not fit and the job's states are
+    away, with weights that come from host memory, which takes what the job takes at the least. ValueError for a model
+    that cannot be cut; torch.OutOfMemoryError where not even that fits.
     """
+    try:
+        return _probe(job, OffloadOptions(), micro_batch_size, vocab_size, dtype, device)
+    except torch.OutOfMemoryError:
+        if not job.offload.away:
+            raise
+    release(device)  # not before: the error held what was in use
+    away = OffloadOptions(states="host", weights="host", threads=job.offload.threads)
+    return _probe(job, away, micro_batch_size, vocab_size, dtype, device)
+
+
+def _probe(
+    job: Job, offload: OffloadOptions, micro_batch_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> Probed:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        times, two = _run(job, 2, micro_batch_size, vocab_size, dtype, device)
-        one = _run(job, 1, micro_batch_size, vocab_size, dtype, device)[1] if devices else two
+        times, two = _run(job, offload, 2, micro_batch_size, vocab_size, dtype, device)
+        one = _run(job, offload, 1, micro_batch_size, vocab_size, dtype, device)[1] if devices else two
     block_bytes = max(0.0, two.kept - one.kept)
     return Probed(
         block_forward_s=times.block_forward_s,
@@ -92,21 +107,25 @@ _UNSWAPPED = {"swap": "recompute", "auto": "recompute", "input": "checkpoint"}
 
 
 def _run(
-    job: Job, num_blocks: int, micro_batch_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+    job: Job,
+    offload: OffloadOptions,
+    num_blocks: int,
+    micro_batch_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[_Times, _Bytes]:
-    """Seconds of the whole and of its last block, and what they take."""
+    """Seconds of the whole and of its last block, and what they take. offload: of weights and states."""
     activations = job.offload.activations
-    if activations.streams:  # what does not fit otherwise: host memory holds that of a few blocks
-        activations = replace(activations, host_bytes=None)
-    else:
-        activations = ActivationOptions(mode=_UNSWAPPED.get(activations.mode, activations.mode))
+    mode = _UNSWAPPED.get(activations.mode, activations.mode)
+    activations = replace(activations, mode=mode, alpha=None, host_bytes=None)  # host memory holds that of a few blocks
     alone = replace(
         job,
         model=cut(job.model, num_blocks),
-        optimizer=OptimizerOptions(name="sgd", momentum=0.0),
+        optimizer=OptimizerOptions() if offload.away else OptimizerOptions(name="sgd", momentum=0.0),
         parallel=ParallelOptions(),
         # which blocks swap how much depends on how many there are
-        offload=OffloadOptions(activations=activations),
+        offload=replace(offload, activations=activations),
     )
     seq_len = job.train.seq_len
     model = build_model(alone.model, vocab_size=vocab_size, seq_len=seq_len, dtype=dtype, device=device)
@@ -188,7 +207,7 @@ class _Watch:
         """Of the micro-batch that was stopped. held: what the engine has; its buffers come and go with units."""
         if not self._cuda:
             return _Bytes(kept=0, peak=0)
-        own = sum(size for name, size in held.items() if name != "buffers")
+        own = sum(size for name, size in held.items() if name not in ("buffers", "host", "nvme"))
         return _Bytes(kept=self._kept - own, peak=torch.cuda.max_memory_allocated(self._device) - own)
 
     def _forward_ends(self) -> None:

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_module
 from launch.config import Config, register, to_config
 from launch.plan import Planned, named_machine, plan, settle, show
 from parallel.planning.cost import KINDS
-from parallel.planning.machine import PRESETS
+from parallel.planning.machine import PRESETS, Machine
 
 
 def composed(*overrides: str) -> Config:
@@ -163,6 +163,43 @@ def test_activation_tiers_and_the_alpha_that_would_be_chosen() -> None:
     assert "GB leave at 50 GB/s" in text and "offload.activations=checkpoint" in text
 
 
+LONG = ("experiment=longcontext", "model=1b", "train.seq_len=131072")
+
+
+def roomy(name: str) -> Machine:
+    """With memory for whatever host memory asks of the device."""
+    return replace(PRESETS[name], memory={"gpu": 2e11, "host": 256e9})
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen"),
+    [
+        ((80, 200), r"α = [\d.]+"),
+        ((18.5, 200), "input"),
+        ((17, 200), "stream"),
+        ((17, 10), "stream_input"),
+    ],
+)
+def test_auto_is_planned_by_tiles_where_nothing_else_fits(asked: tuple[float, float], chosen: str) -> None:
+    """1b, 131,072 tokens, by GB of the device and of host memory: it takes 15 GiB at the least, inputs alone 14."""
+    device, host = (int(1e9 * size) for size in asked)
+    limits = f"offload.device_bytes={device}", f"offload.activations.host_bytes={host}"
+    planned = plan(composed(*LONG, *limits), PRESETS["single"])
+    assert planned.activations is not None
+    marked, why = activation_rows(planned)[-2:]
+    assert re.match(rf"\* offload.activations=auto \({chosen}\) ", marked), marked
+    tiled = chosen.startswith("stream")
+    assert planned.activations.settled.streams == tiled == ("tiles of 32768 tokens" in why)
+    assert planned.away is not None and planned.away.fits
+
+
+def test_auto_says_why_it_does_not_run_by_tiles() -> None:
+    planned = plan(composed(*LONG, "offload.device_bytes=17000000000", "train.dtype=fp32"), PRESETS["single"])
+    assert (
+        "cannot run by tiles: " in activation_rows(planned)[-1] and "train.dtype=bf16" in activation_rows(planned)[-1]
+    )
+
+
 def test_a_chosen_alpha_follows_the_machine() -> None:
     config = composed("experiment=longcontext", "train.seq_len=32768", "offload.activations.tile_tokens=null")
     rate, alphas = PRESETS["dgx-h100"], []
@@ -191,7 +228,7 @@ def test_auto_is_planned_with_what_host_memory_holds() -> None:
     again = []
     for host_bytes, said in ((10**12, "auto (α = "), (7 * 10**9, "auto (input)"), (3 * 10**9, "auto (input)")):
         asked = ("offload.activations.mode=auto", f"offload.activations.host_bytes={host_bytes}")
-        planned = plan(composed(*BIG, "parallel=hfsdp", *asked), PRESETS["dgx-h100"])
+        planned = plan(composed(*BIG, "parallel=hfsdp", *asked), roomy("dgx-h100"))
         text = "\n".join(activation_rows(planned))
         assert said in text and ("blocks: they are recomputed" in text) == (host_bytes < 5e9), text
         again.append(max(unit.recompute for unit in planned.work.units))
@@ -204,7 +241,7 @@ def test_drives_behind_host_memory_are_planned_where_they_hide() -> None:
     for num_tokens, host_bytes in ((2**20, 88 * 10**9), (2**15, 2 * 10**9)):
         asked = ("experiment=longcontext", "model=1b", f"train.seq_len={num_tokens}", "offload.nvme_tbw=600",
                  "offload.activations.keep_last=0", f"offload.activations.host_bytes={host_bytes}")  # fmt: skip
-        planned = plan(composed(*asked, "offload.nvme_path=[/drive]"), PRESETS["single"])
+        planned = plan(composed(*asked, "offload.nvme_path=[/drive]"), roomy("single"))
         marked = next(line for line in activation_rows(planned) if line.startswith("*"))
         chosen.append(re.sub(" +", " ", marked))
         said = ("go on to NVMe at 2.3 GB/s" in activation_rows(planned)[-1], "TB a day" in show(planned))

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from offload.activations import Activations
 from offload.activations_slots import Drives
+from offload.attention_spread import Tiling
 from offload.options import ActivationOptions
 from offload.plan import Recorder, load_bytes
 from parallel.sequence import SequenceParallel
@@ -173,13 +174,31 @@ def test_a_graph_is_gone_through_once() -> None:
     stream.close()
 
 
-def test_sequences_over_ranks_are_refused() -> None:
-    """Where nothing has checked the job, too: attention of a rank's own tokens would be another model."""
+@pytest.mark.parametrize("asked", [1, 2, 3, 4, 5, 8, 100])
+@pytest.mark.parametrize("lengths", [(1,), (9,), (1, 1), (2, 1), (3, 2), (4, 3, 3), (8, 7), (17, 16), (5, 5, 4, 4)])
+def test_all_ranks_have_as_many_tiles(lengths: tuple[int, ...], asked: int) -> None:
+    """Else one would wait for what another does not send. All tokens are there once, in tiles of the size asked for
+    where that is possible."""
+    each = [Tiling.of(lengths, rank, asked) for rank in range(len(lengths))]
+    assert len({len(tiling.tiles) for tiling in each}) == 1 == len({tiling.tile_tokens for tiling in each})
+    assert len(set(lengths)) > 1 or each[0].tile_tokens == min(asked, lengths[0])
+    places = []
+    for tiling, length in zip(each, lengths, strict=True):
+        assert [token for tile in tiling.tiles for token in range(length)[tile]] == list(range(length))
+        assert all(tile.stop - tile.start == tiling.tile_tokens for tile in tiling.tiles[:-1])
+        for number, tile in enumerate(tiling.tiles):
+            assert tiling.sizes(number)[tiling.rank] == tile.stop - tile.start > 0
+            places.append(tiling.place(tiling.rank, number))
+    assert places == list(range(len(places)))
+
+
+def test_another_part_of_a_sequence_over_ranks_is_refused() -> None:
+    """As attention does that is not by tiles: of other tokens it would be another model."""
     model = llama()
     stream = streaming(model, 26)
     sequence = SequenceParallel(None)
     sequence.size = 2
-    with sequence.attention(2 * SEQ), pytest.raises(ValueError, match="parallel.sequence with"):
+    with sequence.attention(3 * SEQ), pytest.raises(ValueError, match="rank 0 has 45 tokens of a sequence over ranks"):
         model(*batch())
     stream.close()
 

@@ -7,7 +7,7 @@ import torch
 
 from offload.choose import HEADROOM, Room, choose, device_bytes
 from offload.cost import Layer, Rates
-from offload.options import OffloadOptions
+from offload.options import ActivationOptions, OffloadOptions
 from offload.placing import Part, place
 from offload.shard import host_bytes
 
@@ -86,5 +86,10 @@ def test_accumulated_gradients_are_kept_in_fp32() -> None:
 def test_auto_refuses_what_it_would_ignore(ignored: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"offload\.\w+=.*offload\.states=auto"):
         OffloadOptions(states="auto", **ignored)
-    with pytest.raises(ValueError, match="offload.device_bytes=5 is what offload.states=auto plans with"):
+    with pytest.raises(
+        ValueError, match="offload.device_bytes=5 is what offload.states=auto and offload.activations=auto"
+    ):
         OffloadOptions(states="host", device_bytes=5)
+    auto = OffloadOptions(states="host", device_bytes=5, activations=ActivationOptions(mode="auto"))
+    assert auto.with_activations(ActivationOptions(mode="stream")).device_bytes is None
+    assert auto.with_activations(auto.activations) == auto

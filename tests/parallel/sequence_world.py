@@ -3,7 +3,7 @@ prints the largest relative difference of loss and gradients, case by case.
 
     python sequence_world.py WORLD < cases.json
 
-A case: {"heads": 8, "kv": 2, "tokens": 37, "batch": 2, "activations": null or [mode, alpha]}
+A case: {"heads": 8, "kv": 2, "tokens": 37, "batch": 2, "activations": null or [mode, alpha, or tokens of a tile]}
 """
 
 import json
@@ -60,18 +60,23 @@ def difference(case: dict) -> float:
     activations = nullcontext()
     if case.get("activations"):
         mode, alpha = case["activations"]
-        activations = Activations(ActivationOptions(mode=mode, alpha=alpha, keep_last=1), CPU, poison=True)
+        options = {"tile_tokens": alpha} if mode.startswith("stream") else {"alpha": alpha}
+        activations = Activations(ActivationOptions(mode=mode, keep_last=1, **options), CPU, poison=True)
         activations.wrap(model.blocks())
     part = sequence.part(case["tokens"])
     with sequence.attention(case["tokens"]):
         found = loss_and_gradients(model, rows, part)
     assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"
     if isinstance(activations, Activations) and alpha != 1:
-        # of two blocks the input, and of all tokens what this rank's heads make: not q, k and v, which are sent again
-        numel = 48 * (part.stop - part.start)
-        if mode == "swap":
-            numel += case["tokens"] * case["heads"] // sequence.size * (8 + 1)
-        assert activations.pools.size_bytes()["host"] <= 2 * (8 * case["batch"] * numel + 3 * 512) + 4096
+        # of two blocks (by tiles of all three) the input, and of all tokens what this rank's heads make: not q, k and
+        # v, which are sent again
+        longest = -(-case["tokens"] // sequence.size)
+        numel, blocks, tiles = 48 * longest, 2, 1
+        if mode.startswith("stream"):
+            blocks, tiles = 3, -(-longest // min(longest, max(2, alpha // case["batch"] - 1)))
+        if mode in ("swap", "stream"):
+            numel += longest * case["heads"] * (8 + 1)
+        assert activations.pools.size_bytes()["host"] <= blocks * (8 * case["batch"] * numel + 3 * 512 * tiles + 4096)
     for tensor in found:
         dist.all_reduce(tensor)
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))

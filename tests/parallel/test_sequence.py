@@ -9,11 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
+from offload.activations import Activations
+from offload.options import ActivationOptions
 from parallel import Mesh
 from parallel.sequence import SequenceParallel
+from tests.offload.leaving import llama_of
+from tests.offload.test_activations import one_thread
+from trainer.options import LlamaOptions
 
+__all__ = ["one_thread"]
 ROOT = Path(__file__).parents[2]
 CASES = {
     "even": {"heads": 8, "kv": 8, "tokens": 32, "batch": 1},
@@ -23,6 +30,18 @@ CASES = {
     "activations swapped": {"heads": 8, "kv": 2, "tokens": 37, "batch": 2, "activations": ["swap", 1.0]},
     "products recomputed": {"heads": 8, "kv": 2, "tokens": 37, "batch": 2, "activations": ["swap", 0.0]},
     "inputs alone swapped": {"heads": 8, "kv": 2, "tokens": 37, "batch": 2, "activations": ["input", None]},
+    "by tiles": {"heads": 8, "kv": 2, "tokens": 37, "batch": 2, "activations": ["stream", 9]},
+    "by tiles, inputs alone": {"heads": 8, "kv": 8, "tokens": 37, "batch": 1, "activations": ["stream_input", 5]},
+    "by tiles, fewer key-value heads": {"heads": 8, "kv": 1, "tokens": 30, "batch": 3, "activations": ["stream", 8]},
+    "by tiles, key-value heads repeated": {
+        "heads": 12,
+        "kv": 6,
+        "tokens": 33,
+        "batch": 1,
+        "activations": ["stream_input", 4],
+    },
+    "by tiles of a token": {"heads": 8, "kv": 4, "tokens": 31, "batch": 1, "activations": ["stream", 1]},
+    "by one tile": {"heads": 8, "kv": 4, "tokens": 33, "batch": 2, "activations": ["stream", 64]},
     "heads that ranks do not divide": {"heads": 5, "kv": 5, "tokens": 16, "batch": 1},
     "fewer tokens than ranks": {"heads": 8, "kv": 8, "tokens": 1, "batch": 1},
 }
@@ -45,7 +64,7 @@ def answers(world: int) -> dict[str, float | str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", list(CASES)[:7])
+@pytest.mark.parametrize("case", list(CASES)[:13])
 def test_loss_and_gradients_are_those_of_one_rank(world: int, case: str) -> None:
     difference = answers(world)[case]
     assert isinstance(difference, float), difference
@@ -95,3 +114,43 @@ def test_what_attention_over_ranks_cannot_do_is_refused(options: dict, message: 
     q = torch.randn(1, 4, 4, 8)
     with pytest.raises(ValueError, match=message):
         sequence.attend(q, q, q, 8 if options else 10, F.scaled_dot_product_attention, **options)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("mode", ["stream", "stream_input"])
+def test_tiles_of_a_rank_that_talks_to_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, device: str
+) -> None:
+    """All that is sent is really sent, on NCCL's stream, while what left and came back is poisoned: the gradients of a
+    rank that is alone. Of each of 4 tiles 3 times in a block's forward, and 6 in its backward."""
+    sent: list[int] = []
+    send = dist.all_to_all_single
+    where, cuda = torch.device(device), device == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float64
+    length, head_dim = (600, 64) if cuda else (60, 8)
+    options = LlamaOptions(dim=64, ffn_dim=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=head_dim)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1
+    )
+    try:
+        sequence, found = SequenceParallel(dist.group.WORLD), []
+        for shared in (False, True):
+            model = llama_of(options, vocab_size=64, seq_len=length, dtype=dtype, device=where)
+            stream = Activations(ActivationOptions(mode=mode, tile_tokens=2 * length // 4), where, poison=True)
+            stream.wrap(model.blocks())
+            if shared:
+                monkeypatch.setattr(sequence, "_num_tokens", length)
+                monkeypatch.setattr(F, "scaled_dot_product_attention", sequence._stand_in)
+                monkeypatch.setattr(dist, "all_to_all_single", lambda *a, **k: (sent.append(1), send(*a, **k))[1])
+            rows = torch.randint(64, (2, length + 1), generator=torch.Generator().manual_seed(1)).to(where)
+            for _ in range(3):
+                model.zero_grad()
+                model(rows[:, :-1], rows[:, 1:]).backward()
+            found.append([p.grad.float() for p in model.parameters()])
+            stream.close()
+    finally:
+        dist.destroy_process_group()
+    assert len(sent) == 3 * options.num_layers * 4 * (3 + 6)
+    for one, alone in zip(*found, strict=True):
+        assert float((one - alone).norm() / alone.norm()) < (0.02 if cuda else 1e-6)

@@ -1,4 +1,7 @@
-"""Two processes share sequences of uneven parts, activations kept and leaving; prints name and losses as JSON lines."""
+"""Two processes share sequences of uneven parts, activations kept and leaving; prints name and losses as JSON lines.
+
+With ``auto`` one of them has so little of a device that it takes tiles, and so does the other.
+"""
 
 import json
 import tempfile
@@ -19,24 +22,30 @@ LEAVING: dict[str, dict[str, Any]] = {
     "keep": {},
     "swap 1": {"mode": "swap", "alpha": 1.0, "keep_last": 0},
     "swap 0": {"mode": "swap", "alpha": 0.0, "keep_last": 1},
+    "stream": {"mode": "stream", "tile_tokens": 12},
+    "stream_input": {"mode": "stream_input", "tile_tokens": 12},
+    "auto": {"mode": "auto", "tile_tokens": 12},
 }
 
 
-def losses(root: str, name: str, world: int, **act: Any) -> list[float]:
+def losses(root: str, name: str, world: int, device_bytes: int | None = None, **act: Any) -> list[float]:
+    """Of the steps, and of the validations before and after them."""
     job = Job(
         model=LlamaOptions(dim=64, ffn_dim=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16),
-        data=DataOptions(source="text", paths=[f"{root}/text.txt"], valid_fraction=0, cache_dir=f"{root}/cache"),
+        data=DataOptions(
+            source="text", paths=[f"{root}/text.txt"], valid_paths=[f"{root}/valid.txt"], cache_dir=f"{root}/cache"
+        ),
         train=TrainOptions(
-            steps=3, seq_len=31, global_batch_size=2, micro_batch_size=2, eval_sequences=0, sample_tokens=0
+            steps=3, seq_len=31, global_batch_size=4, micro_batch_size=2, eval_sequences=3, sample_tokens=0
         ),
         parallel=ParallelOptions(levels={"gpu": world}, sequence="gpu" if world > 1 else ""),
-        offload=OffloadOptions(activations=ActivationOptions(**act)),
+        offload=OffloadOptions(activations=ActivationOptions(**act), device_bytes=device_bytes),
         logger=LoggerOptions(tensorboard=False, plot=False),
         run=RunOptions(root=root, name=name),
     )
     events: list[dict[str, Any]] = []
     Trainer(job, emit=events.append).train()
-    return [event["loss"] for event in events if event["type"] == "step"]
+    return [event.get("loss", event.get("valid_loss")) for event in events if event["type"] in ("step", "eval")]
 
 
 def run(rank: int, world: int, root: str) -> None:
@@ -44,7 +53,8 @@ def run(rank: int, world: int, root: str) -> None:
     limit = timedelta(seconds=90)
     dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=world, timeout=limit)
     for name, options in LEAVING.items():
-        found = losses(root, name, world, **options)
+        little = {"device_bytes": 1_000_000 if rank else 2**40} if name == "auto" else {}
+        found = losses(root, name, world, **little, **options)
         if rank == 0:
             print(json.dumps([name, found]), flush=True)
     dist.destroy_process_group()
@@ -54,6 +64,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as root:
         text = "".join(f"{number} squared is {number * number}.\n" for number in range(3000))
         Path(root, "text.txt").write_text(text)
+        Path(root, "valid.txt").write_text(text[::-1])
         torch.set_num_threads(1)
         print(json.dumps(["alone", losses(root, "alone", 1)]), flush=True)
         torch.multiprocessing.spawn(run, (2, root), nprocs=2)
