@@ -58,6 +58,8 @@ class Making:
     thread: threading.Thread | None = None
     ended: bool = False
     """This node has prepared it, or cannot; what became of it may not be decided."""
+    problem: str = ""
+    """Why this node cannot."""
 
     @property
     def step(self) -> int:
@@ -194,7 +196,7 @@ class Generation:
             self._hang_up(self._wires)  # answers may be on their way that nobody waits for
         with self._changed:
             self._users -= 1
-            making.ended = True
+            making.ended, making.problem = True, problem
             self._changed.notify_all()
         if self._closed:
             return
@@ -356,12 +358,15 @@ class Generation:
         assert making.draft is not None
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or self._making is not making or None not in making.headers, PATIENCE_S
+                lambda: self._closed or self._making is not making or self._verdict() or None not in making.headers,
+                PATIENCE_S,
             )
             self._expect(making.version)
             headers = [header for header in making.headers if header is not None]
             if len(headers) < self.layout.n:
-                raise GivenUp(f"only {len(headers)} of {self.layout.n} fragments came within {PATIENCE_S:g} s")
+                raise GivenUp(
+                    self._verdict() or f"only {len(headers)} of {self.layout.n} fragments came within {PATIENCE_S:g} s"
+                )
             making.draft.commit(
                 dump_meta(self.plan, self.label, headers), self.layout.data_bytes + self.layout.parity_bytes
             )
@@ -487,20 +492,22 @@ class Generation:
                 lambda: (
                     self._closed
                     or self._making.version > version
-                    or (self._making.version == version and (ready(self._making) or self._is_deserted()))
+                    or (self._making.version == version and (ready(self._making) or self._why_never()))
                 ),
                 PATIENCE_S,
             )
             making = self._expect(version)
-            if not ready(making) and self._is_deserted():
-                raise GivenUp(f"a rank of node {self.label} ended before it had written version {version}")
+            if not ready(making) and (why := self._why_never()):
+                raise GivenUp(why)
             if not ready(making):
                 raise GivenUp(f"node {self.label} has not written version {version} within {PATIENCE_S:g} s")
             return making
 
-    def _is_deserted(self) -> bool:
-        """Whether a rank has gone without having written the version being made."""
-        return any(rank in self._gone and rank not in self._making.written for rank in self.areas)
+    def _why_never(self) -> str:
+        """Why this node will not prepare the version being made; empty where it may."""
+        if any(rank in self._gone and rank not in self._making.written for rank in self.areas):
+            return f"a rank of node {self.label} ended before it had written version {self._making.version}"
+        return self._making.problem
 
     def _expect(self, version: int) -> Making:
         self._check_open()
