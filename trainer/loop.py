@@ -317,7 +317,8 @@ class Trainer:
         if self.job.checkpoint.snapshots and self._snapshot_step != self.step:
             self._snapshot()
         self.snapshots.wait()
-        if self._pausing >= PERSIST or not self.job.checkpoint.snapshots or self.snapshots.error():
+        missing = self._any(self.snapshots.error() is not None)  # a rank may have lost its snapshots alone
+        if self._pausing >= PERSIST or not self.job.checkpoint.snapshots or missing:
             self._save()
         self.checkpoints.wait()
         return {"type": "end", "status": "paused", "step": self.step, "text": f"paused after step {self.step}"}
