@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from checkpoint.area import Manifest, Written
@@ -74,6 +74,8 @@ class Outcome:
     version: int = 0
     committed: bool = False
     problem: str = ""
+    last: bool = False
+    """There will be no other: the coordinator is gone."""
 
 
 class Generation:
@@ -133,6 +135,7 @@ class Generation:
             "done": outcome.version,
             "committed": outcome.committed,
             "problem": outcome.problem,
+            "last": outcome.last,
             "seconds": self.seconds,
         }
 
@@ -204,7 +207,7 @@ class Generation:
             self._tell_coordinator(making, problem)
         except CheckpointError as error:
             with self._changed:
-                self.outcome = Outcome(version=self.outcome.version, problem=f"the coordinator is gone: {error}")
+                self.outcome = replace(self.outcome, problem=f"the coordinator is gone: {error}", last=True)
                 self._changed.notify_all()
 
     def _seal(self, making: Making) -> None:

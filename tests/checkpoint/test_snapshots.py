@@ -22,6 +22,7 @@ from checkpoint.recovery import newest_snapshot, retire
 from checkpoint.shared import Segment
 from checkpoint.snapshot_process import drop
 from checkpoint.snapshot_reader import SnapshotReader
+from checkpoint.snapshots import _POLL_S
 from checkpoint.wire import Refused, Wire, WireError
 from tests.checkpoint.snapshot_nodes import Nodes, check_restored, pieces
 
@@ -287,6 +288,27 @@ def test_a_state_that_turns_out_bad_is_not_kept_and_the_one_before_is(four: Node
     found = newest_snapshot(four.roster([], without=[0]))
     assert found is not None
     check_restored(SnapshotReader(found, four.token), 4)
+
+
+def test_after_one_that_was_given_up_a_snapshot_may_take_its_time(four: Nodes):
+    """Who waits for it hears again and again of the one before, which is no news."""
+
+    def act(snapshots, rank: int) -> None:
+        snapshots.start(pieces(rank, 4, 0), {"rank": rank}, {"step": 0})
+        for step, fault, late_s in ((1, "", 0.0), (2, "step 2 left no numbers", 0.0), (3, "", 2.5 * _POLL_S)):
+
+            def judge(fault: str = fault, late_s: float = late_s if rank == 3 else 0.0) -> str:
+                time.sleep(late_s)
+                return fault
+
+            state = {"rank": rank, "step": step}
+            snapshots.save(step, pieces(rank, 4, step), state, {"step": step}, fault=judge)
+            snapshots.wait()
+        assert snapshots.error() is None, snapshots.error()
+
+    four.ranks(4, act, parity=1)
+    found = newest_snapshot(four.roster([]))
+    assert found is not None and found.step == 3
 
 
 def test_states_of_several_slices_and_groups(tmp_path: Path):
