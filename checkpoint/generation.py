@@ -198,16 +198,17 @@ class Generation:
             problem = f"node {self.label}: {error if isinstance(error, CheckpointError) else repr(error)}"
             self._hang_up(self._wires)  # answers may be on their way that nobody waits for
         with self._changed:
-            self._users -= 1
             making.ended, making.problem = True, problem
             self._changed.notify_all()
-        if self._closed:
-            return
         try:
-            self._tell_coordinator(making, problem)
+            if not self._closed:
+                self._tell_coordinator(making, problem)
         except CheckpointError as error:
             with self._changed:
                 self.outcome = replace(self.outcome, problem=f"the coordinator is gone: {error}", last=True)
+        finally:
+            with self._changed:
+                self._users -= 1  # not before: the next version's thread asks on the same connections
                 self._changed.notify_all()
 
     def _seal(self, making: Making) -> None:
