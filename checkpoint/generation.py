@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from checkpoint.area import Manifest, Written
@@ -60,6 +60,8 @@ class Making:
     thread: threading.Thread | None = None
     ended: bool = False
     """This node has prepared it, or cannot; what became of it may not be decided."""
+    problem: str = ""
+    """Why this node cannot."""
 
     @property
     def step(self) -> int:
@@ -74,6 +76,8 @@ class Outcome:
     version: int = 0
     committed: bool = False
     problem: str = ""
+    last: bool = False
+    """There will be no other: the coordinator is gone."""
 
 
 class Generation:
@@ -133,6 +137,7 @@ class Generation:
             "done": outcome.version,
             "committed": outcome.committed,
             "problem": outcome.problem,
+            "last": outcome.last,
             "seconds": self.seconds,
         }
 
@@ -200,16 +205,17 @@ class Generation:
             problem = f"node {self.label}: {error if isinstance(error, CheckpointError) else repr(error)}"
             self._hang_up(self._wires)  # answers may be on their way that nobody waits for
         with self._changed:
-            self._users -= 1
-            making.ended = True
+            making.ended, making.problem = True, problem
             self._changed.notify_all()
-        if self._closed:
-            return
         try:
-            self._tell_coordinator(making, problem)
+            if not self._closed:
+                self._tell_coordinator(making, problem)
         except CheckpointError as error:
             with self._changed:
-                self.outcome = Outcome(version=self.outcome.version, problem=f"the coordinator is gone: {error}")
+                self.outcome = replace(self.outcome, problem=f"the coordinator is gone: {error}", last=True)
+        finally:
+            with self._changed:
+                self._users -= 1  # not before: the next version's thread asks on the same connections
                 self._changed.notify_all()
 
     def _seal(self, making: Making) -> None:
@@ -363,12 +369,15 @@ class Generation:
         assert making.draft is not None
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or self._making is not making or None not in making.headers, PATIENCE_S
+                lambda: self._closed or self._making is not making or self._verdict() or None not in making.headers,
+                PATIENCE_S,
             )
             self._expect(making.version)
             headers = [header for header in making.headers if header is not None]
             if len(headers) < self.layout.n:
-                raise GivenUp(f"only {len(headers)} of {self.layout.n} fragments came within {PATIENCE_S:g} s")
+                raise GivenUp(
+                    self._verdict() or f"only {len(headers)} of {self.layout.n} fragments came within {PATIENCE_S:g} s"
+                )
             making.draft.commit(
                 dump_meta(self.plan, self.label, headers), self.layout.data_bytes + self.layout.parity_bytes
             )
@@ -494,20 +503,22 @@ class Generation:
                 lambda: (
                     self._closed
                     or self._making.version > version
-                    or (self._making.version == version and (ready(self._making) or self._is_deserted()))
+                    or (self._making.version == version and (ready(self._making) or self._why_never()))
                 ),
                 PATIENCE_S,
             )
             making = self._expect(version)
-            if not ready(making) and self._is_deserted():
-                raise GivenUp(f"a rank of node {self.label} ended before it had written version {version}")
+            if not ready(making) and (why := self._why_never()):
+                raise GivenUp(why)
             if not ready(making):
                 raise GivenUp(f"node {self.label} has not written version {version} within {PATIENCE_S:g} s")
             return making
 
-    def _is_deserted(self) -> bool:
-        """Whether a rank has gone without having written the version being made."""
-        return any(rank in self._gone and rank not in self._making.written for rank in self.areas)
+    def _why_never(self) -> str:
+        """Why this node will not prepare the version being made; empty where it may."""
+        if any(rank in self._gone and rank not in self._making.written for rank in self.areas):
+            return f"a rank of node {self.label} ended before it had written version {self._making.version}"
+        return self._making.problem
 
     def _expect(self, version: int) -> Making:
         self._check_open()

@@ -365,7 +365,7 @@ class Snapshots:
             version, step = self._written
             if version and answer["done"] >= version:
                 self._decided(version, step, answer)
-            elif answer["problem"] and not answer["version"]:
+            elif answer["last"] and not answer["version"]:
                 raise CheckpointError(str(answer["problem"]))
             if answer["version"]:
                 with self._changed:

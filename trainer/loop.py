@@ -311,7 +311,8 @@ class Trainer:
         if self.job.checkpoint.snapshots and self._snapshot_step != self.step:
             self._snapshot()
         self.snapshots.wait()
-        if self.wishes.persisting or not self.job.checkpoint.snapshots or self.snapshots.error():
+        missing = self.where.any(self.snapshots.error() is not None)  # a rank may have lost its snapshots alone
+        if self.wishes.persisting or not self.job.checkpoint.snapshots or missing:
             self._save()
         self.checkpoints.wait()
         return {"type": "end", "status": "paused", "step": self.step, "text": f"paused after step {self.step}"}

@@ -14,11 +14,13 @@ in m + 1.
 """
 
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from checkpoint.generation import PATIENCE_S
 from checkpoint.recovery import newest_snapshot
 from checkpoint.snapshot_reader import SnapshotReader
 from tests.checkpoint.halts import BEFORE_PARITY, COORDINATED, PREPARED, Halts, halted_at, halting, phases
@@ -156,19 +158,33 @@ def test_a_flipped_bit_in_any_fragment_is_found_and_repaired(tmp_path: Path, n: 
         nodes.end()
 
 
-def test_a_bit_that_flips_after_the_rank_has_sealed_it_costs_the_version(tmp_path: Path, halts: Halts):
-    """Its checksum is the rank's: whoever encodes the chunk finds it before the version counts."""
+@pytest.mark.parametrize("parity", [1, 2])
+@pytest.mark.parametrize(
+    ("phase", "why"),
+    [("written", "the description of its state has a wrong CRC-32C"), ("sealed", "came with a wrong CRC-32C")],
+    ids=["of the description", "of the state"],
+)
+def test_a_bit_that_flips_after_the_rank_has_sealed_it_costs_the_version(
+    tmp_path: Path, halts: Halts, phase: str, why: str, parity: int
+):
+    """Its checksum is the rank's: whoever encodes the chunk finds it before the version counts. Nobody waits then for
+    what cannot come any more: training stands still meanwhile."""
     nodes = ThreadNodes(4, folder=tmp_path)
     try:
-        halts.arm("sealed", 1)
-        with nodes.saving(0, parity=1):
+        halts.arm(phase, 1)
+        with nodes.saving(0, parity=parity):
             halts.wait({node.label for node in nodes.nodes})
-            making, deciding = nodes.generation(2)._making, nodes.generation(0)._making.thread
-            assert making.draft is not None and deciding is not None
-            making.draft.payload[2 << 20] ^= 4
+            draft, layout = nodes.generation(2)._making.draft, nodes.generation(2).layout
+            assert draft is not None
+            state = draft.payload[: layout.data_bytes]
+            # The chunk that node 3 encodes; the coordinator keeps a parity of it.
+            encoded = [stripe for stripe, _ in layout.held(2)].index(3) * layout.chunk_bytes
+            state[state.tobytes().rfind(b"exp_avg") if phase == "written" else encoded + 77] ^= 4
             halts.release()
-            deciding.join(30)
-            assert restore(nodes, (), 1) == 0
-            assert any("came with a wrong CRC-32C; training goes on" in text for text in nodes.said), nodes.said
+            deadline = time.monotonic() + PATIENCE_S / 2
+            while not any(f"{why}; training goes on" in text for text in nodes.said):
+                assert time.monotonic() < deadline, nodes.said
+                time.sleep(0.01)
+            assert restore(nodes, (), parity) == 0
     finally:
         nodes.end()

@@ -14,19 +14,23 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from checkpoint import snapshot_node
 from checkpoint.crc import crc32c
 from checkpoint.errors import CheckpointError
+from checkpoint.generation import Generation
 from checkpoint.recovery import newest_snapshot, retire
 from checkpoint.shared import Segment
 from checkpoint.snapshot_process import drop
 from checkpoint.snapshot_reader import SnapshotReader
+from checkpoint.snapshots import _POLL_S
 from checkpoint.wire import Refused, Wire, WireError
 from offload.state import Movable, Piece
-from tests.checkpoint.snapshot_nodes import Nodes, check_restored, pieces
+from tests.checkpoint.snapshot_nodes import Nodes, ThreadNodes, check_restored, pieces
 
 SHM = Path("/dev/shm")
 
@@ -403,6 +407,59 @@ def test_an_update_waits_for_the_version_before_it(four: Nodes):
     found = newest_snapshot(four.roster([], without=[1, 2]))
     assert found is not None
     check_restored(SnapshotReader(found, four.token), 2)
+
+
+def test_after_one_that_was_given_up_a_snapshot_may_take_its_time(four: Nodes):
+    """Who waits for it hears again and again of the one before, which is no news."""
+
+    def act(snapshots, rank: int) -> None:
+        snapshots.start(pieces(rank, 4, 0), {"rank": rank}, {"step": 0})
+        for step, fault, late_s in ((1, "", 0.0), (2, "step 2 left no numbers", 0.0), (3, "", 2.5 * _POLL_S)):
+
+            def judge(fault: str = fault, late_s: float = late_s if rank == 3 else 0.0) -> str:
+                time.sleep(late_s)
+                return fault
+
+            state = {"rank": rank, "step": step}
+            snapshots.save(step, pieces(rank, 4, step), state, {"step": step}, fault=judge)
+            snapshots.wait()
+        assert snapshots.error() is None, snapshots.error()
+
+    four.ranks(4, act, parity=1)
+    found = newest_snapshot(four.roster([]))
+    assert found is not None and found.step == 3
+
+
+class SlowToAnswer(Generation):
+    def report(self, version: int, label: str, step: int, problem: str) -> None:
+        super().report(version, label, step, problem)
+        if problem:
+            time.sleep(1.0)
+
+
+def test_the_next_snapshot_begins_once_the_one_that_was_given_up_is_reported(tmp_path: Path):
+    """A node reports on the connection on which it then asks for chunks: not both at once."""
+    with patch.object(snapshot_node, "Generation", SlowToAnswer):
+        nodes = ThreadNodes(4, folder=tmp_path)
+
+        def act(snapshots, rank: int) -> None:
+            snapshots.start(pieces(rank, 4, 0), {"rank": rank}, {"step": 0})
+            for step, fault in ((1, ""), (2, "step 2 left no numbers"), (3, "")):
+                late_s = 0.5 if fault and rank == 0 else 0.0  # the coordinator's: it gives up what others report
+                state = {"rank": rank, "step": step}
+
+                def judge(fault: str = fault, late_s: float = late_s) -> str:
+                    time.sleep(late_s)
+                    return fault
+
+                snapshots.save(step, pieces(rank, 4, step), state, {"step": step}, fault=judge)
+                snapshots.wait()
+            assert snapshots.error() is None, (rank, snapshots.error())
+
+        try:
+            nodes.ranks(4, act, parity=1)
+        finally:
+            nodes.end()
 
 
 def test_states_of_several_slices_and_groups(tmp_path: Path):

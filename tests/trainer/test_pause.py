@@ -1,14 +1,22 @@
-"""A pause that is asked for in a validation cuts it short; who goes on makes it good."""
+"""A pause that is asked for in a validation cuts it short, and who goes on makes it good; all ranks leave the same."""
 
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from parallel.options import OptimizerOptions
+from checkpoint import snapshots
+from checkpoint.options import CheckpointOptions
+from checkpoint.rng import rng_state
+from parallel.options import OptimizerOptions, ParallelOptions
+from trainer import loop
 from trainer.job import Job
 from trainer.loop import Trainer
 from trainer.options import LlamaOptions, LoggerOptions, RunOptions, TrainOptions
@@ -58,3 +66,36 @@ def test_a_pause_cuts_a_validation_and_it_is_made_good(tmp_path: Path) -> None:
     assert (end["status"], end["step"], validated()) == ("paused", 4, [0])  # all steps are done, but not all is
     end = Trainer(job(tmp_path, 4), emit=lambda event: None).train()
     assert (end["status"], end["step"], validated()) == ("finished", 4, [0, 4])
+
+
+class Outgrown(Trainer):
+    """Rank 1's random state outgrows the room that its snapshots have: it takes none any more."""
+
+    def _snapshot(self) -> None:
+        more = {"more": bytes(1 << 20)} if self.where.rank == 1 else {}
+        with patch.object(loop, "rng_state", lambda: rng_state() | more):
+            super()._snapshot()
+
+
+def pause(rank: int, job: Job, root: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
+    trainer = Outgrown(job, emit=lambda event: None)
+    trainer.request_pause()
+    with patch.object(snapshots, "GRANT_S", 2.0):  # so long rank 0 waits for a snapshot that never comes
+        end = trainer.train()
+    found = end["status"], end["step"], trainer.checkpoints.steps()
+    assert found == ("paused", 0, [0]), found
+    dist.destroy_process_group()
+
+
+def test_where_one_rank_has_lost_its_snapshots_all_leave_a_checkpoint(tmp_path: Path) -> None:
+    every = CheckpointOptions(snapshot_every_steps="1", snapshot_hold_s=10)
+    two = replace(job(tmp_path, 4), checkpoint=every, parallel=ParallelOptions(levels={"worker": 2}))
+    ranks = torch.multiprocessing.spawn(pause, (two, tmp_path), nprocs=2, join=False)
+    try:
+        while not ranks.join():
+            pass
+    finally:
+        for process in ranks.processes:
+            process.kill()
