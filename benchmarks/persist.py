@@ -34,9 +34,9 @@ import torch  # noqa: E402
 from report import write_report  # noqa: E402
 
 from checkpoint import CheckpointOptions, Checkpoints  # noqa: E402
-from checkpoint.chunks import THREADS  # noqa: E402
 from checkpoint.crc import Bytes  # noqa: E402
 from checkpoint.erasure import aligned_empty  # noqa: E402
+from checkpoint.persisted.chunks import THREADS  # noqa: E402
 from offload.state import Piece  # noqa: E402
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")

@@ -47,10 +47,10 @@ from report import write_report  # noqa: E402
 
 from checkpoint import CheckpointOptions, rng_state  # noqa: E402
 from checkpoint.ranks import Ranks  # noqa: E402
-from checkpoint.roster import Roster  # noqa: E402
-from checkpoint.segment_files import FOLDER  # noqa: E402
-from checkpoint.snapshot_process import start_process  # noqa: E402
-from checkpoint.snapshots import Snapshots  # noqa: E402
+from checkpoint.snapshots.process import start_process  # noqa: E402
+from checkpoint.snapshots.rank import Snapshots  # noqa: E402
+from checkpoint.snapshots.roster import Roster  # noqa: E402
+from checkpoint.snapshots.segment_files import FOLDER  # noqa: E402
 
 
 class Training:

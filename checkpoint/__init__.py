@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from checkpoint.errors import CheckpointDamaged, CheckpointError, CheckpointWriteError
     from checkpoint.options import CheckpointOptions
-    from checkpoint.reader import CheckpointReader
+    from checkpoint.persisted.reader import CheckpointReader
+    from checkpoint.persisted.store import Checkpoints
     from checkpoint.rng import rng_state, set_rng_state
-    from checkpoint.store import Checkpoints
 
 _HOMES = {
     "CheckpointDamaged": "errors",
     "CheckpointError": "errors",
     "CheckpointOptions": "options",
-    "CheckpointReader": "reader",
+    "CheckpointReader": "persisted.reader",
     "CheckpointWriteError": "errors",
-    "Checkpoints": "store",
+    "Checkpoints": "persisted.store",
     "rng_state": "rng",
     "set_rng_state": "rng",
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from checkpoint.layout import DTYPES
+from checkpoint.index import DTYPES
 
 
 def dumps(value: Any) -> bytes:

@@ -260,8 +260,8 @@ def _corrupt(plan: Plan, team: dict[str, Any]) -> dict[str, Any]:
 
 def flip_bit(run: str, label: str, drawn: int) -> str:
     """On the node: flip one bit, which `drawn` chooses, of the newest version in its segment."""
-    from checkpoint.segment_files import SegmentError
-    from checkpoint.shared import Segment
+    from checkpoint.snapshots.segment import Segment
+    from checkpoint.snapshots.segment_files import SegmentError
 
     for file in sorted(SHARED.glob(f"atoll-{run}-{label}*")):
         if file.suffix == ".door":

@@ -256,7 +256,7 @@ def _check_offload(job: Job) -> None:
 
 def _check_files(job: Job) -> None:
     """What the workers will open, where they run on this machine."""
-    from checkpoint.folder import Folder
+    from checkpoint.persisted.folder import Folder
     from offload.drive import DriveError, check_folder
     from trainer.data.files import find_files
 
@@ -278,7 +278,7 @@ def _check_files(job: Job) -> None:
 
 
 def _check_checkpoint(options: CheckpointOptions, crew: Crew) -> None:
-    from checkpoint.roster import check_nodes
+    from checkpoint.snapshots.roster import check_nodes
 
     if options.snapshots:
         check_nodes(options, crew.nodes)

@@ -30,7 +30,7 @@ from typing import Any, Self
 
 import ray
 
-from checkpoint.roster import Roster
+from checkpoint.snapshots.roster import Roster
 from launch import member as members
 from launch.checks import Crew
 from launch.failures import TEAM_FILE, Cause
@@ -287,7 +287,7 @@ class Supervisor:
         """The snapshot processes of our nodes. On a machine of our own the first rank starts one."""
         if self._options.address is None or not self._job.checkpoint.snapshots:
             return None
-        from checkpoint.snapshot_actors import start_snapshot_processes
+        from checkpoint.snapshots.actors import start_snapshot_processes
 
         rank_nodes = [rank // self.crew.per_node for rank in range(self.crew.workers)]
         hold_s = self._job.checkpoint.snapshot_hold_s

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from checkpoint.roster import Roster
+from checkpoint.snapshots.roster import Roster
 from launch.checks import Crew
 from launch.member import Member, failure_of
 from launch.options import LaunchOptions

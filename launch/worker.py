@@ -34,7 +34,7 @@ from trainer.run import LeftBehind, run_path
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-    from checkpoint.roster import Roster
+    from checkpoint.snapshots.roster import Roster
     from trainer.job import Job
 
 Event = dict[str, Any]

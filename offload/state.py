@@ -41,7 +41,7 @@ def nowhere(wait: bool) -> Room | None:
 @dataclass(kw_only=True)
 class Movable:
     """State in host memory that an update may leave in another place than where it found it, and so there are two
-    versions of it without a copy: snapshots give the place (`checkpoint/snapshots.py`), the update writes there."""
+    versions of it without a copy: snapshots give the place (`checkpoint/snapshots`), the update writes there."""
 
     extents: Sequence[tuple[str, torch.Tensor]]
     """Kind and memory, 1-D fp32, of what stays together: pieces of state are views of it."""

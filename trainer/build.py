@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from checkpoint.ranks import Ranks
-from checkpoint.roster import Roster
-from checkpoint.snapshot_process import local_roster
-from checkpoint.snapshots import NoSnapshots, Snapshots
+from checkpoint.snapshots.process import local_roster
+from checkpoint.snapshots.rank import NoSnapshots, Snapshots
+from checkpoint.snapshots.roster import Roster
 from offload.activations_stream import check_blocks
 from parallel.engine import Engine
 from parallel.mesh import Mesh

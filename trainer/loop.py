@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpoint import CheckpointReader, Checkpoints, rng_state, set_rng_state
-from checkpoint.roster import Roster
-from checkpoint.snapshot_reader import SnapshotReader
-from checkpoint.snapshots import NoSnapshots, Snapshots
+from checkpoint.snapshots.rank import NoSnapshots, Snapshots
+from checkpoint.snapshots.reader import SnapshotReader
+from checkpoint.snapshots.roster import Roster
 from offload.device import DeviceReader, peak_flops
 from parallel.options import ParallelOptions
 from trainer import fit_activations, trial

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import CheckpointReader, Checkpoints
-from checkpoint.snapshot_reader import SnapshotReader
-from checkpoint.snapshots import NoSnapshots, Snapshots
+from checkpoint.snapshots.rank import NoSnapshots, Snapshots
+from checkpoint.snapshots.reader import SnapshotReader
 from offload.state import MASTER
 from trainer.build import Rank
 from trainer.changes import as_plain, changes, show

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from checkpoint import snapshot_node, snapshot_process
 from checkpoint.crc import Bytes
-from checkpoint.generation import Generation, Making
-from checkpoint.shared import Draft
-from checkpoint.wire import Message, Wire
+from checkpoint.snapshots import node, process
+from checkpoint.snapshots.generation import Generation, Making
+from checkpoint.snapshots.segment import Draft
+from checkpoint.snapshots.wire import Message, Wire
 
 VARIABLE = "ATOLL_TEST_HALTS"
 """Names the file, in the environment of a process."""
@@ -183,9 +183,9 @@ def halting(file: Path) -> Iterator[Halts]:
     halts.release()
     with (
         patch.dict(os.environ, {VARIABLE: str(file)}),
-        patch.object(snapshot_node, "Generation", HaltingGeneration),
-        patch.object(snapshot_node, "SETTLE_S", 0.01),
-        patch.object(snapshot_process, "_START", START),
+        patch.object(node, "Generation", HaltingGeneration),
+        patch.object(node, "SETTLE_S", 0.01),
+        patch.object(process, "_START", START),
     ):
         try:
             yield halts
@@ -194,5 +194,5 @@ def halting(file: Path) -> Iterator[Halts]:
 
 
 def main() -> None:
-    snapshot_node.Generation = HaltingGeneration  # type: ignore[misc]
-    snapshot_process.main()
+    node.Generation = HaltingGeneration  # type: ignore[misc]
+    process.main()

@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 from checkpoint.erasure.protocol import versions_to_keep
-from checkpoint.shared import Segment
+from checkpoint.snapshots.segment import Segment
 
 _PAYLOAD = 128 << 10
 

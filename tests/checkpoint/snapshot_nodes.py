@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from checkpoint.generation import Generation
 from checkpoint.options import CheckpointOptions
-from checkpoint.recovery import inventories
-from checkpoint.roster import Roster
-from checkpoint.snapshot_node import SnapshotNode
-from checkpoint.snapshot_process import start_process
-from checkpoint.snapshots import Snapshots
-from checkpoint.wire import NodeAddress
+from checkpoint.snapshots.generation import Generation
+from checkpoint.snapshots.node import SnapshotNode
+from checkpoint.snapshots.process import start_process
+from checkpoint.snapshots.rank import Snapshots
+from checkpoint.snapshots.recovery import inventories
+from checkpoint.snapshots.roster import Roster
+from checkpoint.snapshots.wire import NodeAddress
 from offload.state import Piece
 
 NUMEL = 300_001

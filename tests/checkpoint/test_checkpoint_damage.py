@@ -11,7 +11,7 @@ import torch
 
 from checkpoint import CheckpointDamaged, CheckpointError, CheckpointOptions, CheckpointReader, Checkpoints, rng_state
 from checkpoint.crc import crc32c
-from checkpoint.layout import Commit, Entry
+from checkpoint.persisted.layout import Commit, Entry
 from offload.state import Piece
 
 _TENSOR = torch.arange(3001.0)  # not a multiple of the chunks: the last one is padded

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from checkpoint import CheckpointError, CheckpointOptions, Checkpoints
-from checkpoint.folder import Folder
+from checkpoint.persisted.folder import Folder
 
 _MIB = 1 << 20
 

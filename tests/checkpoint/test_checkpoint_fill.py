@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from checkpoint import CheckpointDamaged, CheckpointError, CheckpointOptions, Checkpoints
-from checkpoint.layout import CRC_BYTES
+from checkpoint.persisted.layout import CRC_BYTES
 from offload.state import Piece
 
 _MIB = 1 << 20

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from checkpoint.crc import crc32c, piece_crcs
 from checkpoint.erasure import aligned_empty, isal
-from checkpoint.fragment import FragmentDamaged, FragmentHeader, FragmentId, seal
+from checkpoint.snapshots.fragment import FragmentDamaged, FragmentHeader, FragmentId, seal
 
 _ID = FragmentId(run=bytes(range(16)), k=4, m=2, element=1, group=3, stripe=5, step=2**40, version=2**33)
 _PIECE, _SIZE = 4096, 5 * 4096 + 100

@@ -2,8 +2,8 @@
 
 import pytest
 
-from checkpoint.folder import PAGE_BYTES
-from checkpoint.layout import ArrayLayout
+from checkpoint.index import ArrayLayout
+from checkpoint.persisted.folder import PAGE_BYTES
 
 
 @pytest.mark.parametrize("length", [1, 16384, 16385, 100_003, 1_000_000])

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.generation import PATIENCE_S
-from checkpoint.recovery import newest_snapshot
-from checkpoint.snapshot_reader import SnapshotReader
+from checkpoint.snapshots.generation import PATIENCE_S
+from checkpoint.snapshots.reader import SnapshotReader
+from checkpoint.snapshots.recovery import newest_snapshot
 from tests.checkpoint.halts import BEFORE_PARITY, COORDINATED, PREPARED, Halts, halted_at, halting, phases
 from tests.checkpoint.snapshot_nodes import Nodes, ThreadNodes, check_restored
 

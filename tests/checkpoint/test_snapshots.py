@@ -19,16 +19,16 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from checkpoint import snapshot_node
 from checkpoint.crc import crc32c
 from checkpoint.errors import CheckpointError
-from checkpoint.generation import Generation
-from checkpoint.recovery import newest_snapshot, retire
-from checkpoint.shared import Segment
-from checkpoint.snapshot_process import drop
-from checkpoint.snapshot_reader import SnapshotReader
-from checkpoint.snapshots import _POLL_S
-from checkpoint.wire import Refused, Wire, WireError
+from checkpoint.snapshots import node as snapshot_node
+from checkpoint.snapshots.generation import Generation
+from checkpoint.snapshots.process import drop
+from checkpoint.snapshots.rank import _POLL_S
+from checkpoint.snapshots.reader import SnapshotReader
+from checkpoint.snapshots.recovery import newest_snapshot, retire
+from checkpoint.snapshots.segment import Segment
+from checkpoint.snapshots.wire import Refused, Wire, WireError
 from offload.state import Movable, Piece
 from tests.checkpoint.snapshot_nodes import Nodes, ThreadNodes, check_restored, pieces
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from checkpoint import snapshots
 from checkpoint.options import CheckpointOptions
 from checkpoint.rng import rng_state
+from checkpoint.snapshots import rank as of_rank
 from parallel.options import OptimizerOptions, ParallelOptions
 from trainer import loop
 from trainer.job import Job
@@ -82,7 +82,7 @@ def pause(rank: int, job: Job, root: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
     trainer = Outgrown(job, emit=lambda event: None)
     trainer.request_pause()
-    with patch.object(snapshots, "GRANT_S", 2.0):  # so long rank 0 waits for a snapshot that never comes
+    with patch.object(of_rank, "GRANT_S", 2.0):  # so long rank 0 waits for a snapshot that never comes
         end = trainer.train()
     found = end["status"], end["step"], trainer.checkpoints.steps()
     assert found == ("paused", 0, [0]), found

@@ -14,8 +14,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import trainer.run as run_module
-from checkpoint.folder import Folder
 from checkpoint.options import CheckpointOptions
+from checkpoint.persisted.folder import Folder
 from parallel.options import OptimizerOptions, ParallelOptions
 from trainer.job import Job
 from trainer.options import HFOptions, LlamaOptions, LoggerOptions, RunOptions, TrainOptions

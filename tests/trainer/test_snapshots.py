@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from checkpoint.options import CheckpointOptions
-from checkpoint.recovery import inventories
-from checkpoint.roster import Roster
-from checkpoint.snapshot_process import find_process
+from checkpoint.snapshots.process import find_process
+from checkpoint.snapshots.recovery import inventories
+from checkpoint.snapshots.roster import Roster
 from offload.options import OffloadOptions
 from parallel.options import OptimizerOptions
 from trainer.job import Job

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from checkpoint.crc import Bytes
-from checkpoint.layout import ArrayLayout, Index, Lengths, dtype_name, span_of
+from checkpoint.index import ArrayLayout, Index, Lengths, dtype_name, span_of
 from offload.arena import STAGGER, STAGGER_FROM, STAGGER_SPAN
 from offload.space import round_up
 from offload.state import Piece

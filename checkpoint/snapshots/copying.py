@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from checkpoint.crc import Bytes, idle_threads, piece_crcs
-from checkpoint.fragment import PIECE_BYTES
-from checkpoint.layout import Index
-from checkpoint.places import array_offsets, to_copy
+from checkpoint.index import Index
+from checkpoint.snapshots.fragment import PIECE_BYTES
+from checkpoint.snapshots.places import array_offsets, to_copy
 from offload.state import Piece
 
 RUN_BYTES = 256 << 20

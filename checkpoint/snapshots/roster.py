@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from checkpoint.erasure.layout import GroupLayout
 from checkpoint.options import CheckpointOptions
-from checkpoint.wire import NodeAddress
+from checkpoint.snapshots.wire import NodeAddress
 
 GROUP_NODES = 8
 """Nodes in a group where the options do not say: RS(7+1) costs 14% more memory, and a repair reads 7 chunks."""

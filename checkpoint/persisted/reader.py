@@ -16,8 +16,9 @@ import torch
 from checkpoint import values
 from checkpoint.crc import Bytes, crc32c
 from checkpoint.errors import CheckpointDamaged, CheckpointError
-from checkpoint.folder import Folder, pages_empty
-from checkpoint.layout import COMMIT, CRC_BYTES, DTYPES, META, ArrayLayout, Commit, Index, Span, is_chunk, shard_folder
+from checkpoint.index import DTYPES, ArrayLayout, Index, Span
+from checkpoint.persisted.folder import Folder, pages_empty
+from checkpoint.persisted.layout import COMMIT, CRC_BYTES, META, Commit, is_chunk, shard_folder
 from offload.state import Piece
 
 _THREADS = 4

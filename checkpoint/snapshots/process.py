@@ -1,9 +1,9 @@
 """A snapshot process without Ray: started by the first worker on this machine, found again by the next.
 
 It is a process of its own in a session of its own, not a thread, a fork or a child that ends with its parent: whatever
-kills a worker leaves it be. On Ray a detached actor runs the same `SnapshotNode` (`checkpoint/snapshot_actors.py`).
+kills a worker leaves it be. On Ray a detached actor runs the same `SnapshotNode` (`checkpoint/snapshots/actors.py`).
 Where it listens, and the token, stand in its *door*: a file beside the segments, mode 0600, locked as long as it lives
-and a leftover like any other after that (`checkpoint/segment_files.py`, [Note: owners and leftovers]).
+and a leftover like any other after that (`checkpoint/snapshots/segment_files.py`, [Note: owners and leftovers]).
 """
 
 import json
@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 from checkpoint.errors import CheckpointError
-from checkpoint.roster import Roster
-from checkpoint.segment_files import FOLDER, create_locked, open_private, try_lock
-from checkpoint.snapshot_node import SnapshotNode
-from checkpoint.wire import NodeAddress, Wire
+from checkpoint.snapshots.node import SnapshotNode
+from checkpoint.snapshots.roster import Roster
+from checkpoint.snapshots.segment_files import FOLDER, create_locked, open_private, try_lock
+from checkpoint.snapshots.wire import NodeAddress, Wire
 
 LOOPBACK = "127.0.0.1"
 START_S = 60.0
@@ -52,7 +52,7 @@ def start_process(
     with open(log, "ab") as file:
         # By its path and not by -m: the user's folder may hide our packages, and must not come first.
         process = subprocess.Popen(
-            [sys.executable, "-c", _START, str(Path(__file__).parent.parent)],
+            [sys.executable, "-c", _START, str(Path(__file__).parents[2])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=file,
@@ -101,7 +101,7 @@ def _door(run: bytes, label: str, folder: str) -> Path:
     return Path(folder, f"atoll-{run.hex()}-{label}.door")
 
 
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from checkpoint.snapshot_process import main; main()"
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from checkpoint.snapshots.process import main; main()"
 
 
 def main() -> None:

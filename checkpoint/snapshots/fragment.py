@@ -6,7 +6,7 @@ large it is, a CRC-32C for every piece (1 MiB) of the payload, and last a CRC-32
 payload need not lie side by side: a node's k chunks are one contiguous range of its state, their headers lie elsewhere.
 
 What fails its check is an erasure: a bad header costs the fragment, a bad piece that piece alone
-(`checkpoint/snapshot_reader.py`). The headers say what they belong to, so that a fragment of another version, or in
+(`checkpoint/snapshots/reader.py`). The headers say what they belong to, so that a fragment of another version, or in
 another one's place, is found too: compare `header.id` with what was expected.
 """
 

@@ -20,15 +20,15 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from checkpoint.area import Manifest, Written
 from checkpoint.crc import Bytes, idle_threads, piece_crcs
 from checkpoint.erasure import ReedSolomon, aligned_empty
 from checkpoint.erasure.protocol import versions_to_keep
 from checkpoint.errors import CheckpointError
-from checkpoint.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader, FragmentId
-from checkpoint.roster import Plan
-from checkpoint.shared import Draft, Segment
-from checkpoint.wire import Message, NodeAddress, Wire, WireError
+from checkpoint.snapshots.area import Manifest, Written
+from checkpoint.snapshots.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader, FragmentId
+from checkpoint.snapshots.roster import Plan
+from checkpoint.snapshots.segment import Draft, Segment
+from checkpoint.snapshots.wire import Message, NodeAddress, Wire, WireError
 
 SLICE_BYTES = 4 * PIECE_BYTES
 """Of each element, pulled and encoded at a time by a lane."""
@@ -219,7 +219,7 @@ class Generation:
                 self._changed.notify_all()
 
     def _seal(self, making: Making) -> None:
-        """Make the headers of the k chunks; checkpoint/area.py, [Note: one pass]."""
+        """Make the headers of the k chunks; checkpoint/snapshots/area.py, [Note: one pass]."""
         assert making.draft is not None
         state = making.draft.payload[: self.layout.data_bytes]
         parts = tuple(making.written[rank] for rank in sorted(making.written))

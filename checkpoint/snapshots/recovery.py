@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 
 from checkpoint.erasure.protocol import recoverable
 from checkpoint.errors import CheckpointError
-from checkpoint.roster import Plan, Roster
-from checkpoint.wire import Message, NodeAddress, Wire, WireError
+from checkpoint.snapshots.roster import Plan, Roster
+from checkpoint.snapshots.wire import Message, NodeAddress, Wire, WireError
 
 Say = Callable[[str], None]
 

@@ -27,21 +27,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint import recovery, values
-from checkpoint.area import Blob, Written, areas, whole
-from checkpoint.copying import Copier, Mark, copy_here, seal
+from checkpoint import values
 from checkpoint.crc import Bytes, crc32c
 from checkpoint.errors import CheckpointError
-from checkpoint.fragment import PIECE_BYTES
-from checkpoint.layout import Index
+from checkpoint.index import Index
 from checkpoint.options import CheckpointOptions
-from checkpoint.places import array_offsets, berths, lay_out
 from checkpoint.ranks import Ranks
-from checkpoint.roster import Plan, Roster, check_nodes, cut_groups
-from checkpoint.shared import Segment
-from checkpoint.snapshot_process import drop
-from checkpoint.snapshot_reader import SnapshotReader
-from checkpoint.wire import Refused, Wire
+from checkpoint.snapshots import recovery
+from checkpoint.snapshots.area import Blob, Written, areas, whole
+from checkpoint.snapshots.copying import Copier, Mark, copy_here, seal
+from checkpoint.snapshots.fragment import PIECE_BYTES
+from checkpoint.snapshots.places import array_offsets, berths, lay_out
+from checkpoint.snapshots.process import drop
+from checkpoint.snapshots.reader import SnapshotReader
+from checkpoint.snapshots.roster import Plan, Roster, check_nodes, cut_groups
+from checkpoint.snapshots.segment import Segment
+from checkpoint.snapshots.wire import Refused, Wire
 from offload.state import Movable, Piece, Room, nowhere
 
 _log = logging.getLogger(__name__)
@@ -508,7 +509,7 @@ class Snapshots:
             world=self._ranks.world,
             parity=self._parity,
             groups=groups,
-            sizes=tuple(  # chunks of whole pieces: checkpoint/area.py, [Note: one pass]
+            sizes=tuple(  # chunks of whole pieces: checkpoint/snapshots/area.py, [Note: one pass]
                 whole(max(size for _, size in by_node[a:b]), (b - a - self._parity) * PIECE_BYTES)
                 for a, b in itertools.pairwise(firsts)
             ),

@@ -23,7 +23,7 @@ import numpy as np
 from checkpoint.crc import Bytes, crc32c
 from checkpoint.erasure.layout import PAGE_BYTES
 from checkpoint.errors import CheckpointError
-from checkpoint.fragment import PIECE_BYTES
+from checkpoint.snapshots.fragment import PIECE_BYTES
 
 _MANIFEST = struct.Struct("<8sII")
 _MAGIC = b"ATOLLMAN"

@@ -12,11 +12,11 @@ from queue import SimpleQueue
 
 import torch
 
-from checkpoint.chunks import ChunkWriter
 from checkpoint.crc import Bytes
 from checkpoint.erasure import aligned_empty
 from checkpoint.errors import CheckpointWriteError
-from checkpoint.layout import DTYPES, ArrayLayout, Index, Lengths, span_of
+from checkpoint.index import DTYPES, ArrayLayout, Index, Lengths, span_of
+from checkpoint.persisted.chunks import ChunkWriter
 from offload.state import Piece
 
 _log = logging.getLogger(__name__)

@@ -11,20 +11,11 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from checkpoint.chunks import ChunkWriter
 from checkpoint.errors import CheckpointWriteError, explain
-from checkpoint.folder import Folder
-from checkpoint.layout import (
-    COMMIT,
-    META,
-    Commit,
-    Entry,
-    Index,
-    shard_folder,
-    step_folder,
-    step_of,
-    zarr_metadata,
-)
+from checkpoint.index import Index
+from checkpoint.persisted.chunks import ChunkWriter
+from checkpoint.persisted.folder import Folder
+from checkpoint.persisted.layout import COMMIT, META, Commit, Entry, shard_folder, step_folder, step_of, zarr_metadata
 from checkpoint.ranks import Ranks
 
 

@@ -15,13 +15,13 @@ from torch.distributed import ProcessGroup
 
 from checkpoint import values
 from checkpoint.errors import CheckpointError, CheckpointWriteError, explain
-from checkpoint.folder import Folder
 from checkpoint.options import CheckpointOptions
+from checkpoint.persisted.folder import Folder
+from checkpoint.persisted.reader import CheckpointReader
+from checkpoint.persisted.staging import Staging
+from checkpoint.persisted.stream import Stream
+from checkpoint.persisted.writer import Shard, Source, committed, persist
 from checkpoint.ranks import Ranks
-from checkpoint.reader import CheckpointReader
-from checkpoint.staging import Staging
-from checkpoint.stream import Stream
-from checkpoint.writer import Shard, Source, committed, persist
 from offload.state import Piece
 
 _log = logging.getLogger(__name__)

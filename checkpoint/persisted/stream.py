@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from checkpoint.chunks import ChunkWriter
-from checkpoint.layout import DTYPES, ArrayLayout, Index, Lengths, span_of
-from checkpoint.staging import aligned_tensor
+from checkpoint.index import DTYPES, ArrayLayout, Index, Lengths, span_of
+from checkpoint.persisted.chunks import ChunkWriter
+from checkpoint.persisted.staging import aligned_tensor
 from offload.state import Piece
 
 

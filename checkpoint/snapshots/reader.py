@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 from checkpoint import values
-from checkpoint.area import AreaDamaged, Blob, Manifest, Written, manifest_bytes
 from checkpoint.crc import Bytes, crc32c, piece_crcs
 from checkpoint.erasure import ReedSolomon, TooManyErasures, aligned_empty
 from checkpoint.errors import CheckpointError
-from checkpoint.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader
-from checkpoint.layout import DTYPES, Index, Span
-from checkpoint.places import array_offsets
-from checkpoint.recovery import Found
-from checkpoint.wire import Refused, Wire, WireError
+from checkpoint.index import DTYPES, Index, Span
+from checkpoint.snapshots.area import AreaDamaged, Blob, Manifest, Written, manifest_bytes
+from checkpoint.snapshots.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader
+from checkpoint.snapshots.places import array_offsets
+from checkpoint.snapshots.recovery import Found
+from checkpoint.snapshots.wire import Refused, Wire, WireError
 from offload.state import Piece
 
 _RUN_PIECES = 8
@@ -32,7 +32,7 @@ _CACHED_PIECES = 32
 
 
 class SnapshotReader:
-    """One version, with the surface of `checkpoint.reader.CheckpointReader`. Reads from one thread at a time."""
+    """One version, with the surface of `checkpoint.CheckpointReader`. Reads from one thread at a time."""
 
     def __init__(self, found: Found, token: bytes) -> None:
         self.step, self.world, self._found = found.step, found.plan.world, found

@@ -14,15 +14,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from checkpoint.area import Written
 from checkpoint.crc import Bytes, idle_threads
 from checkpoint.errors import CheckpointError
-from checkpoint.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader
-from checkpoint.generation import Generation, GivenUp, connector, load_meta, meta_bytes
-from checkpoint.roster import Plan
-from checkpoint.segment_files import FOLDER, SegmentError, remove_leftovers
-from checkpoint.shared import Segment, Version
-from checkpoint.wire import Message, NodeAddress, Wire
+from checkpoint.snapshots.area import Written
+from checkpoint.snapshots.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader
+from checkpoint.snapshots.generation import Generation, GivenUp, connector, load_meta, meta_bytes
+from checkpoint.snapshots.roster import Plan
+from checkpoint.snapshots.segment import Segment, Version
+from checkpoint.snapshots.segment_files import FOLDER, SegmentError, remove_leftovers
+from checkpoint.snapshots.wire import Message, NodeAddress, Wire
 
 _log = logging.getLogger(__name__)
 

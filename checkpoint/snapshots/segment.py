@@ -16,7 +16,7 @@ survive: /dev/shm does not either. Versions rise and are never used twice, so a 
 A reader beside a living writer copies, then asks `intact` whether the version is still the same.
 
 A second writer is refused by a lock of its own. Who owns a segment, and what is left of dead owners:
-`checkpoint/segment_files.py`, [Note: owners and leftovers]. Nothing is unpickled.
+`checkpoint/snapshots/segment_files.py`, [Note: owners and leftovers]. Nothing is unpickled.
 """
 
 import errno
@@ -32,12 +32,12 @@ import numpy as np
 
 from checkpoint.crc import Bytes, crc32c
 from checkpoint.erasure.protocol import slot_for
-from checkpoint.segment_files import FOLDER, NAME, SegmentError, create_locked, is_at, open_private, try_lock
+from checkpoint.snapshots.segment_files import FOLDER, NAME, SegmentError, create_locked, is_at, open_private, try_lock
 
 FORMAT = 1
 PAGE_BYTES = 4096
 STRIDE_BYTES = 1 << 16
-"""From slot to slot, or a multiple: an update from one to another meets the same alignment as one in place."""
+"""From slot to slot, a multiple of this: an update from one to another meets the same alignment as one in place."""
 
 _SUPER = struct.Struct("<8sI16sIQQ")
 _SUPER_MAGIC = b"ATOLLSEG"
@@ -95,7 +95,6 @@ class Segment:
             raise ValueError(f"segment {name}: {num_slots} slots (2 to 255) of {payload_bytes} + {meta_bytes} bytes")
         path = Path(folder, name)
         payload_bytes, meta_bytes = _pages(payload_bytes), _pages(meta_bytes)
-        meta_bytes += -(payload_bytes + meta_bytes) % STRIDE_BYTES
         size = _total(num_slots, payload_bytes, meta_bytes)
         free = os.statvfs(folder)
         if size > free.f_bavail * free.f_frsize:
@@ -207,7 +206,7 @@ class Segment:
         self._memory[start : start + _RECORD_BYTES] = 0
 
     def _slot(self, slot: int) -> int:
-        return PAGE_BYTES * (1 + self.num_slots) + slot * (self.meta_bytes + self.payload_bytes)
+        return PAGE_BYTES * (1 + self.num_slots) + slot * _stride(self.payload_bytes, self.meta_bytes)
 
     def slot_memory(self, slot: int) -> Bytes:
         """A slot's whole payload, for those who write their part of a draft that another process has begun."""
@@ -300,7 +299,12 @@ def _pages(size: int) -> int:
 
 
 def _total(num_slots: int, payload_bytes: int, meta_bytes: int) -> int:
-    return PAGE_BYTES * (1 + num_slots) + num_slots * (payload_bytes + meta_bytes)
+    return PAGE_BYTES * (1 + num_slots) + num_slots * _stride(payload_bytes, meta_bytes)
+
+
+def _stride(payload_bytes: int, meta_bytes: int) -> int:
+    """From slot to slot."""
+    return -(-(payload_bytes + meta_bytes) // STRIDE_BYTES) * STRIDE_BYTES
 
 
 def _no_room(path: Path, size: int, free: int) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoint import segment_files, shared
-from checkpoint.segment_files import SegmentError, leftovers, remove_leftovers
-from checkpoint.shared import Segment
+from checkpoint.snapshots import segment_files
+from checkpoint.snapshots.segment import PAGE_BYTES, Segment
+from checkpoint.snapshots.segment_files import SegmentError, leftovers, remove_leftovers
 
 _RUN = bytes(range(16))
 _ROOT = Path(__file__).resolve().parents[2]
@@ -124,7 +124,7 @@ def test_a_record_counts_only_when_its_last_byte_is_there(make):
     """The store of the record may be cut short anywhere."""
     segment = make()
     _write(segment, 1)
-    start = shared.PAGE_BYTES
+    start = PAGE_BYTES
     record = segment._memory[start : start + 64].tobytes()
     size = len(record.rstrip(b"\0"))
     for cut in range(size):
@@ -139,7 +139,7 @@ def test_every_flipped_bit_of_record_or_meta_undoes_the_version(make):
     segment = make()
     _write(segment, 1)
     meta = segment._slot(0)
-    for position in [*range(shared.PAGE_BYTES, shared.PAGE_BYTES + 48), *range(meta, meta + 5)]:
+    for position in [*range(PAGE_BYTES, PAGE_BYTES + 48), *range(meta, meta + 5)]:
         for bit in range(8):
             segment._memory[position] ^= 1 << bit
             assert _versions(segment) == [], position
@@ -150,7 +150,7 @@ def test_every_flipped_bit_of_record_or_meta_undoes_the_version(make):
 def test_a_record_counts_in_its_own_slot_alone(make):
     segment = make()
     _write(segment, 1)
-    page = shared.PAGE_BYTES
+    page = PAGE_BYTES
     segment._memory[2 * page : 3 * page] = segment._memory[page : 2 * page]
     segment._memory[segment._slot(1) : segment._slot(2)] = segment._memory[segment._slot(0) : segment._slot(1)]
     assert [(held.version, held.slot) for held in segment.committed()] == [(1, 0)]
@@ -177,7 +177,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(make):
     segment = make()
     program = """
 import sys
-from checkpoint.shared import Segment
+from checkpoint.snapshots.segment import Segment
 draft = Segment.open(sys.argv[1]).begin(1, 1)
 print("writing", flush=True)
 sys.stdin.read()
@@ -194,7 +194,7 @@ sys.stdin.read()
 
 _OWNER = """
 import sys, time
-from checkpoint.shared import Segment
+from checkpoint.snapshots.segment import Segment
 folder, run, label = sys.argv[1:]
 segment = Segment.create(bytes.fromhex(run), label, num_slots=2, payload_bytes=4096, meta_bytes=10, folder=folder)
 draft = segment.begin(1, 1)

@@ -1,8 +1,8 @@
 """Snapshot processes on a Ray cluster: one detached actor a node, which dies with its node and with nothing else.
 
-Ray places them and finds them again by name; all else goes over their own sockets (`checkpoint/wire.py`): nothing of a
-snapshot is pickled or passes through Ray's object store. They take no CPU of the placement: they encode on cores that
-are idle. The token passes through Ray, whose connections the cluster has to protect.
+Ray places them and finds them again by name; all else goes over their own sockets (`checkpoint/snapshots/wire.py`):
+nothing of a snapshot is pickled or passes through Ray's object store. They take no CPU of the placement: they encode on
+cores that are idle. The token passes through Ray, whose connections the cluster has to protect.
 """
 
 import secrets
@@ -15,9 +15,9 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from checkpoint.roster import Roster
-from checkpoint.snapshot_process import LOOPBACK
-from checkpoint.wire import NodeAddress
+from checkpoint.snapshots.process import LOOPBACK
+from checkpoint.snapshots.roster import Roster
+from checkpoint.snapshots.wire import NodeAddress
 
 NAMESPACE = "atoll-snapshots"
 _RETRY_S = 0.2
@@ -109,8 +109,8 @@ class SnapshotActor:
         import signal
         import threading
 
-        from checkpoint.snapshot_node import SnapshotNode
-        from checkpoint.snapshot_process import NICENESS
+        from checkpoint.snapshots.node import SnapshotNode
+        from checkpoint.snapshots.process import NICENESS
 
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one for the whole job is for the workers
         os.nice(NICENESS)

@@ -5,8 +5,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from checkpoint.crc import Bytes, crc32c
 from checkpoint.errors import CheckpointWriteError
-from checkpoint.folder import Folder
-from checkpoint.layout import CRC_BYTES, Entry, chunk_file
+from checkpoint.index import chunk_file
+from checkpoint.persisted.folder import Folder
+from checkpoint.persisted.layout import CRC_BYTES, Entry
 
 THREADS = 4
 """Chunks in flight: enough for one to be checksummed while others are written and synced."""

@@ -16,9 +16,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from checkpoint.crc import Bytes
 from checkpoint.erasure import aligned_empty
+from checkpoint.index import PAGE_BYTES
 from offload.mounts import try_writing
 
-PAGE_BYTES = 4096
 _DIRECT_BYTES = 1 << 20
 """Shorter content goes by the page cache."""
 
