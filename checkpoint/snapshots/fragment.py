@@ -16,7 +16,7 @@ from dataclasses import astuple, dataclass
 from checkpoint.crc import Bytes, crc32c, piece_crcs
 from checkpoint.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 PIECE_BYTES = 1 << 20
 
 _MAGIC = b"ATOLLFRG"
