@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from checkpoint.crc import crc32c, piece_crcs
 from checkpoint.erasure import aligned_empty, isal
-from checkpoint.snapshots.fragment import FragmentDamaged, FragmentHeader, FragmentId, seal
+from checkpoint.snapshots.fragment import FORMAT, FragmentDamaged, FragmentHeader, FragmentId, seal
 
 _ID = FragmentId(run=bytes(range(16)), k=4, m=2, element=1, group=3, stripe=5, step=2**40, version=2**33)
 _PIECE, _SIZE = 4096, 5 * 4096 + 100
@@ -47,7 +47,13 @@ def test_noise_is_no_header(content: bytes):
 def test_a_header_that_vouches_for_nonsense_is_refused():
     """Its CRC is right, as a stranger's could be; its numbers are not."""
     body = seal(_ID, _payload(), piece_bytes=_PIECE).dumps()[:-4]
-    for offset, value in ((8, 2), (28, 254), (32, 6), (58, 0xFFFF), (66, 0)):  # format, k, element, payload, piece
+    for offset, value in (
+        (8, FORMAT + 1),
+        (28, 254),
+        (32, 6),
+        (58, 0xFFFF),
+        (66, 0),
+    ):  # format, k, element, payload, piece
         damaged = bytearray(body)
         damaged[offset : offset + 2] = value.to_bytes(2, "little")
         with pytest.raises(FragmentDamaged):
