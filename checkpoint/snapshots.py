@@ -219,7 +219,7 @@ class Snapshots:
         if step < self._next:
             return False
         with self._changed:
-            ready = self._open_slot is not None if self._berths else bool(self._granted)
+            ready = self._open_slot is not None if self._berths else self._may_write
             busy = not ready and self._broken is None
         vote = torch.tensor([float(busy), self._interval()])
         if self._ranks.world > 1:
@@ -263,9 +263,7 @@ class Snapshots:
             fault,
         )
         with self._changed:
-            ready = self._changed.wait_for(
-                lambda: (self._granted and self._job is None) or self._broken is not None, GRANT_S
-            )
+            ready = self._changed.wait_for(lambda: self._may_write or self._broken is not None, GRANT_S)
             if not ready:
                 self._broken = CheckpointError(f"the snapshot before was not decided within {GRANT_S:g} s")
                 self._report(f"there are no snapshots from step {step} on: {self._broken}")
@@ -273,7 +271,7 @@ class Snapshots:
                 self._error = self._broken
                 return
             self._job = self._copying = job
-            self._open_slot, self._wanted = None, False
+            self._open_slot = None
             self._changed.notify_all()
         if not background:
             job.begun.wait()
@@ -373,18 +371,24 @@ class Snapshots:
                     self._changed.notify_all()
                 return True
 
+    @property
+    def _may_write(self) -> bool:
+        """Whether the next version is granted, and the one before no longer written."""
+        return self._granted > 0 and self._job is None
+
     def _room(self) -> Room | None:
         """Asked by the training thread before an update; see [Note: the version that the update writes]."""
         begun, every = time.perf_counter(), self._options.snapshot_every_steps
         step = self._done_steps + 1
         with self._changed:
-            due = step >= self._next and self._granted > 0 if every == "auto" else step % int(every) == 0
-            if not due:
+            due = step >= self._next and self._may_write if every == "auto" else step % int(every) == 0
+            if not due or self._broken is not None:
                 return None
             if self._open_slot is None:
                 self._wanted = True
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: not self._wanted or self._broken or self._closed, GRANT_S)
+                self._wanted = False
             slot = self._open_slot
         if self.stats.stall_s:
             self.stats.stall_s[-1] += time.perf_counter() - begun

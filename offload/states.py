@@ -212,7 +212,9 @@ class AwayStates:
         scale: None, or a 0-dim tensor on the device that gradients are multiplied by. What no run of the terms covers
         keeps its state and its weight.
         """
-        known = None
+        if not work:  # all of it stays on the device
+            return []
+        places, known = self._places(), None
         if scale is not None and self._cuda:
             host = torch.empty((), dtype=scale.dtype, pin_memory=True)
             host.copy_(scale, non_blocking=True)
@@ -222,7 +224,7 @@ class AwayStates:
         self._under_way = answers
         self._idle.clear()
         self._known, self._submitted = known, True
-        self._batches.put(_Batch(work=batch, scale=scale, known=known, places=self._places()))
+        self._batches.put(_Batch(work=batch, scale=scale, known=known, places=places))
         return answers
 
     def _places(self) -> dict[Shard, State]:
