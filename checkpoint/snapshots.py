@@ -207,7 +207,8 @@ class Snapshots:
         self._thread.start()
 
     def due(self, step: int) -> bool:
-        """Whether to take a snapshot after `step` steps; with ``auto`` every rank must call it after every step."""
+        """Whether to take a snapshot after `step` steps. Every rank calls it after every step: the ranks agree on it
+        with ``auto``, and `_room` goes by it."""
         self._done_steps = step
         if self._options.snapshot_every_steps != "auto":
             return step % int(self._options.snapshot_every_steps) == 0

@@ -15,7 +15,7 @@ import pytest
 
 from checkpoint import segment_files, shared
 from checkpoint.segment_files import SegmentError, leftovers, remove_leftovers
-from checkpoint.shared import Segment
+from checkpoint.shared import STRIDE_BYTES, Segment
 
 _RUN = bytes(range(16))
 _ROOT = Path(__file__).resolve().parents[2]
@@ -305,8 +305,10 @@ def test_foreign_files_are_refused(make, folder: str):
 def test_too_much_meta_is_refused(make):
     segment = make()
     draft = segment.begin(1, 1)
-    with pytest.raises(ValueError, match="room for 4096 and 8192"):
-        draft.commit(bytes(4097))
+    room = segment.meta_bytes  # 100 were asked for; slots are apart by a multiple of STRIDE_BYTES
+    assert (room + segment.payload_bytes) % STRIDE_BYTES == 0
+    with pytest.raises(ValueError, match=f"room for {room} and 8192"):
+        draft.commit(bytes(room + 1))
     assert _versions(segment) == []
 
 
