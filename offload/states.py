@@ -23,9 +23,9 @@ need no second copy: updated in place, they take their turn while the next forwa
 
 [Note: the other version] Snapshots keep versions of the state in shared memory. Where they have room for the next one,
 an update reads the states where they are and writes them there, which takes the bytes of an update in place, and no
-copy is made later. The version before is not touched from then on: it is the snapshot. Where there is no room, as the
-one before is not committed yet, states go home, to the arena. What is speculated goes there if the room is known by
-then, and nobody waits for it. States on NVMe stay.
+copy is made later. The version before is not touched from then on: it is the snapshot. Where there is no room, as no
+snapshot is due or its slot is not to be had, states go home, to the arena. What is speculated goes there if the room is
+known by then, and nobody waits for it. States on NVMe stay.
 
 [Note: NVMe] A shard's states lie in chunks of ``[master | exp_avg | exp_avg_sq]``. A ring of buffers in the arena is
 read ahead across shards and written behind; the tier answers loads as if in the order asked, so that a chunk may be
@@ -220,6 +220,8 @@ class AwayStates:
         scale: None, or a 0-dim tensor on the device that gradients are multiplied by. What no run of the terms covers
         keeps its state and its weight.
         """
+        if not work:  # all of it stays on the device
+            return []
         known, room = None, self._movable.room(True)
         if scale is not None and self._cuda:
             host = torch.empty((), dtype=scale.dtype, pin_memory=True)

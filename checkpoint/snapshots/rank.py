@@ -208,7 +208,8 @@ class Snapshots:
         self._thread.start()
 
     def due(self, step: int) -> bool:
-        """Whether to take a snapshot after `step` steps; with ``auto`` every rank must call it after every step."""
+        """Whether to take a snapshot after `step` steps. Every rank calls it after every step: the ranks agree on it
+        with ``auto``, and `_room` goes by it."""
         self._done_steps = step
         if self._options.snapshot_every_steps != "auto":
             return step % int(self._options.snapshot_every_steps) == 0
@@ -220,7 +221,7 @@ class Snapshots:
         if step < self._next:
             return False
         with self._changed:
-            ready = self._open_slot is not None if self._berths else bool(self._granted)
+            ready = self._open_slot is not None if self._berths else self._may_write
             busy = not ready and self._broken is None
         vote = torch.tensor([float(busy), self._interval()])
         if self._ranks.world > 1:
@@ -264,9 +265,7 @@ class Snapshots:
             fault,
         )
         with self._changed:
-            ready = self._changed.wait_for(
-                lambda: (self._granted and self._job is None) or self._broken is not None, GRANT_S
-            )
+            ready = self._changed.wait_for(lambda: self._may_write or self._broken is not None, GRANT_S)
             if not ready:
                 self._broken = CheckpointError(f"the snapshot before was not decided within {GRANT_S:g} s")
                 self._report(f"there are no snapshots from step {step} on: {self._broken}")
@@ -374,19 +373,25 @@ class Snapshots:
                     self._changed.notify_all()
                 return True
 
+    @property
+    def _may_write(self) -> bool:
+        """Whether the next version is granted, and the one before no longer written."""
+        return self._granted > 0 and self._job is None
+
     def _room(self, wait: bool) -> Room | None:
         """Asked before an update, by the training thread to `wait`; see [Note: the version that the update writes]."""
         begun, every = time.perf_counter(), self._options.snapshot_every_steps
         step = self._done_steps + 1
         with self._changed:
-            due = step >= self._next and self._granted > 0 if every == "auto" else step % int(every) == 0
-            if not due:
+            due = step >= self._next and self._may_write if every == "auto" else step % int(every) == 0
+            if not due or self._broken is not None:
                 return None
             if self._open_slot is None:
                 self._wanted = True
                 self._changed.notify_all()
                 if wait:
                     self._changed.wait_for(lambda: not self._wanted or self._broken or self._closed, GRANT_S)
+                    self._wanted = False
             slot = self._open_slot
         if wait and self.stats.stall_s:
             self.stats.stall_s[-1] += time.perf_counter() - begun

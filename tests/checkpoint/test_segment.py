@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from checkpoint.snapshots import segment_files
-from checkpoint.snapshots.segment import PAGE_BYTES, Segment
+from checkpoint.snapshots.segment import PAGE_BYTES, STRIDE_BYTES, Segment
 from checkpoint.snapshots.segment_files import SegmentError, leftovers, remove_leftovers
 
 _RUN = bytes(range(16))
@@ -300,6 +300,12 @@ def test_foreign_files_are_refused(make, folder: str):
     os.truncate(noise, 10)
     with pytest.raises(SegmentError, match="not a segment"):
         Segment.open(noise)
+
+
+def test_slots_are_alike_in_the_lower_bits_of_their_addresses(make):
+    segment = make()
+    first, second = (segment.slot_memory(slot).ctypes.data for slot in (0, 1))
+    assert (second - first) % STRIDE_BYTES == 0 and second - first >= 4096 + 8192
 
 
 def test_too_much_meta_is_refused(make):

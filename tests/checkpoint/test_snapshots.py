@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -460,6 +461,65 @@ def test_the_next_snapshot_begins_once_the_one_that_was_given_up_is_reported(tmp
             nodes.ranks(4, act, parity=1)
         finally:
             nodes.end()
+
+
+def test_with_auto_no_update_waits_for_a_version(tmp_path: Path):
+    """It goes home while one is being written, although a snapshot would be due."""
+    nodes, copied = Nodes(1, folder=tmp_path), threading.Event()
+
+    def act(snapshots, rank: int) -> None:
+        state = MovingState(rank, 1)
+        state.update(0)
+        snapshots.start(state.pieces(0), {"rank": rank}, {"step": 0}, state.movable)
+        step, moved = 1, state.update(1)
+        while not snapshots.due(step):
+            step, moved = step + 1, state.update(step + 1)
+            time.sleep(0.01)
+        assert moved
+
+        def slowly() -> list[Piece]:
+            copied.wait()
+            return state.pieces(step)
+
+        snapshots.save(step, slowly, {"rank": rank, "step": step}, {"step": step})
+        room = ThreadPoolExecutor(1).submit(state.movable.room, True)
+        try:
+            assert room.result(timeout=5) is None and not snapshots.due(step + 1)
+        finally:
+            copied.set()
+        snapshots.wait_copied()
+        snapshots.wait()
+        assert snapshots.error() is None
+
+    try:
+        nodes.ranks(1, act, parity=0, every="auto")
+    finally:
+        nodes.end()
+
+
+def test_states_in_a_slot_outlive_the_snapshot_process_and_go_home(tmp_path: Path):
+    nodes = Nodes(1, folder=tmp_path)
+
+    def act(snapshots, rank: int) -> None:
+        state = MovingState(rank, 1)
+        state.update(0)
+        snapshots.start(state.pieces(0), {"rank": rank}, {"step": 0}, state.movable)
+        assert state.update(1)
+        snapshots.save(1, partial(state.pieces, 1), {"rank": rank, "step": 1}, {"step": 1})
+        snapshots.wait_copied()
+        snapshots.wait()
+        nodes.kill(0)
+        for piece, right in zip(state.pieces(1), pieces(rank, 1, 1), strict=True):
+            assert torch.equal(piece.tensor, right.tensor)
+        assert not state.update(2)
+        snapshots.save(2, partial(state.pieces, 2), {"rank": rank, "step": 2}, {"step": 2})
+        assert snapshots.error() is not None
+        assert not state.update(3)
+
+    try:
+        nodes.ranks(1, act, parity=0)
+    finally:
+        nodes.end()
 
 
 def test_states_of_several_slices_and_groups(tmp_path: Path):

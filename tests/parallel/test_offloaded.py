@@ -9,6 +9,7 @@ STREAMED = HOST | {"weights": "host"}
 SPECULATE = HOST | {"update": "speculate", "speculate_share": 1.0}
 HALF = SPECULATE | {"speculate_share": 0.5, "weights": "host"}
 SPLIT = HOST | {"gpu_bytes": 20_000}
+ALL_ON_DEVICE = HOST | {"gpu_bytes": 1_000_000}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,15 @@ def test_one_worker_equals_a_plain_process(nvme: dict) -> None:
     cases = [
         {"parallel": {"placement": "zero3"}, "accumulation": accumulation, "offload": offload, "evaluate": True}
         for accumulation in (1, 4)
-        for offload in (HOST, STREAMED, SPLIT, SPLIT | STREAMED, nvme, nvme | {"weights": "host", "host_bytes": 75_000})
+        for offload in (
+            HOST,
+            STREAMED,
+            SPLIT,
+            ALL_ON_DEVICE,
+            SPLIT | STREAMED,
+            nvme,
+            nvme | {"weights": "host", "host_bytes": 75_000},
+        )
     ]
     check(1, cases)
 
@@ -115,3 +124,35 @@ def test_state_moves_between_tiers(nvme: dict) -> None:
     ]
     for answer in run_world(1, cases):
         assert answer["bitwise"], answer
+
+
+def check_snapshots(world: int, levels: dict, cases: list[tuple[str, dict, str]]) -> list[dict]:
+    """By placement, offload, and how often a snapshot is taken."""
+    found = [
+        {"check": "snapshots", "levels": levels, "parallel": {"placement": placement}, "offload": offload}
+        | {"every": every, "bf16": bool(number % 2)}
+        for number, (placement, offload, every) in enumerate(cases)
+    ]
+    answers = run_world(world, found, "snapshots_world.py")
+    for answer in answers:
+        assert answer["different"] == [] and answer["error"] is None, answer
+        assert answer["read"] and all(read == newest for read, newest in answer["read"]), answer
+    return answers
+
+
+@pytest.mark.timeout(100)
+def test_what_is_updated_into_snapshots_is_what_it_is_elsewhere_and_stays(nvme: dict) -> None:
+    half = nvme | {"host_bytes": 150_000}
+    offloads = [(HOST, "3"), (STREAMED, "1"), (HALF, "2"), (SPLIT, "1"), (half, "3"), (nvme, "1")]
+    answers = check_snapshots(1, {}, [("zero3", offload, every) for offload, every in offloads])
+    copied = [answer["copied"] / answer["state_bytes"] for answer in answers]
+    assert max(copied[:2]) < 0.2 and copied[4] < 0.9 < copied[5], copied  # what is frozen is on the device
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(290)
+def test_what_several_ranks_update_into_snapshots(nvme: dict) -> None:
+    """hsdp, ddp: states that ranks share are copied, each a part."""
+    cases = [("zero3", HOST, "1"), ("hsdp", HOST, "1"), ("ddp", STREAMED, "2"), ("topo", SPLIT, "1")]
+    check_snapshots(2, {}, [*cases, ("zero1", HALF, "3")])
+    check_snapshots(4, {"node": 2, "gpu": 2}, [*cases, ("hfsdp", STREAMED, "1")])

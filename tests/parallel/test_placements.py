@@ -12,10 +12,10 @@ PRESETS = ("ddp", "zero1", "zero2", "zero3", "hsdp", "hfsdp", "topo")
 HERE = Path(__file__).parent
 
 
-def run_world(world: int, cases: list[dict]) -> list[dict]:
-    """The answers of `worlds.py` to the cases, in their order."""
+def run_world(world: int, cases: list[dict], script: str = "worlds.py") -> list[dict]:
+    """The answers of the script to the cases, in their order."""
     done = subprocess.run(
-        [sys.executable, HERE / "worlds.py", str(world)], input=json.dumps(cases), capture_output=True, text=True,
+        [sys.executable, HERE / script, str(world)], input=json.dumps(cases), capture_output=True, text=True,
         timeout=280, cwd=HERE.parent.parent, env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
