@@ -102,11 +102,11 @@ class Training:
 
     def step(self, before_update: Callable[[], None], after: Callable[[int], None]) -> None:
         rows, most = self.rows, self.accumulation
+        self.engine.expect(1e-5)
         for number in range(most):
             first, last = number == 0, number == most - 1
             self.engine.forward_backward(rows[:, :-1], rows[:, 1:], scale=1 / self.world / most, first=first, last=last)
         before_update()
-        self.engine.expect(1e-5)
         self.engine.step(1e-5, 1.0)
         self.number += 1
         after(self.number)
