@@ -82,7 +82,12 @@ class Job:
             time.sleep(0.2)
 
     def start_again(self) -> None:
-        """Slurm holds a job that was requeued back for two minutes; not here."""
+        """Slurm holds a job that was requeued back for two minutes, in which its life before ends; here it is begun as
+        soon as that has ended: what its steps still report is else taken for the next life's."""
+        deadline = time.monotonic() + 60
+        while steps := [line for line in _processes() if line.startswith(f"slurmstepd: [{self.id}.")]:
+            assert time.monotonic() < deadline, steps
+            time.sleep(0.1)
         scontrol("update", f"JobId={self.id}", "StartTime=now")
 
 
@@ -98,9 +103,12 @@ def left_running() -> list[str]:
     return _running()
 
 
+def _processes() -> list[str]:
+    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
+
+
 def _running() -> list[str]:
-    shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
-    return [line for line in shown if re.search(r"^\S*/(raylet|gcs_server) |-m launch\.node", line)]
+    return [line for line in _processes() if re.search(r"^\S*/(raylet|gcs_server) |-m launch\.node", line)]
 
 
 def test_two_nodes_train_and_nothing_stays(slurm: None, tmp_path: Path) -> None:
@@ -112,9 +120,9 @@ def test_two_nodes_train_and_nothing_stays(slurm: None, tmp_path: Path) -> None:
 
 
 def test_the_time_limit_leads_back_into_the_queue_and_cancel_out_of_it(slurm: None, tmp_path: Path) -> None:
-    job = Job(tmp_path, "train.steps=100000", WITHOUT_SAVING, minutes=2)
+    job = Job(tmp_path, "train.steps=100000", WITHOUT_SAVING, minutes=3)
     job.wait_for_steps(2)
-    job.wait("PENDING", restarts=1)  # Slurm's own warning, a minute before the limit of two
+    job.wait("PENDING", restarts=1)  # Slurm's own warning, a minute before the limit of three
     done = len(job.steps())
     assert f"stopped after step {done} of 100000" in job.said
     assert not left_running()
