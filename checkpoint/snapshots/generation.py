@@ -11,8 +11,6 @@ latter two are out of it (`_users`); a rank writes its area again before it says
 still writes is found by the CRCs, and is an erasure.
 """
 
-import json
-import struct
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +24,10 @@ from checkpoint.erasure.protocol import versions_to_keep
 from checkpoint.errors import CheckpointError
 from checkpoint.snapshots.area import Manifest, Written
 from checkpoint.snapshots.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader, FragmentId
+from checkpoint.snapshots.meta import dump_meta
 from checkpoint.snapshots.roster import Plan
 from checkpoint.snapshots.segment import Draft, Segment
-from checkpoint.snapshots.wire import Message, NodeAddress, Wire, WireError
+from checkpoint.snapshots.wire import Message, Wire
 
 SLICE_BYTES = 4 * PIECE_BYTES
 """Of each element, pulled and encoded at a time by a lane."""
@@ -553,41 +552,3 @@ def _check_slice(header: FragmentHeader, part: Bytes, first: int) -> None:
     found = piece_crcs(part, header.piece_bytes)
     if found != list(header.crcs[first : first + len(found)]):
         raise FragmentDamaged(f"element {header.id.element} of stripe {header.id.stripe} came with a wrong CRC-32C")
-
-
-# ---------------------------------------------------------------------------------------------------- a slot's meta
-
-_SIZE = struct.Struct("<I")
-
-
-def dump_meta(plan: Plan, label: str, headers: list[FragmentHeader]) -> bytes:
-    """What lies beside a version in its slot: the plan it was made under, and the headers of the node's n fragments."""
-    parts = [json.dumps({"plan": plan.tree(), "label": label}).encode(), *(header.dumps() for header in headers)]
-    return b"".join(_SIZE.pack(len(part)) + part for part in parts)
-
-
-def load_meta(meta: bytes) -> tuple[Plan, str, list[bytes]]:
-    """Plan, label, and the headers as they are: a damaged one costs its fragment alone. ValueError for no meta."""
-    parts, start = [], 0
-    while start < len(meta):
-        (size,) = _SIZE.unpack_from(meta, start)
-        parts.append(meta[start + _SIZE.size :][:size])
-        start += _SIZE.size + size
-    tree: dict[str, Any] = json.loads(parts[0])
-    return Plan.of(tree["plan"]), str(tree["label"]), parts[1:]
-
-
-def meta_bytes(plan: Plan, label: str) -> int:
-    """Room for the meta of a version under `plan`."""
-    layout = plan.layout(plan.place(label)[0])
-    header = 128 + 4 * -(-layout.chunk_bytes // PIECE_BYTES)
-    return 1024 + len(json.dumps(plan.tree())) + layout.n * header
-
-
-def connector(addresses: Mapping[str, NodeAddress], token: bytes) -> Callable[[str], Wire]:
-    def connect(label: str) -> Wire:
-        if label not in addresses:
-            raise WireError(f"node {label} is not among those that take part")
-        return Wire.connect(addresses[label], token)
-
-    return connect

@@ -11,18 +11,19 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from checkpoint.crc import Bytes, idle_threads
 from checkpoint.errors import CheckpointError
 from checkpoint.snapshots.area import Written
 from checkpoint.snapshots.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader
-from checkpoint.snapshots.generation import Generation, GivenUp, connector, load_meta, meta_bytes
+from checkpoint.snapshots.generation import Generation, GivenUp
+from checkpoint.snapshots.meta import load_meta, meta_bytes
 from checkpoint.snapshots.roster import Plan
 from checkpoint.snapshots.segment import Segment, Version
 from checkpoint.snapshots.segment_files import FOLDER, SegmentError, remove_leftovers
-from checkpoint.snapshots.wire import Message, NodeAddress, Wire
+from checkpoint.snapshots.wire import Message, NodeAddress, Wire, WireError
 
 _log = logging.getLogger(__name__)
 
@@ -284,7 +285,7 @@ class SnapshotNode:
                 self.run,
                 segment,
                 areas,
-                connector(addresses, self._token),
+                _connector(addresses, self._token),
                 committed,
                 lambda: self._drop_others(generation),
             )
@@ -338,3 +339,12 @@ class SnapshotNode:
         if number not in (None, generation.plan.generation):
             raise GivenUp(f"another start of the run has taken node {self.label} over")
         return generation
+
+
+def _connector(addresses: Mapping[str, NodeAddress], token: bytes) -> Callable[[str], Wire]:
+    def connect(label: str) -> Wire:
+        if label not in addresses:
+            raise WireError(f"node {label} is not among those that take part")
+        return Wire.connect(addresses[label], token)
+
+    return connect

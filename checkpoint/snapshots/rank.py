@@ -13,13 +13,12 @@ the state into the next version's slot, where that is due at once, else to where
 for the version before, as `save` would. With ``auto`` nobody waits: that snapshot is put off until its slot is there.
 """
 
-import itertools
 import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,13 +33,14 @@ from checkpoint.index import Index
 from checkpoint.options import CheckpointOptions
 from checkpoint.ranks import Ranks
 from checkpoint.snapshots import recovery
-from checkpoint.snapshots.area import Blob, Written, areas, whole
+from checkpoint.snapshots.area import Blob, Written
+from checkpoint.snapshots.configure import configure
 from checkpoint.snapshots.copying import Copier, Mark, copy_here, seal
 from checkpoint.snapshots.fragment import PIECE_BYTES
 from checkpoint.snapshots.places import array_offsets, berths, lay_out
 from checkpoint.snapshots.process import drop
 from checkpoint.snapshots.reader import SnapshotReader
-from checkpoint.snapshots.roster import Plan, Roster, check_nodes, cut_groups
+from checkpoint.snapshots.roster import Roster, check_nodes
 from checkpoint.snapshots.segment import Segment
 from checkpoint.snapshots.wire import Refused, Wire
 from offload.state import Movable, Piece, Room, nowhere
@@ -186,7 +186,9 @@ class Snapshots:
         answer: dict[str, Any] = {}
         if self._ranks.rank == 0:
             try:
-                answer = self._configure(sizes)
+                answer = configure(
+                    self._roster, sizes, self._parity, self._group_sizes, keep=self._restored, report=self._report
+                )
             except (CheckpointError, ValueError) as error:
                 answer = {"problem": str(error)}
         answer = json.loads(self._ranks.tell(json.dumps(answer).encode()))
@@ -497,47 +499,6 @@ class Snapshots:
         if int(result) != 0:
             self._report(f"page-locking {self._size} bytes of shared memory failed ({result}): snapshots are slower")
         return int(result) == 0
-
-    # ------------------------------------------------------------------------------------------------ the plan
-
-    def _configure(self, sizes: Sequence[int]) -> dict[str, Any]:
-        """On rank 0: cut the nodes into groups and tell each its part."""
-        roster, num_nodes = self._roster, len(self._roster.nodes)
-        by_node = [
-            areas([(rank, sizes[rank]) for rank, node in enumerate(roster.rank_nodes) if node == number])
-            for number in range(num_nodes)
-        ]
-        groups = cut_groups([node.label for node in roster.nodes], self._group_sizes)
-        firsts = list(itertools.accumulate(self._group_sizes, initial=0))
-        plan = Plan(
-            generation=recovery.retire(roster) + 1,
-            world=self._ranks.world,
-            parity=self._parity,
-            groups=groups,
-            sizes=tuple(  # chunks of whole pieces: checkpoint/snapshots/area.py, [Note: one pass]
-                whole(max(size for _, size in by_node[a:b]), (b - a - self._parity) * PIECE_BYTES)
-                for a, b in itertools.pairwise(firsts)
-            ),
-        )
-        paths = []
-        for node, (its, _) in zip(roster.nodes, by_node, strict=True):
-            message = {
-                "do": "configure",
-                "plan": plan.tree(),
-                "nodes": [asdict(address) for address in roster.nodes],
-                "areas": [[rank, *area] for rank, area in its.items()],
-                "keep": self._restored,
-            }
-            with Wire.connect(node, roster.token) as wire:
-                answer = wire.ask(message)
-            paths.append(answer["path"])
-            if answer["note"]:
-                self._report(answer["note"])
-        return {
-            "generation": plan.generation,
-            "paths": paths,
-            "areas": {rank: area for its, _ in by_node for rank, area in its.items()},
-        }
 
     def _interval(self) -> float:
         """Steps between snapshots that cost `COST` of the time, from what the last ones cost this rank."""

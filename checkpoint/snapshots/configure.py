@@ -1,0 +1,62 @@
+"""A start of the ranks: cut the nodes into groups, and tell each its part of the new plan."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from checkpoint.snapshots.area import areas, whole
+from checkpoint.snapshots.fragment import PIECE_BYTES
+from checkpoint.snapshots.recovery import retire
+from checkpoint.snapshots.roster import Plan, Roster, cut_groups
+from checkpoint.snapshots.wire import Wire
+
+
+def configure(
+    roster: Roster,
+    sizes: Sequence[int],
+    parity: int,
+    group_sizes: Sequence[int],
+    *,
+    keep: int | None,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """By rank 0. sizes: bytes that each rank needs. keep: the version that was restored; all others go.
+
+    Returns the ``generation``, by node the ``paths`` of segments, and by rank the ``areas`` (start, bytes) in the state
+    of its node. CheckpointError where a node is not there or has too little memory.
+    """
+    by_node = [
+        areas([(rank, sizes[rank]) for rank, node in enumerate(roster.rank_nodes) if node == number])
+        for number in range(len(roster.nodes))
+    ]
+    firsts = list(itertools.accumulate(group_sizes, initial=0))
+    plan = Plan(
+        generation=retire(roster) + 1,
+        world=len(sizes),
+        parity=parity,
+        groups=cut_groups([node.label for node in roster.nodes], group_sizes),
+        sizes=tuple(  # chunks of whole pieces: checkpoint/snapshots/area.py, [Note: one pass]
+            whole(max(size for _, size in by_node[a:b]), (b - a - parity) * PIECE_BYTES)
+            for a, b in itertools.pairwise(firsts)
+        ),
+    )
+    paths = []
+    for node, (its, _) in zip(roster.nodes, by_node, strict=True):
+        message = {
+            "do": "configure",
+            "plan": plan.tree(),
+            "nodes": [asdict(address) for address in roster.nodes],
+            "areas": [[rank, *area] for rank, area in its.items()],
+            "keep": keep,
+        }
+        with Wire.connect(node, roster.token) as wire:
+            answer = wire.ask(message)
+        paths.append(answer["path"])
+        if answer["note"]:
+            report(answer["note"])
+    return {
+        "generation": plan.generation,
+        "paths": paths,
+        "areas": {rank: area for its, _ in by_node for rank, area in its.items()},
+    }
