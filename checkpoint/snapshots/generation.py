@@ -14,23 +14,19 @@ still writes is found by the CRCs, and is an erasure.
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from checkpoint.crc import Bytes, idle_threads, piece_crcs
-from checkpoint.erasure import ReedSolomon, aligned_empty
 from checkpoint.erasure.protocol import versions_to_keep
 from checkpoint.errors import CheckpointError
 from checkpoint.snapshots.area import Manifest, Written
+from checkpoint.snapshots.encoder import Encoder
 from checkpoint.snapshots.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader, FragmentId
 from checkpoint.snapshots.meta import dump_meta
 from checkpoint.snapshots.roster import Plan
 from checkpoint.snapshots.segment import Draft, Segment
-from checkpoint.snapshots.wire import Message, Wire
+from checkpoint.snapshots.wire import Message, Wire, Wires
 
-SLICE_BYTES = 4 * PIECE_BYTES
-"""Of each element, pulled and encoded at a time by a lane."""
 UNKNOWN = -1
 """The step of a version that was begun before anybody wrote it."""
 PATIENCE_S = 50.0
@@ -98,10 +94,10 @@ class Generation:
         self.plan, self.label, self.run, self.segment, self.areas = plan, label, run, segment, dict(areas)
         self.group, self.place = plan.place(label)
         self.layout = plan.layout(self.group)
-        self._connect, self._committed, self._committed_one = connect, committed, committed_one
-        self._code = ReedSolomon(self.layout.k, self.layout.m) if self.layout.m else None
-        self._wires: dict[tuple[str, int], Wire] = {}  # by node and lane
-        self._announcing: dict[str, Wire] = {}
+        self._committed, self._committed_one = committed, committed_one
+        self._wires, self._announcing = Wires(connect), Wires(connect)
+        names = plan.groups[self.group]
+        self._encoder = Encoder(self.layout, self.place, names, self._wires) if self.layout.m else None
         self._changed = threading.Condition()
         self._announced = threading.Lock()
         self._making = self._new(plan.generation)
@@ -202,7 +198,7 @@ class Generation:
             self.seconds["cpu"] = time.process_time() - cpu
         except Exception as error:  # whatever it is, the coordinator must learn that this version will not be
             problem = f"node {self.label}: {error if isinstance(error, CheckpointError) else repr(error)}"
-            self._hang_up(self._wires)  # answers may be on their way that nobody waits for
+            self._wires.hang_up()  # answers may be on their way that nobody waits for
         with self._changed:
             making.ended, making.problem = True, problem
             self._changed.notify_all()
@@ -255,78 +251,22 @@ class Generation:
         )
 
     def _encode(self, making: Making) -> None:
-        """Make all parities of this node's stripe: the k chunks come from their nodes, checked, in several lanes."""
-        if self._code is None:
+        """Make all parities of this node's stripe, and give those away that others keep."""
+        if self._encoder is None:
             return
-        layout, names = self.layout, self.plan.groups[self.group]
-        stripe = layout.stripe(self.place)
-        headers = [
-            self._fetch_header(self._wire(names[element.node]), making, stripe.number, number)
-            for number, element in enumerate(stripe.elements[: layout.k])
-        ]
-        crcs = [[0] * (layout.chunk_bytes // PIECE_BYTES) for _ in range(layout.m)]
-        starts = range(0, layout.chunk_bytes, SLICE_BYTES)
-        lanes = min(idle_threads(), len(starts))
-        with ThreadPoolExecutor(lanes, thread_name_prefix="lane") as pool:
-            calls = [pool.submit(self._lane, making, headers, crcs, lane, starts[lane::lanes]) for lane in range(lanes)]
-            failed = [call for call in wait(calls, return_when=FIRST_EXCEPTION).done if call.exception()]
-            for wire in list(self._wires.values()) if failed else ():
-                wire.cut()  # the other lanes need not go on
-        for call in [*failed, *calls]:
-            call.result()
-        made = [self._header_of(making, stripe.number, layout.k + p, crcs[p]) for p in range(layout.m)]
-        for number, element in enumerate(stripe.elements[layout.k + 1 :], 1):
-            message = {"do": "parity made", "version": making.version, "number": number}
-            self._wire(names[element.node]).ask(message | {"header": made[number].dumps().hex()})
+        assert making.draft is not None
+        layout, stripe = self.layout, self.layout.stripe(self.place).number
+        headers = self._encoder.headers(making.version)
+        for number, header in enumerate(headers):
+            if header.id != self._id(making, stripe, number):
+                raise FragmentDamaged(f"there is {header.id}, not {self._id(making, stripe, number)}")
+        own = making.draft.payload[layout.data_bytes :][: layout.chunk_bytes]
+        crcs = self._encoder.encode(making.version, making.step, headers, own)
+        made = [self._header_of(making, stripe, layout.k + number, crcs[number]) for number in range(layout.m)]
+        self._encoder.hand_over(making.version, made[1:])
         with self._changed:
             making.headers[layout.k] = made[0]
             self._changed.notify_all()
-
-    def _lane(
-        self, making: Making, headers: list[FragmentHeader], crcs: list[list[int]], lane: int, starts: range
-    ) -> None:
-        """Slices of the stripe that begin at `starts`, by connections of its own; `crcs` of its parities' pieces."""
-        assert making.draft is not None and self._code is not None
-        layout, names = self.layout, self.plan.groups[self.group]
-        elements = layout.stripe(self.place).elements
-        data, others = elements[: layout.k], elements[layout.k + 1 :]
-        sources = [self._wire(names[element.node], lane) for element in data]
-        keepers = [self._wire(names[element.node], lane) for element in others]
-        own = making.draft.payload[layout.data_bytes :][: layout.chunk_bytes]
-        pulled = [aligned_empty(SLICE_BYTES) for _ in data]
-        made = [aligned_empty(SLICE_BYTES) for _ in others]
-
-        def request(start: int) -> None:
-            for wire, element in zip(sources, data, strict=True):
-                size = min(SLICE_BYTES, layout.chunk_bytes - start)
-                wire.send({"do": "read", "version": making.version, "offset": element.offset + start, "size": size})
-
-        request(starts[0])
-        for turn, start in enumerate(starts):
-            size, first = min(SLICE_BYTES, layout.chunk_bytes - start), start // PIECE_BYTES
-            for wire, header, buffer in zip(sources, headers, pulled, strict=True):
-                wire.answer(buffer[:size])
-                _check_slice(header, buffer[:size], first)
-            if turn + 1 < len(starts):
-                request(starts[turn + 1])  # on its way while this slice is encoded
-            outputs = [own[start : start + size], *(buffer[:size] for buffer in made)]
-            self._code.encode([buffer[:size] for buffer in pulled], outputs)
-            for known, output in zip(crcs, outputs, strict=True):
-                known[first : first + size // PIECE_BYTES] = piece_crcs(output, PIECE_BYTES)
-            for number, (wire, output) in enumerate(zip(keepers, outputs[1:], strict=True), 1):
-                if turn:
-                    wire.answer()
-                message: Message = {"do": "parity", "version": making.version, "step": making.step}
-                wire.send(message | {"start": start, "number": number}, output)
-        for wire in keepers:
-            wire.answer()
-
-    def _fetch_header(self, wire: Wire, making: Making, stripe: int, element: int) -> FragmentHeader:
-        answer = wire.ask({"do": "header", "version": making.version, "stripe": stripe})
-        header = FragmentHeader.loads(bytes.fromhex(str(answer["header"])))
-        if header.id != self._id(making, stripe, element):
-            raise FragmentDamaged(f"{wire.name} has {header.id}, not {self._id(making, stripe, element)}")
-        return header
 
     def receive_parity(self, message: Message, size: int, wire: Wire) -> None:
         """Take a slice of a parity that another node has made."""
@@ -386,7 +326,7 @@ class Generation:
     def _tell_coordinator(self, making: Making, problem: str) -> None:
         if self.label != self.plan.coordinator:
             message = {"do": "report", "version": making.version, "step": making.step, "label": self.label}
-            self._wire(self.plan.coordinator).ask(message | {"problem": problem})
+            self._wires.to(self.plan.coordinator).ask(message | {"problem": problem})
             return
         self.report(making.version, self.label, making.step, problem)
         with self._changed:
@@ -435,13 +375,9 @@ class Generation:
                 continue
             message = {"do": "open", "version": version + 1, "committed": committed, "problem": problem}
             try:
-                if label not in self._announcing:
-                    self._announcing[label] = self._connect(label)
-                self._announcing[label].ask(message)
-            except CheckpointError:
-                self._hang_up(
-                    self._announcing
-                )  # who did not hear it will be missing from the next version, which says so
+                self._announcing.to(label).ask(message)
+            except CheckpointError:  # who did not hear it will be missing from the next version, which says so
+                self._announcing.hang_up()
         self.open(version + 1, committed, problem)
 
     def open(self, version: int, committed: list[int], problem: str) -> None:
@@ -482,14 +418,14 @@ class Generation:
             self._closed = True
             self._changed.notify_all()
             thread = self._making.thread
-        for wire in [*list(self._wires.values()), *list(self._announcing.values())]:
-            wire.cut()
+        self._wires.end()
+        self._announcing.end()
         if thread is not None:
             thread.join()
         with self._changed:
             self._changed.wait_for(lambda: not self._users, PATIENCE_S)
-        self._hang_up(self._wires)
-        self._hang_up(self._announcing)
+        self._wires.hang_up()
+        self._announcing.hang_up()
 
     def _new(self, version: int) -> Making:
         keep = versions_to_keep(self._committed, self.segment.num_slots)
@@ -530,25 +466,7 @@ class Generation:
         if self._closed:
             raise GivenUp(f"node {self.label}: the snapshots of this start are over")
 
-    def _wire(self, label: str, lane: int = 0) -> Wire:
-        if (label, lane) not in self._wires:
-            self._wires[label, lane] = self._connect(label)
-        self._check_open()  # `close` cuts those that it finds
-        return self._wires[label, lane]
-
-    @staticmethod
-    def _hang_up(wires: dict[Any, Wire]) -> None:
-        for wire in wires.values():
-            wire.close()
-        wires.clear()
-
 
 def _crcs_of(part: Bytes) -> list[int]:
     """Of what no rank has sealed: ends of areas, and what lies behind the last."""
     return piece_crcs(part, PIECE_BYTES, idle_threads()) if len(part) else []
-
-
-def _check_slice(header: FragmentHeader, part: Bytes, first: int) -> None:
-    found = piece_crcs(part, header.piece_bytes)
-    if found != list(header.crcs[first : first + len(found)]):
-        raise FragmentDamaged(f"element {header.id.element} of stripe {header.id.stripe} came with a wrong CRC-32C")

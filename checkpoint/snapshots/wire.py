@@ -13,6 +13,7 @@ import json
 import secrets
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -192,6 +193,37 @@ class Wire:
                 raise WireError(f"{self.name} has closed the connection")
             content += part
         return bytes(content)
+
+
+class Wires:
+    """Connections to nodes, by label and lane; each is made when it is first asked for, and one thread uses it."""
+
+    def __init__(self, connect: Callable[[str], Wire]) -> None:
+        self._connect, self._over = connect, False
+        self._made: dict[tuple[str, int], Wire] = {}
+
+    def to(self, label: str, lane: int = 0) -> Wire:
+        """WireError where it cannot be made, or none is to be made any more."""
+        if (label, lane) not in self._made:
+            self._made[label, lane] = self._connect(label)
+        if self._over:  # asked last: `end` cuts those that it finds
+            raise WireError(f"the connections to node {label} are over")
+        return self._made[label, lane]
+
+    def cut(self) -> None:
+        """Whoever waits on one of them fails. From any thread."""
+        for wire in list(self._made.values()):
+            wire.cut()
+
+    def end(self) -> None:
+        """Cut them, and make no other. From any thread."""
+        self._over = True
+        self.cut()
+
+    def hang_up(self) -> None:
+        for wire in self._made.values():
+            wire.close()
+        self._made.clear()
 
 
 def _proof(token: bytes, side: bytes, nonce: bytes) -> bytes:

@@ -113,8 +113,8 @@ class HaltingGeneration(Generation):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        if self._code is not None:
-            self._code = _HaltingCode(self._code, self)  # type: ignore[assignment]
+        if self._encoder is not None:
+            self._encoder.code = _HaltingCode(self._encoder.code, self)  # type: ignore[assignment]
 
     def halt(self, phase: str, draft: Draft | None = None) -> None:
         """`draft`: of the version that has got there; by default the one being made."""
