@@ -4,7 +4,6 @@ Sizes and metadata are checked when it is opened, a chunk when it is read, every
 executed: files hold numbers and JSON alone, and every path that is read is made here or matched a strict pattern.
 """
 
-import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -16,9 +15,10 @@ import torch
 from checkpoint import values
 from checkpoint.crc import Bytes, crc32c
 from checkpoint.errors import CheckpointDamaged, CheckpointError
-from checkpoint.index import DTYPES, ArrayLayout, Index, Span
+from checkpoint.index import DTYPES, ArrayLayout, Index
 from checkpoint.persisted.folder import Folder, pages_empty
 from checkpoint.persisted.layout import COMMIT, CRC_BYTES, META, Commit, is_chunk, shard_folder
+from checkpoint.state_reader import StateReader
 from offload.state import Piece
 
 _THREADS = 4
@@ -33,7 +33,7 @@ _Job = tuple[slice, torch.Tensor]
 """Which bytes of a chunk, and the elements that they are of what is filled."""
 
 
-class CheckpointReader:
+class CheckpointReader(StateReader):
     """One committed checkpoint. Reads may come from one thread at a time; others read ahead.
 
     CheckpointDamaged where it is not what was written: names the step, the file, the problem, and the step before it to
@@ -54,7 +54,7 @@ class CheckpointReader:
         self._check_sizes()
         self.meta: dict[str, Any] = self._json(META)
         self._indexes = [self._index(rank) for rank in range(self.world)]
-        self._spans = self._assemble()
+        super().__init__(f"the checkpoint of step {step}", dict(enumerate(self._indexes)))
         self._cache: OrderedDict[_Chunk, tuple[Future[Bytes], Bytes]] = OrderedDict()
         """Checked bytes, and the memory they lie in, which is used again."""
         self._spare: list[Bytes] = []
@@ -69,36 +69,11 @@ class CheckpointReader:
             )
         return self._json(f"{shard_folder(rank)}/rank_state.json")
 
-    def names(self) -> list[str]:
-        """Names of all parameters and buffers, in the order they were saved."""
-        return list(dict.fromkeys(name for name, _ in self._spans))
-
-    def kinds(self, name: str) -> list[str]:
-        """Kinds of state that are there of one parameter."""
-        return [kind for found, kind in self._spans if found == name]
-
-    def shape(self, name: str, kind: str) -> tuple[int, ...]:
-        return self._of(name, kind)[0][1].shape
-
-    def dtype(self, name: str, kind: str) -> torch.dtype:
-        return DTYPES[self._of(name, kind)[0][1].dtype].torch
-
-    def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
-        """Elements ``start:stop`` as a 1-D CPU tensor in the dtype they were saved in (`offload.state.Read`).
-
-        KeyError where there is no such state, ValueError where the range is not in it.
-        """
-        if not 0 <= start <= stop:
-            raise ValueError(f"elements {start}:{stop} of {name} ({kind})")
-        out = torch.empty(stop - start, dtype=self.dtype(name, kind))
-        self.fill([Piece(name=name, kind=kind, start=start, stop=stop, shape=self.shape(name, kind), tensor=out)])
-        return out
-
     def fill(self, pieces: Iterable[Piece]) -> None:
         """Put what they name into the pieces' tensors, on any device and of any dtype (`offload.state.Fill`).
 
         Chunk by chunk: each is read once, checked, and only then copied to where it is wanted, some of them at once.
-        KeyError and ValueError as above, before any tensor is touched; where it raises CheckpointError some are.
+        KeyError and ValueError as of `read`, before any tensor is touched; where it raises CheckpointError some are.
         """
         jobs: dict[_Chunk, list[_Job]] = {}
         for piece in pieces:
@@ -122,22 +97,11 @@ class CheckpointReader:
         for _ in self._pool.map(self._checked, self._commit.files):
             pass
 
-    def _of(self, name: str, kind: str) -> list[tuple[int, Span]]:
-        try:
-            return self._spans[name, kind]
-        except KeyError:
-            raise KeyError(f"the checkpoint of step {self.step} has no {kind} of {name}") from None
-
     def _jobs(self, piece: Piece) -> Iterator[tuple[_Chunk, _Job]]:
         """One for every overlap of the piece with a chunk."""
-        spans = self._of(piece.name, piece.kind)
-        numel = math.prod(spans[0][1].shape)
-        if not 0 <= piece.start <= piece.stop <= numel:
-            raise ValueError(f"elements {piece.start}:{piece.stop} of {piece.name} ({piece.kind}), which has {numel}")
-        for rank, span in spans:
-            array = self._indexes[rank].arrays.get((span.kind, span.dtype))
-            first, last = max(piece.start, span.start), min(piece.stop, span.stop)
-            while array is not None and first < last:
+        for rank, span, first, last in self._overlaps(piece):
+            array = self._indexes[rank].arrays[span.kind, span.dtype]
+            while first < last:
                 number, inner = divmod(span.offset + first - span.start, array.chunk)
                 count = min(array.chunk - inner, last - first)
                 source = slice(inner * array.item_bytes, (inner + count) * array.item_bytes)
@@ -236,21 +200,8 @@ class CheckpointReader:
                     self._damaged(path, f"disagrees with {COMMIT} about {array.chunk_file(number)}")
         return index
 
-    def _assemble(self) -> dict[tuple[str, str], list[tuple[int, Span]]]:
-        """By name and kind the ranks and spans that make up the whole, in order."""
-        found: dict[tuple[str, str], list[tuple[int, Span]]] = {}
-        for rank, index in enumerate(self._indexes):
-            for span in index.spans:
-                found.setdefault((span.name, span.kind), []).append((rank, span))
-        for (name, kind), spans in found.items():
-            spans.sort(key=lambda entry: (entry[1].start, entry[1].stop))
-            if len({(span.shape, span.dtype) for _, span in spans}) > 1:
-                self._damaged("shards", f"the ranks disagree about shape or dtype of {name} ({kind})")
-            ends = [0] + [span.stop for _, span in spans]
-            starts = [span.start for _, span in spans] + [math.prod(spans[0][1].shape)]
-            if ends != starts:
-                self._damaged("shards", f"the pieces of {name} ({kind}) leave gaps or overlap")
-        return found
+    def _misfit(self, text: str) -> NoReturn:
+        self._damaged("shards", text)
 
     def _damaged(self, file: str, problem: object) -> NoReturn:
         raise CheckpointDamaged(self.step, f"{self._folder.path}/{file}", str(problem), self._good_step())

@@ -5,10 +5,9 @@ is decoded on the way from k other elements of its stripe. So any number of rank
 nothing has to be rebuilt first: the ranks take a new snapshot of what they have restored.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -17,12 +16,13 @@ from checkpoint import values
 from checkpoint.crc import Bytes, crc32c, piece_crcs
 from checkpoint.erasure import ReedSolomon, TooManyErasures, aligned_empty
 from checkpoint.errors import CheckpointError
-from checkpoint.index import DTYPES, Index, Span
+from checkpoint.index import Index
 from checkpoint.snapshots.area import AreaDamaged, Blob, Manifest, Written, manifest_bytes
 from checkpoint.snapshots.fragment import PIECE_BYTES, FragmentDamaged, FragmentHeader
 from checkpoint.snapshots.places import array_offsets
 from checkpoint.snapshots.recovery import Found
 from checkpoint.snapshots.wire import Refused, Wire, WireError
+from checkpoint.state_reader import StateReader
 from offload.state import Piece
 
 _RUN_PIECES = 8
@@ -31,7 +31,7 @@ _CACHED_PIECES = 32
 """Many small parameters share a piece, and a rank reads several kinds side by side."""
 
 
-class SnapshotReader:
+class SnapshotReader(StateReader):
     """One version, with the surface of `checkpoint.CheckpointReader`. Reads from one thread at a time."""
 
     def __init__(self, found: Found, token: bytes) -> None:
@@ -46,9 +46,9 @@ class SnapshotReader:
             raise CheckpointError(f"{found}: it has ranks {sorted(self._parts)} of {self.world}")
         self._blobs = {rank: self._blob(rank) for rank in self._parts}
         self.meta: dict[str, Any] = values.loads(self._blobs[0].meta)
-        self._indexes = {rank: Index.loads(blob.index) for rank, blob in self._blobs.items()}
-        self._offsets = {rank: array_offsets(index)[0] for rank, index in self._indexes.items()}
-        self._spans = self._assemble()
+        indexes = {rank: Index.loads(blob.index) for rank, blob in self._blobs.items()}
+        self._offsets = {rank: array_offsets(index)[0] for rank, index in indexes.items()}
+        super().__init__(f"the snapshot of step {self.step}", indexes)
 
     def rank_state(self, rank: int) -> dict[str, Any]:
         """What that rank passed to `save`. KeyError where it was written by fewer ranks."""
@@ -57,48 +57,21 @@ class SnapshotReader:
         state: dict[str, Any] = values.loads(self._blobs[rank].rank_state)
         return state
 
-    def names(self) -> list[str]:
-        return list(dict.fromkeys(name for name, _ in self._spans))
-
-    def kinds(self, name: str) -> list[str]:
-        return [kind for found, kind in self._spans if found == name]
-
-    def shape(self, name: str, kind: str) -> tuple[int, ...]:
-        return self._of(name, kind)[0][1].shape
-
-    def dtype(self, name: str, kind: str) -> torch.dtype:
-        return DTYPES[self._of(name, kind)[0][1].dtype].torch
-
-    def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
-        """Elements ``start:stop`` as a 1-D CPU tensor in the dtype they were saved in (`offload.state.Read`)."""
-        if not 0 <= start <= stop:
-            raise ValueError(f"elements {start}:{stop} of {name} ({kind})")
-        out = torch.empty(stop - start, dtype=self.dtype(name, kind))
-        self._read_into(out, name, kind, start)
-        return out
-
     def fill(self, pieces: Iterable[Piece]) -> None:
         """Put what they name into the pieces' tensors, on any device and of any dtype (`offload.state.Fill`)."""
         for piece in pieces:
             out = piece.tensor.detach()
             if out.device.type == "cpu" and out.dtype == self.dtype(piece.name, piece.kind) and out.is_contiguous():
-                self._read_into(out, piece.name, piece.kind, piece.start)
+                self._read_into(out, piece)
             else:
                 out.copy_(self.read(piece.name, piece.kind, piece.start, piece.stop))
 
-    def _read_into(self, out: torch.Tensor, name: str, kind: str, start: int) -> None:
-        spans, stop = self._of(name, kind), start + out.numel()
-        numel = math.prod(spans[0][1].shape)
-        if not 0 <= start <= stop <= numel:
-            raise ValueError(f"elements {start}:{stop} of {name} ({kind}), which has {numel}")
-        raw: Bytes = out.view(torch.uint8).numpy()
-        for rank, span in spans:
-            first, last = max(start, span.start), min(stop, span.stop)
-            if first < last:
-                item = out.element_size()
-                offset = self._offsets[rank][span.kind, span.dtype] + (span.offset + first - span.start) * item
-                group, place, part = self._parts[rank]
-                group.read(place, part.start + offset, raw[(first - start) * item : (last - start) * item])
+    def _read_into(self, out: torch.Tensor, piece: Piece) -> None:
+        raw, item = out.view(torch.uint8).numpy(), out.element_size()
+        for rank, span, first, last in self._overlaps(piece):
+            offset = self._offsets[rank][span.kind, span.dtype] + (span.offset + first - span.start) * item
+            group, place, part = self._parts[rank]
+            group.read(place, part.start + offset, raw[(first - piece.start) * item : (last - piece.start) * item])
 
     def verify(self) -> None:
         """Read everything, and compare it with the CRCs that the ranks made of their own memory."""
@@ -122,24 +95,8 @@ class SnapshotReader:
             raise AreaDamaged(f"the snapshot of step {self.step}: rank {rank}'s description has a wrong CRC-32C")
         return Blob.loads(raw.tobytes())
 
-    def _of(self, name: str, kind: str) -> list[tuple[int, Span]]:
-        try:
-            return self._spans[name, kind]
-        except KeyError:
-            raise KeyError(f"the snapshot of step {self.step} has no {kind} of {name}") from None
-
-    def _assemble(self) -> dict[tuple[str, str], list[tuple[int, Span]]]:
-        found: dict[tuple[str, str], list[tuple[int, Span]]] = {}
-        for rank in sorted(self._indexes):
-            for span in self._indexes[rank].spans:
-                found.setdefault((span.name, span.kind), []).append((rank, span))
-        for (name, kind), spans in found.items():
-            spans.sort(key=lambda entry: (entry[1].start, entry[1].stop))
-            ends = [0] + [span.stop for _, span in spans]
-            starts = [span.start for _, span in spans] + [math.prod(spans[0][1].shape)]
-            if ends != starts or len({(span.shape, span.dtype) for _, span in spans}) > 1:
-                raise CheckpointError(f"the snapshot of step {self.step}: pieces of {name} ({kind}) do not fit")
-        return found
+    def _misfit(self, text: str) -> NoReturn:
+        raise CheckpointError(f"the snapshot of step {self.step}: {text}")
 
 
 class _Group:
