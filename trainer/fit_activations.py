@@ -27,7 +27,7 @@ from offload.activations_plan import BlockCost, DriveRoom, fit, hides
 from offload.activations_slots import Drives
 from offload.activations_stream import check_blocks
 from offload.arena import capacity_bytes
-from offload.choose import HEADROOM, device_bytes
+from offload.choose import GIB, HEADROOM, device_bytes
 from offload.device import peak_flops
 from offload.options import ActivationOptions, OffloadOptions
 from parallel import Placement
@@ -49,7 +49,6 @@ STATE_BYTES = 14
 """A parameter, in host memory with ``offload.states=host`` (docs/offload.md)."""
 REACHED = 0.5
 """Of a GPU's peak of FLOP/s, what a block's forward reaches: for whether drives hide behind it."""
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
