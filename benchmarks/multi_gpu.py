@@ -73,7 +73,7 @@ def check_cases(ranks: int, device: str) -> list[dict[str, Any]]:
 
 
 def time_cases(ranks: int, repeats: int) -> list[dict[str, Any]]:
-    """The pairs that are compared in turn, `repeats` times; then the others."""
+    """The pairs that are compared, the others that are asked for, the pairs again, and what else tells something."""
     two, one = meshes(ranks)[0], {"gpu": ranks}
 
     def case(name: str, model: str, batch: int, *, engine: str = "native", ranks: int = ranks, **more: Any) -> dict:
@@ -96,23 +96,25 @@ def time_cases(ranks: int, repeats: int) -> list[dict[str, Any]]:
     ]
     others = [
         case("auto", "3b", 2, placement="auto", levels=one),
-        case("zero2", "3b", 2, placement="zero2", levels=one),
-        case("FSDP2 zero2", "3b", 2, engine="fsdp2", placement="zero2", levels=one),
-        case("topo", "3b", 2, placement="topo", levels=two),
-        case("topo quantized", "3b", 2, placement="topo", levels=two, quantize="outer"),
-        *([case("hsdp", "3b", 2, placement="hsdp", levels=two)] if ranks > 2 else []),
-        case("zero3 quantized", "3b", 2, placement="zero3", levels=one, quantize="all"),
         case("auto", "8b", 1, placement="auto", levels=one, recompute=True),
-        case("topo", "8b", 1, placement="topo", levels=one, recompute=True),
+        case("topo", "3b", 2, placement="topo", levels=two),
+        case("topo", "8b", 1, placement="topo", levels=two, recompute=True),
+        *([case("hsdp", "3b", 2, placement="hsdp", levels=two)] if ranks > 2 else []),
         case("DeepSpeed ZeRO-3", "3b", 2, engine="deepspeed", placement="zero3"),
         case("DeepSpeed ZeRO-3", "8b", 1, engine="deepspeed", placement="zero3", recompute=True),
         case(
             "DeepSpeed ZeRO++", "3b", 2, engine="deepspeed", placement="zero3",
             zero={"zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_hpz_partition_size": ranks},
         ),
+        case("zero2", "3b", 2, placement="zero2", levels=one),
+        case("FSDP2 zero2", "3b", 2, engine="fsdp2", placement="zero2", levels=one),
+        case("topo quantized", "3b", 2, placement="topo", levels=two, quantize="outer"),
+        case("zero3 quantized", "3b", 2, placement="zero3", levels=one, quantize="all"),
     ]  # fmt: skip
     rest = [*pair] * (repeats - 1) if ranks > 1 else []
-    return [*pair, *alone, *rest, *alone * (repeats > 1), *large, *others] if ranks > 1 else [*pair, *others[:1]]
+    if ranks == 1:
+        return [*pair, *others[:1]]
+    return [*pair, *alone, *large, *others[:8], *rest, *alone * (repeats > 1), *large * (repeats > 1), *others[8:]]
 
 
 # ------------------------------------------------------------------------------------------ cases in ranks' processes
@@ -321,8 +323,11 @@ def _killed(run: Run, deadline: float) -> dict[str, Any]:
     }
 
 
-def long(ranks: int, root: Path, deadline: float, model: str, first: int) -> Iterator[dict[str, Any]]:
-    """Sequences over all GPUs, twice as long each time, until one does not fit or there is no time for the next."""
+def long(
+    ranks: int, root: Path, deadline: float, model: str, first: int, activations: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Sequences over all GPUs, twice as long each time, until one does not fit or there is no time for the next. The
+    second step is timed: the first compiles, and makes host memory for what blocks swap."""
     seq_len, last_s = first, 0.0
     while time.monotonic() + 3.5 * last_s + 60 < deadline:
         start = time.monotonic()
@@ -331,16 +336,17 @@ def long(ranks: int, root: Path, deadline: float, model: str, first: int) -> Ite
             [
                 f"model={model}", f"launch.workers={ranks}", "launch.device=cuda", "parallel=zero3", "offload=host",
                 f"parallel.levels={{gpu: {ranks}}}", "parallel.sequence=gpu", "offload.predict=false",
-                "offload.activations=swap", "offload.activations.alpha=0", f"train.seq_len={seq_len}", "train.steps=3",
+                *(f"offload.activations{each}" for each in activations), f"train.seq_len={seq_len}", "train.steps=2",
                 "train.global_batch_size=1", "train.eval_every_steps=0", "train.sample_tokens=0",
                 "train.eval_sequences=0", "train.dtype=bf16", "data.valid_fraction=0.02", "logger.tensorboard=false",
                 "logger.plot=false",
             ],
         )  # fmt: skip
         try:
-            run.wait_for(2, min(deadline, time.monotonic() + 240))
+            run.wait_for(1, deadline)
         except TimeoutError as error:
-            yield {"name": f"{model} {seq_len} tokens", "failed": str(error)[-700:]}
+            steps = [{key: line[key] for key in ("step", "step_s", "loss")} for line in run.steps()]
+            yield {"name": f"{model} {seq_len} tokens", "failed": str(error)[-700:], "steps": steps}
             return
         finally:
             if run.process.poll() is None:
@@ -432,6 +438,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="of the pairs that are compared")
     parser.add_argument("--cases", nargs="+", default=None, help="of the timed ones, as '3b zero3'; default: all")
     parser.add_argument("--long", nargs=2, default=["7b", "65536"], metavar=("MODEL", "TOKENS"), help="where to begin")
+    parser.add_argument(
+        "--long-activations", nargs="+", default=["=swap", ".alpha=0", ".keep_last=0"], metavar="OVERRIDE",
+        help="of offload.activations",
+    )  # fmt: skip
     parser.add_argument("--root", type=Path, default=None, help="folder for the jobs' runs")
     parser.add_argument("--out", default=str(HERE / "results" / "multi_gpu.json"))
     args = parser.parse_args()
@@ -458,7 +468,7 @@ def main() -> None:
         elif section == "kill" and ranks > 1:
             report.add(section, {}, kill(ranks, device, root, deadline))
         elif section == "long" and device == "cuda":
-            for row in long(ranks, root, deadline, args.long[0], int(args.long[1])):
+            for row in long(ranks, root, deadline, args.long[0], int(args.long[1]), args.long_activations):
                 report.add(section, {}, row)
         else:
             print(f"{section}: not on {ranks} x {device}")
