@@ -192,11 +192,6 @@ def problem(point: Point) -> tuple[Workload, Plan]:
 # ------------------------------------------------------------------------------------------------------- measuring
 
 
-OF_BEFORE = ("yardstick_s", "slowness", "even_s", "quantize_rate", "quantize_s")
-"""In files of earlier versions: a speed of the cores measured beside each point, which told no more than noise, and one
-rate of packing."""
-
-
 class Bench:
     """Measures points; the rows and machines that came of it."""
 
@@ -273,15 +268,11 @@ class Bench:
         names = [field.name for field in fields(Point)]
         for row in report["rows"]:
             if row["kind"] == "machine":
-                machine = {name: value for name, value in row["machine"].items() if name not in OF_BEFORE}
-                for packing in machine["packing"].values():
-                    if "chunk_s" in packing:  # of each of the two chunks that were measured
-                        packing["call_s"] = 2 * packing.pop("chunk_s")
-                self.machines[row["rate"]] = {"machine": machine, "points": row["points"]}
+                self.machines[row["rate"]] = {"machine": row["machine"], "points": row["points"]}
             elif row["kind"] == "step":
                 values = {name: row[name] for name in names}
                 point = Point(**values | {"triple": row["triple"] and tuple(row["triple"])})
-                self.rows[point] = {name: value for name, value in row.items() if name not in ("kind", *OF_BEFORE)}
+                self.rows[point] = {name: value for name, value in row.items() if name != "kind"}
         for point in self.points:
             self.rows[point] |= over_rounds(self.rows[point]["rounds"])
         self.rounds_before = min(len(row["rounds"]) for row in self.rows.values())
