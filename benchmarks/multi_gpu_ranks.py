@@ -164,8 +164,16 @@ def measure(case: dict[str, Any], where: Rank, references: dict[str, Any]) -> di
 
 
 def _also_configure(zero: dict[str, Any]) -> None:
-    """More keys of DeepSpeed's ``zero_optimization`` than our engine sets."""
+    """More keys of DeepSpeed's ``zero_optimization`` than our engine sets. Its groups for hpZ are made once: our engine
+    calls ``zero.Init`` for each block, and DeepSpeed refuses a second time."""
+    from deepspeed.utils import groups
+
     from parallel import deepspeed
+
+    create = groups._create_zero_param_parallel_group
+    groups._create_zero_param_parallel_group = lambda size: (
+        None if groups._get_zero_param_intra_parallel_group() else create(size)
+    )
 
     ours = deepspeed._config
 
