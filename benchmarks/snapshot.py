@@ -20,6 +20,7 @@ that PyTorch rounds pinned memory up is not in lm-resiliency's own figure. The l
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -311,6 +312,9 @@ def worker(args: argparse.Namespace, rank: int, port: int) -> None:
         for measure in sides:
             if (row := measure(training, args, ranks, folder)) and rank == 0:
                 print("ROW", json.dumps(common | row), flush=True)
+            gc.collect()
+            if training.cuda:
+                torch._C._host_emptyCache()  # of pinned memory PyTorch keeps twice the state, which the next one may need
     dist.barrier()
     dist.destroy_process_group()
 
@@ -360,8 +364,10 @@ def main() -> None:
             for process in crew:
                 process.kill()
     rows = [json.loads(line.removeprefix("ROW ")) for line in said.splitlines() if line.startswith("ROW ")]
-    if any(codes) or not rows:
-        sys.exit(f"{ended or f'the workers ended with {codes}'}\n{said}")
+    if any(codes):
+        ended = f"the workers ended with {codes}"
+    if not rows:
+        sys.exit(f"{ended}\n{said}")
     if ended:
         print(ended)
         rows.append({"side": "the rest", "failed": ended})

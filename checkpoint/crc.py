@@ -5,6 +5,8 @@ which holds the GIL, is the fallback, the oracle (`isal.load` holds one against 
 content, where ctypes costs more than the work.
 """
 
+import ctypes
+import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoint.erasure import isal
+from offload.hostpool import HostPool
 
 Bytes = NDArray[np.uint8]
 
@@ -38,26 +41,61 @@ def crc32c(*parts: bytes | Bytes) -> int:
 def piece_crcs(payload: Bytes, piece_bytes: int, threads: int = 1, niceness: int = 0) -> list[int]:
     """CRC-32C of each `piece_bytes` of `payload`, contiguous.
 
-    `threads` share the work, each nicer than the caller by `niceness`. Without ISA-L they do not help.
+    `threads` share the work, each nicer than the caller by `niceness`: threads in C, which leave the GIL to others
+    (`_in_c`), or Python's where no C can be built. Without ISA-L they do not help.
     """
     if not payload.flags.c_contiguous:
         raise ValueError("the payload must be contiguous")
-    starts = range(0, len(payload), piece_bytes)
     library = isal.load()
     if not isinstance(library, isal.Isal):
-        return [crc32c(payload[start : start + piece_bytes]) for start in starts]
+        return [crc32c(payload[start : start + piece_bytes]) for start in range(0, len(payload), piece_bytes)]
+    if len(payload) <= piece_bytes or (threads == 1 and not niceness):
+        return _some(library, payload, piece_bytes)
+    pool = _pool(threads, niceness, os.getpid())
+    return (
+        _in_c(pool, library, payload, piece_bytes)
+        if pool.native
+        else _in_python(library, payload, piece_bytes, threads, niceness)
+    )
+
+
+def _some(library: isal.Isal, payload: Bytes, piece_bytes: int) -> list[int]:
     address, size = payload.ctypes.data, len(payload)
-    share = -(-len(starts) // threads)
+    return [library.crc32c(address + at, min(piece_bytes, size - at)) for at in range(0, size, piece_bytes)]
 
-    def some(first: int) -> list[int]:
-        mine = starts[first : first + share]
-        return [library.crc32c(address + start, min(piece_bytes, size - start)) for start in mine]
 
-    if len(starts) <= 1 or (threads == 1 and not niceness):
-        return some(0)
+class _Checking(ctypes.Structure):
+    """As in `offload/native/kernels.c`."""
+
+    _fields_ = [
+        ("function", ctypes.c_void_p), ("start", ctypes.c_void_p),
+        ("size_bytes", ctypes.c_int64), ("piece_bytes", ctypes.c_int64),
+        ("crcs", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+def _in_c(pool: HostPool, library: isal.Isal, payload: Bytes, piece_bytes: int) -> list[int]:
+    """One call for all pieces. A call for each takes the GIL for each, 10 us or more of it a MiB: from several threads
+    at once that is all there is of it, and a thread that launches kernels waits."""
+    crcs = np.empty(-(-len(payload) // piece_bytes), dtype=np.uint32)
+    function = ctypes.cast(library.library.crc32_iscsi, ctypes.c_void_p)
+    pool.call("checksums", _Checking(function, payload.ctypes.data, len(payload), piece_bytes, crcs.ctypes.data))
+    found: list[int] = crcs.tolist()
+    return found
+
+
+def _in_python(library: isal.Isal, payload: Bytes, piece_bytes: int, threads: int, niceness: int) -> list[int]:
+    share = -(-len(payload) // piece_bytes // threads) * piece_bytes
+    parts = [payload[start : start + share] for start in range(0, len(payload), share)]
     # On Linux niceness is a thread's own.
     with ThreadPoolExecutor(threads, initializer=os.nice, initargs=(niceness,)) as pool:
-        return [crc for crcs in pool.map(some, range(0, len(starts), share)) for crc in crcs]
+        return [crc for crcs in pool.map(lambda part: _some(library, part, piece_bytes), parts) for crc in crcs]
+
+
+@functools.cache
+def _pool(threads: int, niceness: int, process: int) -> HostPool:
+    """Of this process, kept: it sleeps while there is nothing to check, and does not survive a fork."""
+    return HostPool(threads, niceness=niceness)
 
 
 def idle_threads() -> int:

@@ -26,10 +26,11 @@ SOURCES = tuple(sorted((Path(__file__).parent / "native").glob("*.[ch]")))
 
 
 class HostPool:
-    """A fixed number of threads for `adamw`, `accumulate`, `sum_of_squares`, `copy` and for filling an arena."""
+    """A fixed number of threads for `adamw`, `accumulate`, `sum_of_squares`, `copy`, checksums and filling an arena."""
 
-    def __init__(self, threads: int | None = None, *, cpus: Sequence[int] | None = None) -> None:
+    def __init__(self, threads: int | None = None, *, cpus: Sequence[int] | None = None, niceness: int = 0) -> None:
         """threads: by default one for each core that this process may use. cpus: pin thread i to core ``cpus[i]``.
+        niceness: so much nicer than the caller (on Linux, where that is a thread's own).
 
         Raises ValueError for fewer than one thread, too few `cpus` or a core that is not ours.
         """
@@ -49,7 +50,7 @@ class HostPool:
         self._handle: int | None = None
         if self._library is not None:
             numbers = None if cpus is None else (ctypes.c_int * self.threads)(*cpus)
-            self._handle = self._library.atoll_pool_open(self.threads, numbers)
+            self._handle = self._library.atoll_pool_open(self.threads, numbers, niceness)
             if not self._handle:
                 number = ctypes.get_errno()
                 raise OSError(number, f"cannot start {self.threads} threads ({os.strerror(number)}); see ulimit -u")
@@ -105,9 +106,9 @@ def _library() -> Any:
         )
         return None
     library.atoll_pool_open.restype = ctypes.c_void_p
-    library.atoll_pool_open.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
+    library.atoll_pool_open.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int), ctypes.c_int]
     library.atoll_pool_close.restype, library.atoll_pool_close.argtypes = None, [ctypes.c_void_p]
-    for name in ("adamw", "accumulate", "squares", "copy", "populate"):
+    for name in ("adamw", "accumulate", "squares", "copy", "populate", "checksums"):
         function = getattr(library, f"atoll_{name}")
         function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p]
     return library

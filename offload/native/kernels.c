@@ -289,4 +289,25 @@ void atoll_populate(pool *threads, population *p) {
     pool_run(threads, populate_task, p, (p->size_bytes + POPULATE_CHUNK - 1) / POPULATE_CHUNK);
 }
 
+/* A checksum of each piece, by a function of another library: crcs[i] = ~function(piece i, its length, ~0). */
+typedef uint32_t (*checksum)(const unsigned char *, int, uint32_t);
+
+typedef struct {
+    checksum function;
+    const unsigned char *start;
+    int64_t size_bytes, piece_bytes;
+    uint32_t *crcs;
+} checking;
+
+static void check_task(void *arguments, int64_t index) {
+    const checking *c = arguments;
+    int64_t start = index * c->piece_bytes, left = c->size_bytes - start;
+    int length = (int)(left < c->piece_bytes ? left : c->piece_bytes);
+    c->crcs[index] = ~c->function(c->start + start, length, ~(uint32_t)0);
+}
+
+void atoll_checksums(pool *threads, const checking *c) {
+    pool_run(threads, check_task, (void *)c, (c->size_bytes + c->piece_bytes - 1) / c->piece_bytes);
+}
+
 int atoll_lanes(void) { return LANES; }

@@ -6,6 +6,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <unistd.h>
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -21,7 +22,7 @@ struct pool {
     pthread_mutex_t lock; /* guards everything below and the counters of queued jobs */
     pthread_cond_t work, done;
     job *first, *last; /* jobs with tasks still to hand out; each lies on the stack of its pool_run */
-    int stop, num_threads;
+    int stop, num_threads, niceness;
     pthread_t threads[];
 };
 
@@ -39,6 +40,9 @@ static void use_ieee_modes(void) {
 static void *serve(void *argument) {
     pool *self = argument;
     use_ieee_modes();
+#if defined(__linux__)
+    if (self->niceness) (void)!nice(self->niceness); /* there it is a thread's own */
+#endif
     pthread_mutex_lock(&self->lock);
     for (;;) {
         while (!self->first && !self->stop) pthread_cond_wait(&self->work, &self->lock);
@@ -82,10 +86,12 @@ void atoll_pool_close(pool *self) {
     free(self);
 }
 
-/* cpus: NULL, or num_threads numbers of cores, one a thread. NULL with errno set if a thread cannot be started. */
-pool *atoll_pool_open(int num_threads, const int *cpus) {
+/* cpus: NULL, or num_threads numbers of cores, one a thread. niceness: added to the caller's. NULL with errno set if a
+ * thread cannot be started. */
+pool *atoll_pool_open(int num_threads, const int *cpus, int niceness) {
     pool *self = calloc(1, sizeof(pool) + (size_t)num_threads * sizeof(pthread_t));
     if (!self) return NULL;
+    self->niceness = niceness;
     pthread_mutex_init(&self->lock, NULL);
     pthread_cond_init(&self->work, NULL);
     pthread_cond_init(&self->done, NULL);

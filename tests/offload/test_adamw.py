@@ -73,7 +73,7 @@ def test_every_width_of_vector_gives_the_same_bits(pool: HostPool, architecture:
         for name in ("adamw", "squares"):
             getattr(library, f"atoll_{name}").argtypes = getattr(pool._library, f"atoll_{name}").argtypes
         other._end()
-        other._library, other._handle = library, library.atoll_pool_open(2, None)
+        other._library, other._handle = library, library.atoll_pool_open(2, None, 0)
         for a, b in zip(updated(other, 70_003), updated(pool, 70_003), strict=True):
             assert same_bits(a, b)
         values = grad_of(50_001)
