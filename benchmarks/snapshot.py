@@ -314,7 +314,7 @@ def worker(args: argparse.Namespace, rank: int, port: int) -> None:
                 print("ROW", json.dumps(common | row), flush=True)
             gc.collect()
             if training.cuda:
-                torch._C._host_emptyCache()  # of pinned memory PyTorch keeps twice the state, which the next one may need
+                torch._C._host_emptyCache()  # twice the state, which the next one may need
     dist.barrier()
     dist.destroy_process_group()
 
