@@ -133,8 +133,8 @@ def settle(
     if not options.away or not options.predict:
         return job, None
     needed, cannot = options.states == "auto", ""
-    if job.engine != "native" or job.parallel.sequence:
-        cannot = f"with {'parallel.sequence' if job.parallel.sequence else 'engine=' + job.engine} it is not reckoned"
+    if job.engine != "native":
+        cannot = f"with engine={job.engine} it is not reckoned"
     elif job.optimizer.name != "adamw":
         cannot = f"optimizer={job.optimizer.name} is not updated away from the device"
     if cannot and needed:

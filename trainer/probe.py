@@ -1,7 +1,8 @@
 """How long a block of a model takes, and what it keeps: read from the same model cut to two blocks (and to one).
 
 Nothing of the job is touched: the probe has random weights, random tokens and no optimizer states, is one rank alone,
-and leaves the random numbers as they were. What it compiles, the model's blocks need not compile again.
+and leaves the random numbers as they were. Where ranks share sequences it has the first one's part of the tokens, and
+attends to all of them for its heads, but sends to itself. What it compiles, the model's blocks need not compile again.
 """
 
 import gc
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from offload.options import OffloadOptions
 from parallel.options import OptimizerOptions, ParallelOptions
+from parallel.sequence import SequenceParallel
 from trainer.build import Rank, build_engine
 from trainer.job import Job
 from trainer.models import build_model
@@ -119,15 +121,17 @@ def _run(
     activations = job.offload.activations
     mode = _UNSWAPPED.get(activations.mode, activations.mode)
     activations = replace(activations, mode=mode, alpha=None, host_bytes=None)  # host memory holds that of a few blocks
+    sequence, whole = SequenceParallel.pretended(job.parallel.sequence_ranks), job.train.seq_len
+    seq_len = sequence.lengths(whole)[0]
     alone = replace(
         job,
         model=cut(job.model, num_blocks),
         optimizer=OptimizerOptions() if offload.away else OptimizerOptions(name="sgd", momentum=0.0),
         parallel=ParallelOptions(),
+        train=replace(job.train, seq_len=seq_len),
         # which blocks swap how much depends on how many there are
         offload=replace(offload, activations=activations),
     )
-    seq_len = job.train.seq_len
     model = build_model(alone.model, vocab_size=vocab_size, seq_len=seq_len, dtype=dtype, device=device)
     watch = _Watch(device)
     engine = build_engine(alone, model, Rank(0, 1, device), dtype, say=lambda _: None)
@@ -138,7 +142,8 @@ def _run(
         begin_s = time.perf_counter()
         while not _enough(len(found) - WARM_UP, time.perf_counter() - begin_s):
             watch.start()
-            engine.forward_backward(rows[:, :-1], rows[:, 1:], scale=1.0, first=True, last=True)
+            with sequence.attention(whole):
+                engine.forward_backward(rows[:, :-1], rows[:, 1:], scale=1.0, first=True, last=True)
             found.append(watch.stop())
             taken = watch.bytes_beside(engine.state_bytes())
             engine.step(0.0, None)

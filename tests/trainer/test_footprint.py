@@ -14,7 +14,7 @@ from offload.plan import Recorder, load_bytes
 from trainer.footprint import Footprint, alternatives, footprint
 from trainer.job import Job
 from trainer.models.llama import Llama
-from trainer.options import HFOptions, LlamaOptions
+from trainer.options import HFOptions, LlamaOptions, TrainOptions
 
 CPU = torch.device("cpu")
 LAYERS, TOKENS = 6, 128
@@ -24,8 +24,12 @@ MODEL = LlamaOptions(
 
 
 def found(options: ActivationOptions | None = None, model: Any = MODEL) -> Footprint:
-    job = Job(model=model, offload=OffloadOptions(activations=options or ActivationOptions()))
-    return footprint(job, vocab_size=64, micro_batch_size=2, num_tokens=TOKENS, dtype=torch.float32)
+    job = Job(
+        model=model,
+        train=TrainOptions(seq_len=TOKENS),
+        offload=OffloadOptions(activations=options or ActivationOptions()),
+    )
+    return footprint(job, vocab_size=64, micro_batch_size=2, dtype=torch.float32)
 
 
 def measured(options: ActivationOptions) -> int:
