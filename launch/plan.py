@@ -176,7 +176,7 @@ def show(planned: Planned) -> str:
         f"{_seconds(simulation.compute_s)}, waiting {_seconds(simulation.step_s - simulation.compute_s)}",
         f"speed      {rate:,.0f} tokens/s a rank, {model_rate / 1e12:.1f} TFLOP/s a rank, "
         f"{rate * mesh.world:,.0f} tokens/s in all",
-        f"bottleneck {away.prediction.bottleneck if away else simulation.bottleneck}",
+        f"bottleneck {away.prediction.bottleneck if away and not away.waits else simulation.bottleneck}",
     ]
     if planned.written_bytes:
         lines.append(f"endurance  {endurance(planned.written_bytes, step_s, tbw=planned.tbw)}")
