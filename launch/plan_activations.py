@@ -22,7 +22,7 @@ from parallel.planning.machine import Machine
 from parallel.planning.traffic import EXACT, Traffic
 from parallel.planning.workload import Workload
 from parallel.transport import Transport
-from trainer.fit_activations import Narrowed, Room, block_of, forward_s, host_room, narrow, others_bytes
+from trainer.fit_activations import Narrowed, Room, forward_s, host_room, narrow, others_bytes
 from trainer.footprint import Footprint, alternatives, footprint
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def _traffic(config: Config, work: Workload, machine: Machine, mesh: Mesh) -> Tr
 def _forward_s(work: Workload, machine: Machine, traffic: Traffic) -> float:
     """Of a block, with what it sends where ranks share sequences: both are time for what leaves."""
     clock = Clock(machine, traffic.mesh, work)
-    sent_s = sum(clock.move(move) for chain in traffic.unit(block_of(work)).sequence for move in chain)
+    sent_s = sum(clock.move(move) for chain in traffic.unit(work.block).sequence for move in chain)
     return forward_s(work, machine.compute) + sent_s
 
 

@@ -35,7 +35,7 @@ from parallel.offloaded import ranks_here
 from parallel.planning.away import layers_of
 from parallel.planning.cost import memory
 from parallel.planning.traffic import Traffic
-from parallel.planning.workload import UnitCost, Workload
+from parallel.planning.workload import Workload
 from parallel.transport import Transport
 from trainer.build import Rank, everyone, mesh_of
 from trainer.footprint import Footprint, footprint
@@ -178,14 +178,9 @@ def others_bytes(options: OffloadOptions, work: Workload, traffic: Traffic) -> f
     return min(stay, away(host), away(replace(host, weights="host")))
 
 
-def block_of(work: Workload) -> UnitCost:
-    """What is computed in most."""
-    return max(work.row, key=lambda unit: unit.forward_flops * unit.count)
-
-
 def forward_s(work: Workload, flops_per_s: float) -> float:
     """Of a block."""
-    return work.tokens * block_of(work).forward_flops / flops_per_s
+    return work.tokens * work.block.forward_flops / flops_per_s
 
 
 def settle(

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offload.activations_memory import elapsed_s, now
 from offload.options import OffloadOptions
 from parallel.options import OptimizerOptions, ParallelOptions
 from parallel.sequence import SequenceParallel
 from trainer.build import Rank, build_engine
 from trainer.job import Job
-from trainer.models import build_model
+from trainer.models import LanguageModel, build_model
 from trainer.models.attention import attention_backends
 from trainer.options import HFOptions, LlamaOptions, ModelOptions
+from trainer.workload import tiles_of
 
 WARM_UP, ROUNDS = 2, 5
 SHORT_S, LONG_S = 0.5, 4.0
@@ -75,6 +77,37 @@ def _probe(
         block_bytes=block_bytes if devices else None,
         rest_bytes=max(0.0, one.peak - block_bytes) if devices else None,  # with a few gradients: on the safe side
     )
+
+
+def sending_s(
+    job: Job,
+    model: LanguageModel,
+    sequence: SequenceParallel,
+    micro_batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> float:
+    """Seconds that a block's forward takes longer than `probe` found, as what the ranks of `sequence` have to do with
+    each other is sent. Collective over them."""
+    tiling = tiles_of(job, sequence, micro_batch_size)
+    lengths, mine = tiling.sizes(0), tiling.tiles[0]
+    heads, kv_heads = model.num_heads
+    q, k, v = (
+        torch.zeros(micro_batch_size, num, mine.stop, model.head_dim, dtype=dtype, device=device)
+        for num in (heads, kv_heads, kv_heads)
+    )
+
+    def taken_s(among: SequenceParallel) -> float:
+        start = now(device)
+        whole, *_ = among.to_heads((q, k, v), lengths)
+        among.to_tokens(whole, lengths)
+        return elapsed_s(start, now(device))
+
+    fastest = [
+        min([taken_s(among) for _ in range(WARM_UP + ROUNDS)][WARM_UP:])
+        for among in (sequence, SequenceParallel.pretended(sequence.size))
+    ]
+    return len(tiling.tiles) * max(0.0, fastest[0] - fastest[1])
 
 
 def cut(options: ModelOptions, num_blocks: int) -> ModelOptions:

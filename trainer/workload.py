@@ -41,12 +41,18 @@ def _exchange(job: Job, model: LanguageModel, micro_batch_size: int, compute_byt
         return None
     sequence = SequenceParallel.pretended(ranks)
     sequence.check_heads(*model.num_heads)
-    lengths = sequence.lengths(job.train.seq_len)
-    tiling = Tiling.of(lengths, 0, max(1, activations.stream_tokens // micro_batch_size))
+    num_tiles = len(tiles_of(job, sequence, micro_batch_size).tiles)
     return Exchange.of(
         job.parallel.sequence, ranks, model.num_heads, compute_bytes * model.head_dim,
-        num_tiles=len(tiling.tiles) if activations.streams else 0, again=activations.mode != "keep",
+        num_tiles=num_tiles if activations.streams else 0, again=activations.mode != "keep",
     )  # fmt: skip
+
+
+def tiles_of(job: Job, sequence: SequenceParallel, micro_batch_size: int) -> Tiling:
+    """In what tiles of its tokens a rank sends them: in one, where blocks do not run by tiles."""
+    lengths, activations = sequence.lengths(job.train.seq_len), job.offload.activations
+    tokens = max(1, activations.stream_tokens // micro_batch_size) if activations.streams else max(lengths)
+    return Tiling.of(lengths, sequence.rank, tokens)
 
 
 def products_again(options: ActivationOptions) -> float:

@@ -110,6 +110,11 @@ class Workload:
         return self.units[0] if self.units and self.units[0].is_root else None
 
     @property
+    def block(self) -> UnitCost:
+        """What is computed in most."""
+        return max(self.row, key=lambda unit: unit.forward_flops * unit.count)
+
+    @property
     def shared(self) -> Exchange | None:
         """How ranks share sequences, if any do."""
         return next((unit.exchange for unit in self.units if unit.exchange), None)
