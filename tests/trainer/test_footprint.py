@@ -125,6 +125,8 @@ def test_a_model_of_hugging_face(tmp_path: Any) -> None:
     assert hf.num_blocks == 3
     assert (hf.input_bytes, hf.attention_bytes) == (ours.input_bytes, ours.attention_bytes)
     assert hf.rest_bytes == ours.rest_bytes  # q, k and v apart are as many bytes
+    shared, ours = found(model=HFOptions(path=str(tmp_path), from_scratch=True), sharing=2), found(sharing=2)
+    assert shared.attention_bytes == ours.attention_bytes == hf.attention_bytes // 2
 
 
 def test_only_swapping_takes_host_memory() -> None:
