@@ -1,6 +1,7 @@
 """Checks across parts, on the driver, before a worker or a GPU is taken. All raise ValueError."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,10 +123,7 @@ def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
             f"parallel.levels ({shown}) multiply to {math.prod(levels.values())}, but launch.workers={crew.workers}; "
             f"change one of them"
         )
-    if options.sequence and options.sequence not in levels:
-        raise ValueError(f"parallel.sequence={options.sequence}: the levels are {', '.join(levels)}")
-    if options.sequence:
-        _check_sequence(config, levels[options.sequence])
+    check_sequence(config, levels)
     for each in [options, *map(options.candidate, options.candidates)]:
         placement = Placement.of(each, len(levels))
         if each.quantizes:
@@ -156,8 +154,13 @@ def _check_blocks(config: Config, transport: "Transport", workers: int) -> None:
     transport.check_blocks(max(sizes), workers)
 
 
-def _check_sequence(config: Config, size: int) -> None:
+def check_sequence(config: Config, levels: Mapping[str, int]) -> None:
     """That of `parallel.sequence.SequenceParallel`, for what is known without the model."""
+    if not config.parallel.sequence:
+        return
+    if config.parallel.sequence not in levels:
+        raise ValueError(f"parallel.sequence={config.parallel.sequence}: the levels are {', '.join(levels)}")
+    size = levels[config.parallel.sequence]
     if isinstance(config.model, LlamaOptions) and config.model.num_heads % size:
         raise ValueError(
             f"parallel.sequence={config.parallel.sequence} has {size} ranks, which model.num_heads="

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from launch.checks import check_sequence
 from launch.config import Config
 from launch.plan_activations import ActivationPlan, plan_activations
 from offload.nvme import endurance
@@ -38,6 +39,8 @@ class Planned:
     choice: Choice | None
     """Where ``parallel=auto`` chose it."""
     cap_bytes: float
+    tokens: int
+    """A step, on all ranks together."""
     flops_per_token: int
     """Model FLOPs, without recomputation."""
     activations: ActivationPlan | None
@@ -94,10 +97,10 @@ def plan(config: Config, machine: Machine) -> Planned:
     world = config.launch.workers or 1
     levels = config.parallel.levels or machine.levels(world) or {"worker": world}
     mesh = Mesh.of(levels, rank=0, world=world)
+    check_sequence(config, levels)
+    config = replace(config, parallel=replace(config.parallel, levels=levels))
     memory = machine.memory.get(machine.tier, math.inf)
     cap_gib, options = config.parallel.memory_gib, config.parallel
-    if options.sequence:
-        raise ValueError(f"parallel.sequence={options.sequence}: the cost model does not know sequence parallelism yet")
     cap_bytes = HEADROOM * memory if cap_gib is None else cap_gib * 2**30
     work, activations, flops = read_workload(config, machine, mesh, config.offload.device_bytes or cap_bytes)
     choice = None
@@ -114,7 +117,10 @@ def plan(config: Config, machine: Machine) -> Planned:
         simulation = candidate.simulation
         waits_s = simulation.step_s - simulation.compute_s if simulation else 0.0
         away = plan_away(work, candidate.plan, machine, config.offload, cap_bytes=cap_bytes, waits_s=waits_s)
-    return Planned(work, machine, candidate, choice, cap_bytes, flops, activations, away, config.offload.nvme_tbw)
+    tokens = config.train.global_batch_size * config.train.seq_len
+    return Planned(
+        work, machine, candidate, choice, cap_bytes, tokens, flops, activations, away, config.offload.nvme_tbw
+    )
 
 
 def read_workload(
@@ -152,13 +158,14 @@ def show(planned: Planned) -> str:
     named = preset_of(made.placement, mesh.num_levels) or "free"
     away = planned.away
     step_s = away.step_s if away else simulation.step_s
-    rate = work.tokens * work.micro_batches / step_s
+    rate = planned.tokens / mesh.world / step_s
     model_rate = rate * planned.flops_per_token
+    shared = f", of sequences that {work.shared.ranks} ranks share over {work.shared.level}" if work.shared else ""
     lines = [
         f"machine    {machine.name}, {plural(mesh.world, 'rank')}: {mesh}",
         f"placement  {named}: {made.placement.describe(mesh.names)}",
         f"transport  {made.transport.describe(mesh.names)}",
-        f"step       {plural(work.micro_batches, 'micro-batch', 'es')} of {work.tokens:,} tokens a rank",
+        f"step       {plural(work.micro_batches, 'micro-batch', 'es')} of {work.tokens:,} tokens a rank{shared}",
         "",
         *(away.rows() if away else _memory_rows(planned)),
         "",
@@ -169,7 +176,7 @@ def show(planned: Planned) -> str:
         f"{_seconds(simulation.compute_s)}, waiting {_seconds(simulation.step_s - simulation.compute_s)}",
         f"speed      {rate:,.0f} tokens/s a rank, {model_rate / 1e12:.1f} TFLOP/s a rank, "
         f"{rate * mesh.world:,.0f} tokens/s in all",
-        f"bottleneck {away.prediction.bottleneck if away else simulation.bottleneck}",
+        f"bottleneck {away.prediction.bottleneck if away and not away.waits else simulation.bottleneck}",
     ]
     if planned.written_bytes:
         lines.append(f"endurance  {endurance(planned.written_bytes, step_s, tbw=planned.tbw)}")
@@ -193,13 +200,14 @@ def _level_rows(planned: Planned) -> list[str]:
     candidate, mesh = planned.candidate, planned.candidate.plan.mesh
     sent, simulation = candidate.cost.sent, candidate.simulation
     assert simulation is not None
-    heads = ("gather", "reduce", "once a step", "a rank", "a member", "busy")
+    own = ("gather", "reduce", *(["sequence"] if planned.work.shared else []))
+    heads = (*own, "once a step", "a rank", "a member", "busy")
     rows = [f"{'sent a step, GB':16}" + "".join(f"{head:>13}" for head in heads)]
     for i, name in enumerate(mesh.names):
         once = sum(sent[phase][i] for phase in ("reduce_last", "refresh", "control"))
         total = sum(by_level[i] for by_level in sent.values())
         member = total * math.prod(mesh.sizes[i + 1 :])
-        values = [sent["gather"][i], sent["reduce"][i], once, total, member]
+        values = [*(sent[phase][i] for phase in own), once, total, member]
         rows.append(
             f"  {name:14}" + "".join(f"{v / 1e9:13.4g}" for v in values) + f"{_seconds(simulation.levels_s[name]):>13}"
         )

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from launch.config import Config
-from offload.activations_plan import DriveRoom, choose
+from offload.activations_plan import BlockCost, DriveRoom, choose
 from offload.attention_tiles import check_dtype
 from offload.options import ActivationOptions
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 from parallel.planning.away import rates_of
+from parallel.planning.cost import Clock
 from parallel.planning.machine import Machine
 from parallel.planning.traffic import EXACT, Traffic
 from parallel.planning.workload import Workload
@@ -92,7 +93,6 @@ def plan_activations(
             config.job(),
             vocab_size=_vocab_size(config),
             micro_batch_size=micro,
-            num_tokens=config.train.seq_len,
             dtype=torch.bfloat16 if work.compute_bytes == 2 else torch.float32,
         )
     except Exception as error:
@@ -104,33 +104,47 @@ def plan_activations(
     if config.offload.nvme_path and options.swaps:
         size_bytes = config.offload.nvme_bytes or machine.memory.get("nvme", math.inf)
         drives = DriveRoom(size_bytes, rates_of(machine).drive or 0.0)
-    narrowed = _narrowed(config, work, machine, mesh, found, host, drives, cap_bytes)
+    traffic = _traffic(config, work, machine, mesh)
+    cost = found.cost(_forward_s(work, machine, traffic))
+    narrowed = _narrowed(config, machine, traffic, found, cost, host, drives, cap_bytes)
     if narrowed.options.mode == "auto":
-        auto, why, hides = _auto(narrowed.options, work, machine, found, host, drives)
+        auto, why, hides = _auto(narrowed.options, machine, found, cost, host, drives)
         why = f"{why}; {narrowed.why}" if narrowed.why else why
     else:
         auto, why, hides = narrowed.options, f"{narrowed.options.mode}: {narrowed.why}", True
     return ActivationPlan(found, options, auto, why, host if drives else math.inf, hides)
 
 
+def _traffic(config: Config, work: Workload, machine: Machine, mesh: Mesh) -> Traffic:
+    """With ``parallel=auto`` states are sharded as far as they can be: the placement is chosen by what activations
+    take."""
+    parallel, auto = config.parallel, config.parallel.placement == "auto"
+    placement = Placement(*[mesh.num_levels] * 3) if auto else Placement.of(parallel, mesh.num_levels)
+    transport = EXACT if auto else Transport.of(parallel, mesh, placement)
+    return Traffic(work, mesh, placement, transport, gloo=machine.backend == "gloo")
+
+
+def _forward_s(work: Workload, machine: Machine, traffic: Traffic) -> float:
+    """Of a block, with what it sends where ranks share sequences: both are time for what leaves."""
+    clock = Clock(machine, traffic.mesh, work)
+    sent_s = sum(clock.move(move) for chain in traffic.unit(work.block).sequence for move in chain)
+    return forward_s(work, machine.compute) + sent_s
+
+
 def _narrowed(
     config: Config,
-    work: Workload,
     machine: Machine,
-    mesh: Mesh,
+    traffic: Traffic,
     found: Footprint,
+    cost: BlockCost,
     host_bytes: float,
     drives: DriveRoom | None,
     cap_bytes: float,
 ) -> Narrowed:
-    """What ``auto`` may begin with, as a run finds it. With ``parallel=auto`` states are sharded as far as they can be:
-    the placement is chosen by what activations take."""
-    asked, parallel, auto = config.offload.activations, config.parallel, config.parallel.placement == "auto"
+    """What ``auto`` may begin with, as a run finds it."""
+    work = traffic.work
     if machine.tier != "gpu" and config.offload.device_bytes is None:
         cap_bytes = math.inf
-    placement = Placement(*[mesh.num_levels] * 3) if auto else Placement.of(parallel, mesh.num_levels)
-    transport = EXACT if auto else Transport.of(parallel, mesh, placement)
-    traffic = Traffic(work, mesh, placement, transport, gloo=machine.backend == "gloo")
     known: Callable[[], DriveRoom] | None = None if drives is None else lambda: drives
     room = Room(
         device_bytes=max(0.0, cap_bytes - others_bytes(config.offload, work, traffic)),
@@ -138,8 +152,8 @@ def _narrowed(
         drives=known,
         refused=_refused(work, machine),
     )
-    asked = replace(asked, mode="auto", alpha=None)
-    return narrow(asked, found, room, forward_s(work, machine.compute))
+    asked = replace(config.offload.activations, mode="auto", alpha=None)
+    return narrow(asked, found, room, cost.forward_s)
 
 
 def _refused(work: Workload, machine: Machine) -> str:
@@ -154,14 +168,13 @@ def _refused(work: Workload, machine: Machine) -> str:
 
 def _auto(
     options: ActivationOptions,
-    work: Workload,
     machine: Machine,
     found: Footprint,
+    cost: BlockCost,
     host: float,
     drives: DriveRoom | None,
 ) -> tuple[ActivationOptions, str, bool]:
     """What ``auto`` would come to, why, and whether it has drives behind host memory."""
-    cost = found.cost(forward_s(work, machine.compute))
     rate = link_rate(machine)
     choices = choose(
         [cost] * found.num_blocks,
@@ -174,7 +187,7 @@ def _auto(
     mode, alpha = (away[0].mode, away[0].alpha) if away else ("keep", 0.0)
     hides = rate * cost.forward_s
     why = (
-        f"α = {alpha:.2f}: a block computes {1e3 * cost.forward_s:.3g} ms forward, in which {hides / 1e9:.3g} GB leave "
+        f"α = {alpha:.2f}: a block takes {1e3 * cost.forward_s:.3g} ms forward, in which {hides / 1e9:.3g} GB leave "
         f"at {rate / 1e9:.0f} GB/s, of {cost.least_bytes / 1e9:.3g} GB and α times {cost.rest_bytes / 1e9:.3g} GB"
     )
     if inputs := sum(choice.mode == "input" for choice in away):

@@ -42,9 +42,6 @@ class SequenceParallel:
         self.rank = dist.get_rank(group) if group is not None else 0
         self._kernel: Any = None
         self._num_tokens = 0
-        self._stand_in = torch.compiler.disable(self._attend)  # one for ever, or compiled blocks are compiled again
-        self._stand_in.tells = True
-        self._stand_in.spread = self  # for blocks that run by tiles, which attend for themselves
 
     @classmethod
     def of(cls, mesh: Mesh, level: str) -> "SequenceParallel":
@@ -55,6 +52,14 @@ class SequenceParallel:
         size, inner = mesh.sizes[place], math.prod(mesh.sizes[place + 1 :])
         number = mesh.rank // (inner * size) * inner + mesh.rank % inner
         return cls(mesh.group(place, place + 1), number=number, count=mesh.world // size)
+
+    @classmethod
+    def pretended(cls, size: int) -> "SequenceParallel":
+        """The first of `size` ranks, without the others: what it would send comes back to it. So it computes and holds
+        what it would among them, which is there to be measured, or to be counted under fake tensors."""
+        first = cls(None)
+        first.size = size
+        return first
 
     def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
         """ValueError where the heads cannot be shared."""
@@ -92,13 +97,15 @@ class SequenceParallel:
             yield
             return
         self._kernel, self._num_tokens = F.scaled_dot_product_attention, num_tokens
-        F.scaled_dot_product_attention = self._stand_in
+        _stand_in.spread = self  # for blocks that run by tiles, which attend for themselves
+        F.scaled_dot_product_attention = _stand_in
         try:
             yield
         finally:
             F.scaled_dot_product_attention = self._kernel
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def attend_within(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`attend`, within `attention`."""
         return self.attend(query, key, value, self._num_tokens, self._kernel, *args, **kwargs)
 
     def attend(
@@ -153,7 +160,7 @@ class SequenceParallel:
             counts.append(tensor.size(1) // self.size)
             # (B, S, P, heads, E): what goes to one rank lies side by side
             shares.append(tensor.transpose(1, 2).unflatten(2, (self.size, counts[-1])))
-        whole: Tensor = _ToHeads.apply(torch.cat(shares, dim=3), list(lengths), self.group)  # type: ignore[no-untyped-call]
+        whole: Tensor = _ToHeads.apply(torch.cat(shares, dim=3), list(lengths), self.group, self.rank)  # type: ignore[no-untyped-call]
         return list(whole.split(counts, dim=2))
 
     def to_tokens(self, whole: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -175,43 +182,65 @@ class SequenceParallel:
             )
 
 
-def _to_heads(x: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _stand_in(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Within `SequenceParallel.attention`; one for ever, or blocks compiled with another are compiled again."""
+    found: Tensor = _stand_in.spread.attend_within(query, key, value, *args, **kwargs)
+    return found
+
+
+_stand_in.tells = True
+
+
+def _exchange(
+    out: Tensor, sent: Tensor, received: list[int], given: list[int], group: dist.ProcessGroup | None
+) -> None:
+    """So many elements of `sent` to each rank, and of `out` from each; without a group they come back."""
+    if group is not None:
+        dist.all_to_all_single(out, sent, received, given, group=group)
+        return
+    num = min(out.numel(), sent.numel())  # parts may be uneven
+    out[:num].copy_(sent[:num])
+    out[num:].zero_()
+
+
+def _to_heads(x: Tensor, lengths: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
     """(B, S of this rank, P, heads, E) to (B, all S, heads, E)."""
     batch, _, size, heads, width = x.shape
     token = batch * heads * width
     out = torch.empty(token * sum(lengths), dtype=x.dtype, device=x.device)
     sent = x.permute(2, 0, 1, 3, 4).contiguous().flatten()
-    dist.all_to_all_single(out, sent, [token * n for n in lengths], [sent.numel() // size] * size, group=group)
+    _exchange(out, sent, [token * n for n in lengths], [sent.numel() // size] * size, group)
     if batch == 1:  # the parts already lie one after the other
         return out.view(1, sum(lengths), heads, width)
     parts = out.split([token * n for n in lengths])
     return torch.cat([part.view(batch, n, heads, width) for part, n in zip(parts, lengths, strict=True)], dim=1)
 
 
-def _to_tokens(x: Tensor, lengths: Sequence[int], group: dist.ProcessGroup, rank: int) -> Tensor:
+def _to_tokens(x: Tensor, lengths: Sequence[int], group: dist.ProcessGroup | None, rank: int) -> Tensor:
     """(B, all S, heads, E) to (B, S of this rank, P, heads, E); undoes `_to_heads`."""
     batch, _, heads, width = x.shape
     token, size, mine = batch * heads * width, len(lengths), lengths[rank]
     sent = x.contiguous().flatten() if batch == 1 else torch.cat([part.flatten() for part in x.split(list(lengths), 1)])
     out = torch.empty(size * token * mine, dtype=x.dtype, device=x.device)
-    dist.all_to_all_single(out, sent, [token * mine] * size, [token * n for n in lengths], group=group)
+    _exchange(out, sent, [token * mine] * size, [token * n for n in lengths], group)
     return out.view(size, batch, mine, heads, width).permute(1, 2, 0, 3, 4)
 
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.lengths, ctx.group = lengths, group
+    def forward(ctx: Any, x: Tensor, lengths: list[int], group: dist.ProcessGroup | None, rank: int) -> Tensor:
+        ctx.lengths, ctx.group, ctx.rank = lengths, group, rank
         return _to_heads(x, lengths, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _to_tokens(grad, ctx.lengths, ctx.group, dist.get_rank(ctx.group)), None, None
+        return _to_tokens(grad, ctx.lengths, ctx.group, ctx.rank), None, None, None
 
 
 class _ToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: list[int], group: dist.ProcessGroup, rank: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, lengths: list[int], group: dist.ProcessGroup | None, rank: int) -> Tensor:
         ctx.lengths, ctx.group = lengths, group
         return _to_tokens(x, lengths, group, rank)
 

@@ -180,8 +180,7 @@ def others_bytes(options: OffloadOptions, work: Workload, traffic: Traffic) -> f
 
 def forward_s(work: Workload, flops_per_s: float) -> float:
     """Of a block."""
-    block = max(work.row, key=lambda unit: unit.forward_flops * unit.count)
-    return work.tokens * block.forward_flops / flops_per_s
+    return work.tokens * work.block.forward_flops / flops_per_s
 
 
 def settle(
@@ -208,16 +207,10 @@ def settle(
 
 def _narrowed(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, most_bytes: float) -> Narrowed | None:
     """Of this rank; None for a model that fake tensors do not run: it chooses as it may, and may not fit."""
-    options, sharing = job.offload, job.parallel.sequence_ranks
+    options = job.offload
     micro, _ = job.micro_batches(where.world)
     try:
-        sizes = footprint(
-            job,
-            vocab_size=model.vocab_size,
-            micro_batch_size=micro,
-            num_tokens=-(-job.train.seq_len // sharing),
-            dtype=dtype,
-        )
+        sizes = footprint(job, vocab_size=model.vocab_size, micro_batch_size=micro, dtype=dtype)
     except Exception as error:
         log.warning("no estimate of what fits: %s: %s", type(error).__name__, error)
         return None
@@ -234,7 +227,7 @@ def _narrowed(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, m
         refused=_refused(job, model, dtype, where.device),
     )
     peak = peak_flops(where.device, dtype)
-    return narrow(options.activations, sizes, room, forward_s(work, REACHED * peak) / sharing if peak else 0.0)
+    return narrow(options.activations, sizes, room, forward_s(work, REACHED * peak) if peak else 0.0)
 
 
 def host_room(options: OffloadOptions, there_bytes: float, num_parameters: float) -> float:

@@ -23,8 +23,9 @@ from offload.activations_watch import intercept, watched
 from offload.options import ActivationOptions
 from offload.plan import Recorder, load_bytes
 from parallel.cut import move_without_memory
+from parallel.sequence import SequenceParallel
 from trainer.job import Job
-from trainer.models import LanguageModel, build_model
+from trainer.models import build_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +96,15 @@ class _Reached(Exception):
     """Ends a forward at the first block, whose arguments are known."""
 
 
-def footprint(job: Job, *, vocab_size: int, micro_batch_size: int, num_tokens: int, dtype: torch.dtype) -> Footprint:
-    """By running a block and the head under fake tensors; takes a second or two.
+def footprint(job: Job, *, vocab_size: int, micro_batch_size: int, dtype: torch.dtype) -> Footprint:
+    """By running a block and the head under fake tensors; takes a second or two. Of sequences that ranks share, the
+    longest part, and attention of all tokens and a rank's heads.
 
-    num_tokens: of a sequence on this rank, its part where `parallel.sequence` shares it. vocab_size: the tokenizer's.
+    vocab_size: the tokenizer's.
     """
     cpu = torch.device("cpu")
+    sequence = SequenceParallel.pretended(job.parallel.sequence_ranks)
+    num_tokens = sequence.lengths(job.train.seq_len)[0]
     model = build_model(job.model, vocab_size=vocab_size, seq_len=num_tokens, dtype=dtype, device=cpu)
     move_without_memory(model, dtype, cpu)
     options = job.offload.activations
@@ -112,12 +116,19 @@ def footprint(job: Job, *, vocab_size: int, micro_batch_size: int, num_tokens: i
     with fake:
         tokens = torch.zeros(micro_batch_size, num_tokens, dtype=torch.int64)
         args, kwargs = _arguments(model, blocks[0], tokens)
-        sizes = _block(blocks[0], args, kwargs)
-        keys_bytes = sizes.pop("keys_bytes") * _repeats(job, model)
+        if (
+            sequence.size > 1 and "attention_mask" in kwargs
+        ):  # transformers makes one of fake tensors, and none in a run
+            kwargs["attention_mask"] = None
+        with sequence.attention(job.train.seq_len):
+            sizes = _block(blocks[0], args, kwargs)
+        keys_bytes = sizes.pop("keys_bytes")
         head, x = model.units()[-1], args[0]
         sizes["head_bytes"] = _head(head, x, tokens)
         if can_stream(blocks[0]):
-            most = _stream(blocks[0], args, options.stream_tokens // micro_batch_size, keys_bytes)
+            tile_tokens = min(num_tokens, max(1, options.stream_tokens // micro_batch_size))
+            with sequence.attention(tile_tokens * sequence.size):
+                most = _stream(blocks[0], args, tile_tokens, keys_bytes)
             if sizes["head_bytes"] > most:  # less where its norm runs by tiles, too
                 model.run_by_tiles(replace(options, mode="stream", alpha=None))
                 most = max(most, _head(head, x, tokens))
@@ -130,17 +141,11 @@ def _stream(block: nn.Module, args: tuple[Any, ...], tile_tokens: int, keys_byte
     gradients of its output and input; keys, values and their fp32 gradients; what it holds of a tile, and two tiles on
     their way."""
     x, *tables = args
-    whole, tile = x.nbytes, slice(0, max(1, tile_tokens))
+    whole, tile = x.nbytes, slice(0, tile_tokens)
     part = _block(block, (x[:, tile].detach().requires_grad_(), *(table[tile] for table in tables)), {})
     moving = 2 * (part["input_bytes"] + part["attention_bytes"])
     grads_bytes = keys_bytes * 4 // x.itemsize
     return int(2 * whole + keys_bytes + grads_bytes + part["kept_bytes"] + part["work_bytes"] + moving)
-
-
-def _repeats(job: Job, model: LanguageModel) -> int:
-    """How many times keys and values are there where ranks share sequences that their heads do not divide among."""
-    num_kv_heads = model.num_heads[1]
-    return math.lcm(num_kv_heads, job.parallel.sequence_ranks) // num_kv_heads
 
 
 def _pretend(model: nn.Module, fake: FakeTensorMode) -> None:

@@ -30,13 +30,14 @@ from parallel.planning.away import Seconds, layers_of
 from parallel.planning.cost import memory
 from parallel.planning.traffic import Traffic
 from parallel.planning.workload import UnitCost
+from parallel.sequence import SequenceParallel
 from parallel.transport import Transport
 from trainer.build import Rank, everyone, mesh_of
 from trainer.changes import as_plain
 from trainer.job import Job
 from trainer.loggers import replace_file
 from trainer.models import LanguageModel
-from trainer.probe import Probed, probe, release
+from trainer.probe import Probed, probe, release, sending_s
 from trainer.workload import workload_of
 
 Made = TypeVar("Made")
@@ -61,7 +62,7 @@ class Forecast:
 
     def __init__(self, prediction: Prediction, job: Job, *, world: int) -> None:
         self.prediction, self._options, self._world = prediction, job.offload, world
-        self._clip = job.train.clip_norm
+        self._clip, self._shared = job.train.clip_norm, job.parallel.sequence_ranks > 1
         self._norms: deque[float] = deque(maxlen=2)
         self._skip = SKIPPED
         self._ratios: list[float] = []
@@ -69,7 +70,8 @@ class Forecast:
 
     def announce(self) -> str:
         """The prediction, and what it means for the drives."""
-        alone = "" if self._world == 1 else ", without what ranks send each other"
+        shared = " but for attention" if self._shared else ""
+        alone = "" if self._world == 1 else f", without what ranks send each other{shared}"
         return f"predicted: {self.prediction}{alone}{self._wear(self.prediction.step_s)}"
 
     def seen(self, step_s: float, grad_norm: float) -> str:
@@ -120,21 +122,23 @@ def settle(
     folder: Path,
     say: Callable[[str], None],
     *,
+    sequence: SequenceParallel,
     activation_bytes: int | None = None,
 ) -> tuple[Job, Forecast | None]:
     """The job with a tier in the place of ``offload.states=auto``, and its forecast; None where nothing is predicted.
     Collective.
 
-    model: on ``meta``. activation_bytes: what activations take of the device, where it is counted: what is measured
-    knows it of blocks that keep or recompute, but not of those that swap.
+    model: on ``meta``. sequence: the ranks that share this one's sequences. activation_bytes: what activations take of
+    the device, where it is counted: what is measured knows it of blocks that keep or recompute, but not of those that
+    swap.
     ValueError where ``auto`` finds nothing that fits, or cannot tell.
     """
     options = job.offload
     if not options.away or not options.predict:
         return job, None
     needed, cannot = options.states == "auto", ""
-    if job.engine != "native" or job.parallel.sequence:
-        cannot = f"with {'parallel.sequence' if job.parallel.sequence else 'engine=' + job.engine} it is not reckoned"
+    if job.engine != "native":
+        cannot = f"with engine={job.engine} it is not reckoned"
     elif job.optimizer.name != "adamw":
         cannot = f"optimizer={job.optimizer.name} is not updated away from the device"
     if cannot and needed:
@@ -153,6 +157,7 @@ def settle(
             say(f"the time of a step is not predicted: {failed}")
             return job, None
         profile = _slowest([p for p in profiles if isinstance(p, Profile)])
+        profile = replace(profile, probed=plan.among(sequence, profile.probed))
     else:
         profile, options = known
         if needed:
@@ -175,7 +180,7 @@ class _Reckoning:
     def __init__(
         self, job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, activation_bytes: int | None
     ) -> None:
-        self._job, self._where, self._dtype, self._vocab_size = job, where, dtype, model.vocab_size
+        self._job, self._where, self._dtype, self._model = job, where, dtype, model
         mesh = mesh_of(job, where)
         placement = Placement.of(job.parallel, mesh.num_levels)
         transport = Transport.of(job.parallel, mesh, placement)
@@ -209,9 +214,22 @@ class _Reckoning:
         return probe(
             self._job,
             micro_batch_size=self._job.micro_batches(self._where.world)[0],
-            vocab_size=self._vocab_size,
+            vocab_size=self._model.vocab_size,
             dtype=self._dtype,
             device=self._where.device,
+        )
+
+    def among(self, sequence: SequenceParallel, probed: Probed) -> Probed:
+        """What was probed alone, as it is among the ranks that share sequences, the slowest of all. Collective."""
+        if (block := self.work.block).exchange is None:
+            return probed
+        micro, _ = self._job.micro_batches(self._where.world)
+        mine = sending_s(self._job, self._model, sequence, micro, self._dtype, self._where.device)
+        slowest = max(everyone(mine, self._where))
+        return replace(
+            probed,
+            block_forward_s=probed.block_forward_s + slowest,
+            block_backward_s=probed.block_backward_s + block.passes_backward * slowest,
         )
 
     def _attempt(self, act: Callable[[], Made]) -> Made | str:

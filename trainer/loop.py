@@ -229,7 +229,9 @@ class Trainer:
         self._peak_flops = peak_flops(where.device, dtype)
         self.sequence = share_sequences(job, model, where)
         job, counted = fit_activations.settle(job, model, where, dtype, self._tell)
-        job, self.forecast = settle(job, model, where, dtype, self.run.path, self._tell, activation_bytes=counted)
+        job, self.forecast = settle(
+            job, model, where, dtype, self.run.path, self._tell, sequence=self.sequence, activation_bytes=counted
+        )
         self.job = job
         self.engine = build_engine(job, model, where, dtype, self._tell)
         cleanup.callback(self.engine.close)

@@ -48,14 +48,11 @@ def report(job: Job, where: Rank, engine: Engine, vocab_size: int, step: int, er
     device = where.device
     held, limit = owners(engine, device), limit_bytes(device)
     micro, _ = job.micro_batches(where.world)
-    part = -(-job.train.seq_len // job.parallel.sequence_ranks)
     dtype, _ = choose_dtype(job.train.dtype, device)
 
     def sizes(options: ActivationOptions, micro_batch_size: int) -> Footprint:
         changed = replace(job, offload=replace(job.offload, activations=options))
-        return footprint(
-            changed, vocab_size=vocab_size, micro_batch_size=micro_batch_size, num_tokens=part, dtype=dtype
-        )
+        return footprint(changed, vocab_size=vocab_size, micro_batch_size=micro_batch_size, dtype=dtype)
 
     lines = [f"out of memory on rank {where.rank} in step {step}: {error.split('. GPU')[0].splitlines()[0]}"]
     try:

@@ -1,7 +1,8 @@
 """How long a block of a model takes, and what it keeps: read from the same model cut to two blocks (and to one).
 
 Nothing of the job is touched: the probe has random weights, random tokens and no optimizer states, is one rank alone,
-and leaves the random numbers as they were. What it compiles, the model's blocks need not compile again.
+and leaves the random numbers as they were. Where ranks share sequences it has the first one's part of the tokens, and
+attends to all of them for its heads, but sends to itself. What it compiles, the model's blocks need not compile again.
 """
 
 import gc
@@ -12,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offload.activations_memory import elapsed_s, now
 from offload.options import OffloadOptions
 from parallel.options import OptimizerOptions, ParallelOptions
+from parallel.sequence import SequenceParallel
 from trainer.build import Rank, build_engine
 from trainer.job import Job
-from trainer.models import build_model
+from trainer.models import LanguageModel, build_model
 from trainer.models.attention import attention_backends
 from trainer.options import HFOptions, LlamaOptions, ModelOptions
+from trainer.workload import tiles_of
 
 WARM_UP, ROUNDS = 2, 5
 SHORT_S, LONG_S = 0.5, 4.0
@@ -75,6 +79,37 @@ def _probe(
     )
 
 
+def sending_s(
+    job: Job,
+    model: LanguageModel,
+    sequence: SequenceParallel,
+    micro_batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> float:
+    """Seconds that a block's forward takes longer than `probe` found, as what the ranks of `sequence` have to do with
+    each other is sent. Collective over them."""
+    tiling = tiles_of(job, sequence, micro_batch_size)
+    lengths, mine = tiling.sizes(0), tiling.tiles[0]
+    heads, kv_heads = model.num_heads
+    q, k, v = (
+        torch.zeros(micro_batch_size, num, mine.stop, model.head_dim, dtype=dtype, device=device)
+        for num in (heads, kv_heads, kv_heads)
+    )
+
+    def taken_s(among: SequenceParallel) -> float:
+        start = now(device)
+        whole, *_ = among.to_heads((q, k, v), lengths)
+        among.to_tokens(whole, lengths)
+        return elapsed_s(start, now(device))
+
+    fastest = [
+        min([taken_s(among) for _ in range(WARM_UP + ROUNDS)][WARM_UP:])
+        for among in (sequence, SequenceParallel.pretended(sequence.size))
+    ]
+    return len(tiling.tiles) * max(0.0, fastest[0] - fastest[1])
+
+
 def cut(options: ModelOptions, num_blocks: int) -> ModelOptions:
     """The same model with fewer blocks and random weights."""
     if isinstance(options, LlamaOptions):
@@ -119,15 +154,17 @@ def _run(
     activations = job.offload.activations
     mode = _UNSWAPPED.get(activations.mode, activations.mode)
     activations = replace(activations, mode=mode, alpha=None, host_bytes=None)  # host memory holds that of a few blocks
+    sequence, whole = SequenceParallel.pretended(job.parallel.sequence_ranks), job.train.seq_len
+    seq_len = sequence.lengths(whole)[0]
     alone = replace(
         job,
         model=cut(job.model, num_blocks),
         optimizer=OptimizerOptions() if offload.away else OptimizerOptions(name="sgd", momentum=0.0),
         parallel=ParallelOptions(),
+        train=replace(job.train, seq_len=seq_len),
         # which blocks swap how much depends on how many there are
         offload=replace(offload, activations=activations),
     )
-    seq_len = job.train.seq_len
     model = build_model(alone.model, vocab_size=vocab_size, seq_len=seq_len, dtype=dtype, device=device)
     watch = _Watch(device)
     engine = build_engine(alone, model, Rank(0, 1, device), dtype, say=lambda _: None)
@@ -138,7 +175,8 @@ def _run(
         begin_s = time.perf_counter()
         while not _enough(len(found) - WARM_UP, time.perf_counter() - begin_s):
             watch.start()
-            engine.forward_backward(rows[:, :-1], rows[:, 1:], scale=1.0, first=True, last=True)
+            with sequence.attention(whole):
+                engine.forward_backward(rows[:, :-1], rows[:, 1:], scale=1.0, first=True, last=True)
             found.append(watch.stop())
             taken = watch.bytes_beside(engine.state_bytes())
             engine.step(0.0, None)

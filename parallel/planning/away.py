@@ -96,6 +96,11 @@ class AwayPlan:
         return self.prediction.step_s + self.waits_s
 
     @property
+    def waits(self) -> bool:
+        """Whether links between ranks are most of a step."""
+        return self.waits_s > self.prediction.step_s
+
+    @property
     def fits(self) -> bool:
         return not any(over > 0 for _, _, _, over in self._tiers())
 

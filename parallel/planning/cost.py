@@ -124,7 +124,8 @@ class Clock:
 class Estimate:
     step_s: float
     phases: dict[str, float]
-    """Seconds of the step that each phase adds: forward, backward, reduce (its tail), update, refresh (its head)."""
+    """Seconds of the step that each phase adds: forward, backward, sequence, reduce (its tail), update, refresh (its
+    head)."""
     compute_s: float
     levels_s: dict[str, float]
     """Seconds that each level is busy."""
@@ -142,8 +143,8 @@ def estimate(work: Workload, plan: Plan, machine: Machine) -> Estimate:
     """The cost of a step of `work` under `plan` on `machine`, in closed form.
 
     A phase takes as long as its busiest resource (compute, the lane of gathers, the lane of reductions, a level's
-    link), and what cannot hide: the first gather, the last reduction, the first refresh. ValueError where the mesh has
-    levels that the machine has no links for.
+    link), and what cannot hide: the first gather, the last reduction, the first refresh, what ranks that share
+    sequences send each other. ValueError where the mesh has levels that the machine has no links for.
     """
     traffic = traffic_of(work, plan, machine)
     clock = Clock(machine, plan.mesh, work)
@@ -194,6 +195,9 @@ def estimate(work: Workload, plan: Plan, machine: Machine) -> Estimate:
     every = [c for _, t in units[len(end) :] for c in t.last]
     lane(inner, n)
     lane([c for _, t in units for c in t.reduce_last])
+    exchanges = [(c, n * (1 + unit.passes_backward)) for unit, t in units for c in t.sequence]
+    for chain, times in exchanges:
+        lane([chain], times)
     refreshes = [c for _, t in units for c in t.refresh]
     refresh_s, refresh_shown = lane(refreshes)
     ahead = sum(clock.chain(c) for c in units[0][1].refresh)
@@ -212,6 +216,7 @@ def estimate(work: Workload, plan: Plan, machine: Machine) -> Estimate:
     phases = {
         "forward": n * forward,
         "backward": (n - 1) * backward(inner) + backward(every),
+        "sequence": sum(times * sum(map(clock.move, chain)) for chain, times in exchanges),
         "reduce": tail,
         "update": update,
         "refresh": first_forward - forward,

@@ -18,7 +18,7 @@ from typing import Any
 
 from parallel.planning.cost import Clock, Plan, traffic_of, update_s
 from parallel.planning.machine import Machine
-from parallel.planning.traffic import Chain, Traffic, UnitTraffic
+from parallel.planning.traffic import Chain, Move, Traffic, UnitTraffic
 from parallel.planning.workload import UnitCost, Workload
 
 GLOO_THREADS = 2
@@ -169,6 +169,7 @@ class _Program:
             self._use(i)
             self._prefetch(range(i + 1, i + 1 + self.work.prefetch_units))
             self._compute(self.clock.forward(self.all[i][0]))
+            self._exchange(i, 1)
             if i < len(self.all) - 1:
                 self._release(i)
 
@@ -181,6 +182,7 @@ class _Program:
             wanted = range(i - 1, max(self.offset, i - self.work.prefetch_units) - 1, -1)
             self._prefetch([j for j in wanted if self.all[j][0].gathers_backward])
             self._compute(self.clock.backward(unit))
+            self._exchange(i, unit.passes_backward)
             self._release(i)
             self._reduce(i, first=first, last=last)
         if self.root:
@@ -233,22 +235,32 @@ class _Program:
             if self.scatters:
                 self.readers[size].append(launched)
 
+    def _exchange(self, i: int, passes: int) -> None:
+        """What ranks that share sequences send is waited for where it is sent: one flow stands for all of a pass."""
+        for chain in passes * self.all[i][1].sequence:
+            self._compute(self.clock.host(chain))
+            flow = self._flow(chain[0], "sequence", len(chain))
+            self.ops += [("issue", flow), ("wait", flow)]
+
     # ------------------------------------------------------------------------------------------------ chains
+
+    def _flow(self, move: Move, phase: str, count: int = 1) -> _Flow:
+        """`count` such collectives, one after the other."""
+        level, seconds = self.clock.transfer(move)
+        stages = [(-1, count * self.clock.wait(move)), (level, count * seconds)]
+        group = "world" if move.members == self.plan.mesh.world else (move.level, move.members)
+        return _Flow(
+            stages, group if self.gloo else None, f"{phase} over {self.plan.mesh.names[level]}",
+            skew=self.clock.skew(move), meets=self.clock.meets(move),
+        )  # fmt: skip
 
     def _launch(self, moves: Chain, phase: str, lane: str) -> _Chain:
         flows, after, before = [], [], []
         for move in moves:
-            level, seconds = self.clock.transfer(move)
             prepare, use = self.clock.prepare(move), self.clock.use(move)
-            stages = [(-1, self.clock.wait(move)), (level, seconds)]
+            flow = self._flow(move, phase)
             if not self.gloo:
-                stages = [(-1, prepare), *stages, (-1, use)]
-            group = "world" if move.members == self.plan.mesh.world else (move.level, move.members)
-            flow = _Flow(
-                stages, group if self.gloo else None, f"{phase} over {self.plan.mesh.names[level]}",
-                skew=self.clock.skew(move), meets=self.clock.meets(move),
-            )  # fmt: skip
-            if not self.gloo:
+                flow.stages = [(-1, prepare), *flow.stages, (-1, use)]
                 flow.lane_before = self.tails.get(lane)
                 self.tails[lane] = flow
             flows.append(flow)

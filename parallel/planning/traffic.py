@@ -7,6 +7,10 @@ A unit's flat buffers make chains of collectives (`Chain`), as in `parallel.coll
     reduce_last   O outside G, fastest first, then the replicas; once a step
     refresh       O outside P, slowest first; once a step
 
+and its block, where ranks share sequences,
+
+    sequence      q, k, v and attention's result over their level; every forward, and two or three times with a backward
+
 Formats are those of `parallel.transport`, where [Note: quantized weights] says what is packed on which part of its way.
 """
 
@@ -72,6 +76,8 @@ class UnitTraffic:
     """Trained elements with the padding: what gradients are collected into."""
     gather_backward: tuple[Chain, ...] | None = None
     """Where the backward gathers otherwise than the forward does, as other systems do; None: alike."""
+    sequence: tuple[Chain, ...] = ()
+    """What one pass of the unit's `Exchange` sends."""
 
     @property
     def last(self) -> tuple[Chain, ...]:
@@ -144,7 +150,7 @@ class Traffic:
     def sent_bytes(self) -> dict[str, list[float]]:
         """Bytes that a rank sends in a step, by phase and level: what `links` of the machine are asked for.
 
-        Phases: ``gather`` and ``reduce`` (all micro-batches), ``reduce_last``, ``refresh``, ``control``.
+        Phases: ``gather``, ``reduce`` and ``sequence`` (all micro-batches), ``reduce_last``, ``refresh``, ``control``.
         """
         phases = {name: [0.0] * self.mesh.num_levels for name in PHASES}
         for unit in self.work.units:
@@ -156,6 +162,7 @@ class Traffic:
             counts = {
                 "gather": uses, "reduce": self.work.micro_batches * unit.count,
                 "reduce_last": unit.count, "refresh": unit.count,
+                "sequence": self.work.micro_batches * unit.count * (1 + unit.passes_backward),
             }  # fmt: skip
             for phase, count in counts.items():
                 for chain in getattr(traffic, phase):
@@ -241,11 +248,23 @@ class Traffic:
             "reduce": tuple(self._reduce(numel, packs) for numel, packs in trained),
             "reduce_last": tuple(self._reduce_last(numel, packs) for numel, packs in trained),
             "refresh": tuple(self._refresh(numel, packs) for numel, packs in trained),
+            "sequence": (self._exchange(unit),),
         }
         kept = {name: made if any(made) else () for name, made in chains.items()}
         return UnitTraffic(
             **kept, num_flats=len(trained), num_gathered=len(gathered), elements=sum(numel for numel, _ in trained)
         )
+
+    def _exchange(self, unit: UnitCost) -> Chain:
+        """`SequenceParallel.attend`, or `SpreadAttention`: its collectives, all of them as large as their mean."""
+        if (exchange := unit.exchange) is None:
+            return ()
+        size, level = (
+            exchange.token_bytes * self.work.tokens / exchange.collectives,
+            self.mesh.names.index(exchange.level),
+        )
+        one = self.all_to_all(size, level, before=2 * size, after=2 * size)  # copied as it is sent, and as it came
+        return (one,) * exchange.collectives
 
     def _gather(self, numel: int, packs: bool) -> Chain:
         """`Flat.gather`: over the levels of P, slowest first."""
@@ -328,4 +347,4 @@ class Traffic:
         return (*chain, *scatters, *moves)
 
 
-PHASES = ("gather", "reduce", "reduce_last", "refresh", "control")
+PHASES = ("gather", "reduce", "sequence", "reduce_last", "refresh", "control")

@@ -18,6 +18,31 @@ from parallel.unit import Named
 
 
 @dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """What a block sends where the ranks of a level share sequences (`parallel.sequence`): in a forward q, k and v to
+    the ranks of their heads, and what attention makes of them back; in a backward the gradients of all four."""
+
+    level: str
+    ranks: int
+    token_bytes: float
+    """Of all four together, a token of this rank's; those that stay here are among them."""
+    collectives: int
+    """In a forward."""
+    again: bool
+    """Whether a backward does those of the forward first: it runs the block again."""
+
+    @classmethod
+    def of(
+        cls, level: str, ranks: int, num_heads: tuple[int, int], head_bytes: int, *, num_tiles: int, again: bool
+    ) -> "Exchange":
+        """num_heads: of queries, and of keys and values. num_tiles: of a block that runs by tiles, else 0."""
+        heads, kv_heads = num_heads
+        token_bytes = head_bytes * (2 * heads + 2 * math.lcm(kv_heads, ranks))
+        collectives = 3 * num_tiles or 2  # keys and values apart from queries, or together
+        return cls(level=level, ranks=ranks, token_bytes=token_bytes, collectives=collectives, again=again)
+
+
+@dataclass(frozen=True, kw_only=True)
 class UnitCost:
     """One unit, or `count` equal ones in a row. Elements are counted as they lie in the flat buffer, see `aligned`."""
 
@@ -41,6 +66,8 @@ class UnitCost:
     """Whether the backward asks for the weights; an embedding's does not."""
     recompute: float = 0.0
     """The share of the forward that the backward does again."""
+    exchange: Exchange | None = None
+    """Where ranks share sequences."""
     is_root: bool = False
     """Parameters outside all units or of several: gathered from the start of the forward to the end of the backward."""
 
@@ -48,13 +75,18 @@ class UnitCost:
     def trained(self) -> int:
         return self.matrices + self.vectors
 
+    @property
+    def passes_backward(self) -> int:
+        """How often a backward sends what the forward does once: gradients, and what is made again."""
+        return 0 if self.exchange is None else 1 + self.exchange.again
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     units: tuple[UnitCost, ...]
     """In the order they run; the root, if any, first."""
     tokens: int
-    """Of a micro-batch on one rank."""
+    """Of a micro-batch on one rank; of sequences that ranks share the longest part."""
     micro_batches: int = 1
     """A step on one rank."""
     compute_bytes: int = 2
@@ -76,6 +108,16 @@ class Workload:
     @property
     def root(self) -> UnitCost | None:
         return self.units[0] if self.units and self.units[0].is_root else None
+
+    @property
+    def block(self) -> UnitCost:
+        """What is computed in most."""
+        return max(self.row, key=lambda unit: unit.forward_flops * unit.count)
+
+    @property
+    def shared(self) -> Exchange | None:
+        """How ranks share sequences, if any do."""
+        return next((unit.exchange for unit in self.units if unit.exchange), None)
 
     @property
     def row(self) -> list[UnitCost]:
@@ -104,6 +146,8 @@ class Workload:
         prefetch_units: int = 1,
         recompute: float = 0.0,
         recompute_attention: bool = False,
+        keep_last: int = 0,
+        exchange: Exchange | None = None,
         loss_chunk_tokens: int = 2048,
         exact: Sequence[str] = (),
     ) -> "Workload":
@@ -112,13 +156,15 @@ class Workload:
         FLOPs of a block are its share of `flops_per_token`, so experts that a token does not visit and attention count
         as they do there. Activations of a block are the inputs and outputs of its linear layers: what a Llama whose
         other operations are fused keeps (arXiv 2407.12117, sec. 3); an eager model keeps more. recompute: the share of
-        a block's products that its backward does again; its attention too where `recompute_attention` says so. The
-        head is taken to make its gradients in the forward (`trainer.models.loss`), a chunk of logits at a time.
+        a block's products that its backward does again; its attention too where `recompute_attention` says so; the
+        blocks of `keep_last` do nothing again. exchange: what a block sends where ranks share sequences. The head is
+        taken to make its gradients in the forward (`trainer.models.loss`), a chunk of logits at a time.
         """
         readable = cast(Readable, model)
         modules = readable.units()
         named, root = cut_units(model, modules)
         blocks = set(readable.blocks())
+        kept = set(readable.blocks()[len(blocks) - keep_last :])
         sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name, _, _ in named}
         in_blocks = sum(sizes[name] for name, module, _ in named if module in blocks)
         all_numel = sum(parameter.numel() for parameter in model.parameters())
@@ -135,9 +181,11 @@ class Workload:
                 saved = compute_bytes * sum(map(sum, widths))
                 products_share = min(1.0, 2.0 * sizes[name] / block_flops)
                 again = recompute * products_share + (1.0 - products_share) * recompute_attention
+                keeps = module in kept
                 unit = replace(
                     unit, forward_flops=block_flops, backward_flops=2 * block_flops, activation_bytes=saved,
-                    input_bytes=compute_bytes * (widths[0][0] if widths else 0), recompute=again,
+                    input_bytes=compute_bytes * (widths[0][0] if widths else 0), recompute=0.0 if keeps else again,
+                    exchange=replace(exchange, again=False) if exchange and keeps else exchange,
                 )  # fmt: skip
             elif module is last:  # products of all its weights, the shared ones too
                 products = sum(p.numel() for p in module.parameters() if p.ndim >= 2)
@@ -159,7 +207,7 @@ class Workload:
         persistent = model.state_dict(keep_vars=True)
         return cls(
             units=tuple(_folded(units)),
-            tokens=micro_batch_size * seq_len,
+            tokens=micro_batch_size * -(-seq_len // (exchange.ranks if exchange else 1)),
             micro_batches=micro_batches,
             compute_bytes=compute_bytes,
             reduce_bytes=reduce_bytes,

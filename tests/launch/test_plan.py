@@ -3,8 +3,10 @@
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -221,6 +223,120 @@ def test_the_table_of_memory_has_what_the_row_of_the_job_says(mode: str) -> None
     table = re.search(r"^  activations +([\d.]+)$", show(planned), re.MULTILINE)
     assert row and table and row[1] == table[1]
     assert planned.candidate.cost.memory["activations"] == pytest.approx(float(row[1]) * 2**30, abs=2**20)
+
+
+SHARED = ("model=1b", "parallel=zero3", "train.seq_len=65537", "train.global_batch_size=3", "train.micro_batch_size=1",
+          "train.dtype=bf16", "launch.workers=8", "parallel.sequence=gpu")  # fmt: skip
+
+
+def test_a_sequence_that_ranks_share_counts_once() -> None:
+    """One group of 8 has three sequences: each rank computes an eighth of what one alone does, and they are as many
+    tokens."""
+    modes = ("offload.activations.mode=recompute",)
+    shared = plan(composed(*SHARED, *modes), PRESETS["dgx-h100"])
+    alone = plan(composed(*SHARED, *modes, "launch.workers=1", "parallel.sequence=''"), PRESETS["single"])
+    assert (shared.work.tokens, shared.work.micro_batches) == (8193, 3), "the first rank has a token more"
+    assert (alone.work.tokens, alone.work.micro_batches) == (65537, 3)
+
+    def flops(planned: Planned) -> float:
+        work = planned.work
+        return work.tokens * sum(u.forward_flops * (1 + u.recompute) + u.backward_flops for u in work.row)
+
+    assert flops(shared) == pytest.approx(flops(alone) / 8, rel=2e-4)
+    text = show(shared)
+    in_all = float(re.search(r"([\d,]+) tokens/s in all", text)[1].replace(",", ""))
+    assert in_all == pytest.approx(3 * 65537 / shared.candidate.step_s, rel=1e-3)
+    assert "3 micro-batches of 8,193 tokens a rank, of sequences that 8 ranks share over gpu" in text
+
+
+@pytest.mark.parametrize(
+    ("mode", "passes"),
+    [("keep", 16 * 2), ("recompute", 16 * 3), ("swap offload.activations.alpha=1", 14 * 3 + 2 * 2), ("auto", None),
+     ("stream", 16 * 3)],
+)  # fmt: skip
+def test_what_a_shared_sequence_takes_is_in_both_tables(mode: str, passes: int | None) -> None:
+    """1b: 16 blocks, 32 query heads of 64, of the 8 key-value heads each rank has one; seven eighths of it leave."""
+    planned = plan(composed(*SHARED, *f"offload.activations.mode={mode}".split()), PRESETS["dgx-h100"])
+    text = show(planned)
+    row = re.search(r"^\* .* ([\d.]+) +[\d.]+$", "\n".join(activation_rows(planned)), re.MULTILINE)
+    table = re.search(r"^  activations +([\d.]+)$", text, re.MULTILINE)
+    assert row and table and row[1] == table[1]
+    level = re.search(r"^  gpu +(.*)$", text, re.MULTILINE)
+    if passes is None:
+        assert planned.activations is not None and planned.activations.settled.mode == "swap"
+        passes = 16 * 3 - planned.activations.settled.keep_last
+    assert level and float(level[1].split()[2]) == pytest.approx(
+        3 * passes * 2 * 8193 * 64 * (2 * 32 + 2 * 8) * 7 / 8 / 1e9, rel=1e-3
+    )
+
+
+def test_a_shared_sequence_takes_less_of_each_rank_but_more_than_its_part() -> None:
+    def taken(*overrides: str) -> float:
+        planned = plan(composed(*SHARED, "offload.activations.mode=keep", *overrides), PRESETS["dgx-h100"])
+        return planned.candidate.cost.memory["activations"]
+
+    shared, part = taken("train.seq_len=65536"), taken("train.seq_len=8192", "parallel.sequence=''", BATCHES)
+    attention = 16 * 2 * 8192 * 32 * 64  # its result is there as attention made it, and as it came back
+    assert shared - part == pytest.approx(attention, rel=0.1)
+    assert shared < taken("train.seq_len=65536", "parallel.sequence=''", BATCHES) / 7
+
+
+BATCHES = "train.global_batch_size=24"
+"""Three micro-batches a rank again, where ranks have whole sequences."""
+
+
+def test_what_leaves_hides_behind_what_a_block_sends_too() -> None:
+    config = composed(*SHARED, "offload=host", "offload.activations.mode=auto", "train.seq_len=32768")
+    machine, alphas = PRESETS["dgx-h100"], []
+    for rate in (4e11, 4e10, 4e9):
+        links = tuple(replace(link, bandwidth=rate) if link.name == "gpu" else link for link in machine.links)
+        planned = plan(config, replace(machine, links=links))
+        assert planned.activations is not None and planned.away is not None
+        alphas.append(planned.activations.auto.alpha)
+    assert alphas[0] < alphas[1] < alphas[2] == 1
+    assert planned.away.waits
+    assert "bottleneck sequence over gpu" in show(planned), "of the slowest"
+
+
+def test_auto_places_a_job_whose_ranks_share_sequences() -> None:
+    """What they send over the level is the same for all placements; a run gets it with the levels of the machine."""
+    asked = (*SHARED, "parallel=auto", "train.global_batch_size=4", "offload.activations.mode=recompute")
+    planned = plan(composed(*asked, "launch.workers=16"), PRESETS["ethernet-25g"])
+    assert planned.choice is not None and "limited by" in show(planned)
+    one = planned.candidate
+    for other in planned.choice.contenders:
+        assert other.cost.sent["sequence"] == one.cost.sent["sequence"] and one.cost.sent["sequence"][1] > 0
+    config, _ = settle(composed(*asked, "launch.workers=16", "machine=ethernet-25g"), 16)
+    assert config.parallel.sequence == "gpu" and config.parallel.sequence_ranks == 8
+    assert config.parallel.placement != "auto"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("parallel.sequence=die", "parallel.sequence=die: the levels are node, gpu"),
+        ("model.num_heads=12", "parallel.sequence=gpu has 8 ranks, which model.num_heads=12"),
+        ("train.seq_len=7", "each needs a token of train.seq_len=7"),
+    ],
+)
+def test_sequences_that_cannot_be_shared_are_refused(wrong: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        plan(composed(*SHARED, "model.num_kv_heads=4", wrong), PRESETS["dgx-h100"])
+
+
+def test_the_command_plans_sequences_over_a_level(atoll: Callable[..., Any]) -> None:
+    job = ("model=1b", "parallel=zero3", "parallel.sequence=gpu", "launch.workers=16", "train.global_batch_size=2",
+           "train.seq_len=131072", "machine=dgx-h100")  # fmt: skip
+    done = atoll("plan", *job, "experiment=longcontext", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    for said in (
+        "1 micro-batch of 16,384 tokens a rank, of sequences that 8 ranks share over gpu",
+        "with away",
+        "α = ",
+    ):
+        assert said in done.stdout, done.stdout
+    refused = atoll("plan", *job, "parallel.sequence=rack", CUDA_VISIBLE_DEVICES="")
+    assert refused.returncode == 2 and refused.stderr == "atoll: parallel.sequence=rack: the levels are node, gpu\n"
 
 
 def test_auto_is_planned_with_what_host_memory_holds() -> None:

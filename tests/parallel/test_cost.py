@@ -38,7 +38,7 @@ def run_world(world: int, cases: list[dict], *, alone: bool = False) -> list[dic
 
 def case(levels: dict, placement: str, accumulation: int = 1, **more) -> dict:
     model = {"tie_embeddings": more.pop("tied", False)}
-    keys = {name: more.pop(name) for name in ("bf16", "recompute") if name in more}
+    keys = {name: more.pop(name) for name in ("bf16", "activations", "seq_len") if name in more}
     parallel = {"placement": placement, **more}
     return {"levels": levels, "parallel": parallel, "accumulation": accumulation, "model": model, **keys}
 
@@ -48,7 +48,7 @@ WORLDS = {
     4: [case(SQUARE, p, 2) for p in PLACEMENTS]
     + [
         case(SQUARE, "zero3", tied=True),
-        case(SQUARE, "zero3", recompute=True, prefetch_units=2),
+        case(SQUARE, "zero3", activations={"mode": "checkpoint"}, prefetch_units=2),
         case(SQUARE, "hfsdp", bf16=True, reduce_dtype="bf16"),
         case({"node": 4, "gpu": 1}, "topo"),
         *[case(SQUARE, p, 2, quantize=q) for p in ("zero3", "hfsdp", "hsdp") for q in ("outer", "all")],
@@ -74,6 +74,40 @@ def test_bytes_and_memory_are_the_engines(world: int) -> None:
         packs = a["case"]["parallel"].get("quantize", "none") != "none"
         room = a["held"]["buffers"] + (a["held"]["under way"] if packs else 0)
         assert a["state"]["buffers"] <= 1.001 * room, a
+
+
+ALL = {"worker": 4}
+SHARING = [
+    case(SQUARE, "zero3", 2, sequence="gpu"),
+    case(SQUARE, "hfsdp", sequence="node"),
+    case(ALL, "zero3", sequence="worker"),  # two key-value heads are repeated
+    *[
+        case(SQUARE, "zero3", sequence="gpu", activations=activations)
+        for activations in (
+            {"mode": "checkpoint"}, {"mode": "recompute"}, {"mode": "input", "keep_last": 1},
+            {"mode": "swap", "alpha": 1.0, "keep_last": 3}, {"mode": "swap", "alpha": 0.0, "keep_last": 0},
+            {"mode": "stream", "tile_tokens": 6}, {"mode": "stream_input", "tile_tokens": 16},
+        )
+    ],
+    case(ALL, "hsdp", 2, sequence="worker", activations={"mode": "stream", "tile_tokens": 4}),
+    case(ALL, "zero3", sequence="worker", seq_len=39, activations={"mode": "recompute"}),  # parts of 10 and one of 9
+    case(SQUARE, "zero3"),
+]  # fmt: skip
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.slow
+def test_what_ranks_that_share_sequences_send_is_counted() -> None:
+    """To the byte, and each collective, where their parts are even; a rank's own are those of the longest part."""
+    answers = run_world(4, SHARING)
+    assert len(answers) == len(SHARING)
+    for a in answers:
+        longest = 40 / 39 if a["case"].get("seq_len") else 1
+        shared, exchanges = a["shared"], a["exchanges"]
+        assert [longest * sent for sent in shared["sent"]] == pytest.approx(shared["expected"], rel=1e-9), a
+        assert exchanges["made"] == exchanges["expected"], a
+        assert (exchanges["made"] > 0) == (sum(shared["sent"]) > 0) == ("sequence" in a["case"]["parallel"])
+        assert a["sent"] == pytest.approx(a["expected"], rel=0.03), a
 
 
 @pytest.mark.slow

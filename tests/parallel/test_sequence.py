@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from offload.activations import Activations
 from offload.options import ActivationOptions
 from parallel import Mesh
-from parallel.sequence import SequenceParallel
+from parallel.sequence import SequenceParallel, _stand_in
 from tests.offload.leaving import llama_of
 from tests.offload.test_activations import one_thread
 from trainer.options import LlamaOptions
@@ -141,7 +141,8 @@ def test_tiles_of_a_rank_that_talks_to_itself(
             stream.wrap(model.blocks())
             if shared:
                 monkeypatch.setattr(sequence, "_num_tokens", length)
-                monkeypatch.setattr(F, "scaled_dot_product_attention", sequence._stand_in)
+                monkeypatch.setattr(_stand_in, "spread", sequence, raising=False)
+                monkeypatch.setattr(F, "scaled_dot_product_attention", _stand_in)
                 monkeypatch.setattr(dist, "all_to_all_single", lambda *a, **k: (sent.append(1), send(*a, **k))[1])
             rows = torch.randint(64, (2, length + 1), generator=torch.Generator().manual_seed(1)).to(where)
             for _ in range(3):

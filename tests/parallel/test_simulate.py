@@ -9,7 +9,7 @@ from parallel import Mesh, ParallelOptions, Placement
 from parallel.planning.cost import Plan, estimate
 from parallel.planning.machine import PRESETS, Link, Machine
 from parallel.planning.simulate import simulate
-from parallel.planning.workload import UnitCost, Workload
+from parallel.planning.workload import Exchange, UnitCost, Workload
 from parallel.transport import Transport
 
 UNITS, ELEMENTS = 8, 1 << 20
@@ -121,6 +121,32 @@ def test_issuing_a_collective_takes_the_thread_that_computes(overlap: bool) -> N
 def test_a_busy_link_slows_compute() -> None:
     free = step_s(work(), machine(0.9, "gloo"), (1, 1, 1))
     assert step_s(work(), machine(0.9, "gloo", core=0.5), (1, 1, 1)) > 1.1 * free
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+@pytest.mark.parametrize("again", [False, True])
+def test_what_ranks_that_share_sequences_send_is_waited_for(backend: str, again: bool) -> None:
+    """Half a second a pass: one in each forward, and in each backward one, or two where the block runs again. Gathers
+    and reductions go on behind compute."""
+    passed = 0.5 / 0.1 * 2 * GATHER  # half of it leaves, at the rate of a gather
+    exchange = Exchange(level="gpu", ranks=2, token_bytes=passed, collectives=2, again=again)
+    load = work(units=(replace(work().units[0], exchange=exchange),), micro_batches=2)
+    expected = 2 * (3 * UNITS + 0.5 * UNITS * (3 if again else 2)) + 0.1 + 0.1 + 0.1
+    run = simulate(load, Plan(Mesh({"gpu": 2}), Placement(1, 1, 1)), machine(0.1, backend))
+    assert run.step_s == pytest.approx(expected, rel=0.005)
+    assert run.waits["sequence over gpu"] == pytest.approx(2 * 0.5 * UNITS * (3 if again else 2), rel=0.01)
+    closed = estimate(load, Plan(Mesh({"gpu": 2}), Placement(1, 1, 1)), machine(0.1, backend))
+    assert closed.step_s == pytest.approx(expected, rel=0.01)
+    assert closed.phases["sequence"] == pytest.approx(run.waits["sequence over gpu"], rel=0.01)
+
+
+def test_sharing_sequences_keeps_gathers_waiting_where_both_want_one_link() -> None:
+    """A gather takes as long as a forward: it hides behind that, not behind what the block sends over its link."""
+    exchange = Exchange(level="gpu", ranks=2, token_bytes=2 * GATHER, collectives=2, again=False)
+    load = work(units=(replace(work().units[0], exchange=exchange),))
+    both = simulate(load, Plan(Mesh({"gpu": 2}), Placement(1, 1, 1)), machine(1.0))
+    assert both.levels_s["gpu"] == pytest.approx(1.0 * (2 * UNITS - 1 + UNITS) + 2 * UNITS, rel=1e-6)
+    assert both.step_s >= both.levels_s["gpu"]
 
 
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-calls: list[tuple[str, tuple[int, ...], int]] = []
-"""Kind, ranks, and the bytes of the whole."""
+calls: list[tuple[str, tuple[int, ...], int, str]] = []
+"""Kind, ranks, the bytes of the whole, and the module that called."""
 
 
 def watch(name: str, kind: str, whole: int) -> None:
@@ -26,7 +26,7 @@ def watch(name: str, kind: str, whole: int) -> None:
 
     def noted(*args, group=None, **kwargs):
         ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
-        calls.append((kind, ranks, args[whole].nbytes))
+        calls.append((kind, ranks, args[whole].nbytes, sys._getframe(1).f_globals["__name__"]))
         return original(*args, group=group, **kwargs)
 
     setattr(dist, name, noted)
@@ -38,28 +38,32 @@ for gather in ("all_gather_single", "all_gather_into_tensor"):
 watch("all_to_all_single", "all_to_all", 0)
 watch("all_reduce", "all_reduce", 0)
 
-from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard  # noqa: E402
+from offload.options import ActivationOptions, OffloadOptions  # noqa: E402
+from parallel import Mesh, ParallelOptions, Placement  # noqa: E402
 from parallel.planning.cost import Plan, buffers, memory, traffic_of  # noqa: E402
 from parallel.planning.machine import Link, Machine  # noqa: E402
-from parallel.planning.workload import Workload  # noqa: E402
 from parallel.transport import Transport  # noqa: E402
+from trainer.build import Rank, build_engine, share_sequences  # noqa: E402
+from trainer.job import Job  # noqa: E402
 from trainer.models import build_model  # noqa: E402
-from trainer.options import LlamaOptions  # noqa: E402
+from trainer.options import LlamaOptions, TrainOptions  # noqa: E402
+from trainer.workload import workload_of  # noqa: E402
 
-SEQ_LEN, CPU = 16, torch.device("cpu")
+SEQ_LEN, MICRO, CPU = 16, 2, torch.device("cpu")
+SEQUENCE = "parallel.sequence"
 
 
-def sent(mesh: Mesh) -> list[float]:
-    """Bytes this rank sent over each level: to its neighbour in a ring, or to every other rank."""
+def sent(mesh: Mesh, module: str = "") -> list[float]:
+    """Bytes this rank sent over each level: to its neighbour in a ring, or to every other rank. module: it alone."""
     levels = [0.0] * mesh.num_levels
 
     def level_to(rank: int) -> int:
         other = Mesh(dict(zip(mesh.names, mesh.sizes, strict=True)), rank=rank).coordinates
         return next(i for i, (a, b) in enumerate(zip(mesh.coordinates, other, strict=True)) if a != b)
 
-    for kind, ranks, whole in calls:
+    for kind, ranks, whole, caller in calls:
         n = len(ranks)
-        if n == 1:
+        if n == 1 or module not in ("", caller):
             continue
         following = ranks[(ranks.index(mesh.rank) + 1) % n]
         if kind == "all_to_all":
@@ -79,26 +83,28 @@ def wire() -> int:
 
 def run(case: dict, rank: int, world: int) -> dict:
     mesh = Mesh.of(case["levels"], rank=rank, world=world)
-    options = ParallelOptions(**case["parallel"])
+    options = ParallelOptions(levels=case["levels"], **case["parallel"])
     dtype = torch.bfloat16 if case.get("bf16") else torch.float32
     shape = LlamaOptions(dim=64, ffn_dim=176, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, **case["model"])
-    model = build_model(shape, vocab_size=256, seq_len=SEQ_LEN, dtype=dtype, device=CPU)
     count, placement = case["accumulation"], Placement.of(options, mesh.num_levels)
-    work = Workload.read(
-        model, seq_len=SEQ_LEN, micro_batch_size=2, micro_batches=count, compute_bytes=dtype.itemsize,
-        reduce_bytes=4 if options.reduce_dtype == "fp32" else 2, prefetch_units=options.prefetch_units,
-        recompute=case.get("recompute", False), exact=options.exact,
-    )  # fmt: skip
-    recompute = model.blocks() if case.get("recompute") else []
-    engine = shard(
-        model, mesh, placement, units=model.units(), initial=model.initial(0, CPU), optimizer=OptimizerOptions(),
-        options=options, dtype=dtype, device=CPU, recompute=recompute,
-    )  # fmt: skip
+    seq_len, groups = case.get("seq_len", SEQ_LEN), world // options.sequence_ranks
+    job = Job(
+        model=shape,
+        train=TrainOptions(seq_len=seq_len, micro_batch_size=MICRO, global_batch_size=MICRO * count * groups),
+        parallel=options,
+        offload=OffloadOptions(activations=ActivationOptions(**case.get("activations", {}))),
+    )
+    where = Rank(rank, world, CPU)
+    model = build_model(shape, vocab_size=256, seq_len=seq_len, dtype=dtype, device=CPU)
+    work = workload_of(job, model, world, compute_bytes=dtype.itemsize)
+    engine, sequence = build_engine(job, model, where, dtype), share_sequences(job, model, where)
+    part = sequence.part(seq_len)
 
     def step() -> None:
         for i in range(count):
-            tokens = torch.randint(256, (2, SEQ_LEN))
-            engine.forward_backward(tokens, tokens, scale=1 / count, first=i == 0, last=i == count - 1)
+            tokens = torch.randint(256, (MICRO, seq_len))[:, part]
+            with sequence.attention(seq_len):
+                engine.forward_backward(tokens, tokens, part.start, scale=1 / count, first=i == 0, last=i == count - 1)
         engine.step(1e-3, 1.0)
 
     step()
@@ -106,21 +112,30 @@ def run(case: dict, rank: int, world: int) -> dict:
     calls.clear()
     before = wire()
     step()
-    total = torch.tensor(sent(mesh), dtype=torch.float64)
+    total, shared = (torch.tensor(sent(mesh, module), dtype=torch.float64) for module in ("", SEQUENCE))
+    num_exchanges = sum(caller == SEQUENCE for *_, caller in calls)
     state = engine.state_bytes()
     for flat in engine._trainable:  # what is under way is part of this step on the wire
         flat.finish_refresh()
     dist.barrier()
     through = wire() - before
     dist.all_reduce(total)
+    dist.all_reduce(shared)
+    engine.close()
     links = tuple(Link(name=name, bandwidth=1) for name in mesh.names)
     machine = Machine(name="here", compute=1e9, memory_rate=1e9, backend="gloo", links=links)
     traffic = traffic_of(work, Plan(mesh, placement, Transport.of(options, mesh, placement)), machine)
-    held, ring = memory(work, traffic), buffers(work, traffic)
+    held, ring, phases = memory(work, traffic), buffers(work, traffic), traffic.sent_bytes()
+    exchanges = [
+        unit.count * (1 + unit.passes_backward) * len(chain)
+        for unit in work.units for chain in traffic.unit(unit).sequence
+    ]  # fmt: skip
     return {
         "case": case,
         "sent": (total / world).tolist(),
-        "expected": [sum(levels) for levels in zip(*traffic.sent_bytes().values(), strict=True)],
+        "expected": [sum(levels) for levels in zip(*phases.values(), strict=True)],
+        "shared": {"sent": (shared / world).tolist(), "expected": phases["sequence"]},
+        "exchanges": {"made": num_exchanges, "expected": count * sum(exchanges)},
         "wire": through / world,
         "state": state,
         "held": {

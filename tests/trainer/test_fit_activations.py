@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from offload.activations_plan import DriveRoom
 from offload.options import ActivationOptions, OffloadOptions
+from parallel.options import ParallelOptions
 from tests.offload.test_activations import one_thread
 from tests.trainer.test_activations import MODEL, data, kept, run
 from tests.trainer.test_footprint import LAYERS, found
@@ -161,6 +163,30 @@ def test_the_probe_tiles_as_the_job_does(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(llama, "swiglu", watched)
     measure(states="host", activations=ActivationOptions(mode="auto", tile_tokens=24))
     assert max(most) == 24
+
+
+def test_the_probe_has_a_part_of_sequences_that_ranks_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is over all tokens, for its heads; all else of the longest part."""
+    seen: set[tuple[int, ...]] = set()
+    real, swiglu = F.scaled_dot_product_attention, llama.swiglu
+
+    def attention(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.add(tuple(q.shape))
+        return real(q, *args, **kwargs)
+
+    def watched(x: Tensor) -> Tensor:
+        seen.add(tuple(x.shape))
+        return swiglu(x)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(llama, "swiglu", watched)
+    job = Job(
+        model=MODEL,
+        train=TrainOptions(seq_len=31),
+        parallel=ParallelOptions(levels={"gpu": 2}, sequence="gpu"),
+    )
+    probe(job, micro_batch_size=2, vocab_size=64, dtype=torch.float32, device=torch.device("cpu"))
+    assert seen == {(2, MODEL.num_heads // 2, 31, MODEL.head_dim), (2, 16, 2 * MODEL.ffn_dim)}
 
 
 def test_a_probe_that_does_not_fit_has_its_weights_brought(monkeypatch: pytest.MonkeyPatch) -> None:

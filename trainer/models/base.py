@@ -29,6 +29,10 @@ class LanguageModel(nn.Module, ABC):
     def num_heads(self) -> tuple[int, int]:
         """Of queries, and of keys and values."""
 
+    @property
+    @abstractmethod
+    def head_dim(self) -> int: ...
+
     @abstractmethod
     def units(self) -> list[nn.Module]:
         """Disjoint submodules in the order they run: what is gathered, computed and released together. Parameters

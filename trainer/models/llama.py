@@ -74,6 +74,10 @@ class Llama(LanguageModel):
     def num_heads(self) -> tuple[int, int]:
         return self.options.num_heads, self.options.num_kv_heads
 
+    @property
+    def head_dim(self) -> int:
+        return self.options.head_dim
+
     def flops_per_token(self, seq_len: int) -> int:
         """6 N + 6 L H E S, where N counts every parameter: the embedding too, as published figures do."""
         o = self.options
