@@ -116,10 +116,8 @@ def footprint(job: Job, *, vocab_size: int, micro_batch_size: int, dtype: torch.
     with fake:
         tokens = torch.zeros(micro_batch_size, num_tokens, dtype=torch.int64)
         args, kwargs = _arguments(model, blocks[0], tokens)
-        if (
-            sequence.size > 1 and "attention_mask" in kwargs
-        ):  # transformers makes one of fake tensors, and none in a run
-            kwargs["attention_mask"] = None
+        if sequence.size > 1 and "attention_mask" in kwargs:
+            kwargs["attention_mask"] = None  # transformers makes one of fake tensors, and none in a run
         with sequence.attention(job.train.seq_len):
             sizes = _block(blocks[0], args, kwargs)
         keys_bytes = sizes.pop("keys_bytes")
