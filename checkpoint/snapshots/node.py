@@ -106,6 +106,7 @@ class SnapshotNode:
     def _answer(self, wire: Wire, message: Message, size: int) -> None:
         payload: Bytes | None = None
         try:
+            wire.hear(message)
             what = message.get("do")
             if what == "parity":
                 self._running().receive_parity(message, size, wire)
@@ -191,7 +192,7 @@ class SnapshotNode:
             committed = [int(version) for version in message["committed"]]
             self._running().open(int(message["version"]), committed, str(message["problem"]))
             return {}
-        if what == "drop":
+        if what in ("agree", "drop"):
             return {}
         raise CheckpointError(f"the snapshot process does not know {what!r}")
 
