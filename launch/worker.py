@@ -258,6 +258,8 @@ class Worker:
         """Get `join` or `train` to end soon, by an exception: a peer is gone. verdict: what they return then."""
         self._verdict, self._abandoned = verdict, True
         while not self._free.is_set():
+            if (trainer := self._trainer) is not None:
+                trainer.leave()
             self._way_out.break_connections()
             self._way_out.abort_nccl()
             self._free.wait(ABANDON_S)

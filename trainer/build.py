@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from checkpoint.ranks import Ranks
+from checkpoint.snapshots.no_snapshots import NoSnapshots
 from checkpoint.snapshots.process import local_roster
-from checkpoint.snapshots.rank import NoSnapshots, Snapshots
+from checkpoint.snapshots.rank import Snapshots
 from checkpoint.snapshots.roster import Roster
 from offload.activations_stream import check_blocks
 from parallel.engine import Engine

@@ -171,6 +171,9 @@ class SnapshotNode:
         if what == "grant":
             generation = self._running(int(message["generation"]))
             return generation.grant(int(message["rank"]), int(message["after"]), float(message["wait_s"]))
+        if what == "end":
+            self._running(int(message["generation"])).end(str(message["problem"]))
+            return {}
         if what == "begin":
             step = message["step"]
             return {"slot": self._running().begin(int(message["version"]), None if step is None else int(step))}
