@@ -291,6 +291,9 @@ class ShardedModel:
         for hook in self._hooks:  # a parameter's hook that leads back to it is a cycle that the collector cannot see
             hook.remove()
         self._hooks.clear()
+        for unit in self._all:  # and so is a collective that never ends, with what autograd was at when it began
+            for flat in unit.flats:
+                flat.gathering = flat.refreshing = None
         self.activations.close()
         self._offloader.close()
 
@@ -448,9 +451,9 @@ class ShardedModel:
 
 
 def _weak(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`method`, without keeping its object alive, for what autograd holds: a graph's hooks, and those of the thread, which
-    a collective takes along. A step that a peer's death has ended leaves both unfinished; what holds them the collector
-    cannot see, and they would hold the engine and all its memory for good."""
+    """`method`, without keeping its object alive, for what autograd holds: a graph's hooks, and those of the thread,
+    which a collective takes along. A step that a peer's death has ended leaves both unfinished; what holds them the
+    collector cannot see, and they would hold the engine and all its memory for good."""
     found = weakref.WeakMethod(method)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
