@@ -283,15 +283,17 @@ class Supervisor:
             return replace(job, run=replace(job.run, resume=asked))
         return replace(job, run=replace(job.run, resume="auto"))
 
-    def _roster(self) -> Roster | None:
-        """The snapshot processes of our nodes. On a machine of our own the first rank starts one."""
+    def _roster(self, go_on: Callable[[], bool]) -> Roster | None:
+        """The snapshot processes of our nodes, started while `go_on`. On a machine of our own the first rank starts
+        one."""
         if self._options.address is None or not self._job.checkpoint.snapshots:
             return None
         from checkpoint.snapshots.actors import start_snapshot_processes
 
         rank_nodes = [rank // self.crew.per_node for rank in range(self.crew.workers)]
         hold_s = self._job.checkpoint.snapshot_hold_s
-        return start_snapshot_processes(run_id(self._job), [node.id for node in self._nodes], rank_nodes, hold_s=hold_s)
+        nodes = [node.id for node in self._nodes]
+        return start_snapshot_processes(run_id(self._job), nodes, rank_nodes, hold_s=hold_s, say=self._say, go_on=go_on)
 
     # ------------------------------------------------------------------------------------------------ between whiles
 

@@ -51,11 +51,16 @@ class Team:
     # ------------------------------------------------------------------------------------------------ start
 
     def assemble(
-        self, job: Job, overrides: tuple[str, ...], roster: Callable[[], Roster | None], left_behind: LeftBehind
+        self,
+        job: Job,
+        overrides: tuple[str, ...],
+        roster: Callable[[Callable[[], bool]], Roster | None],
+        left_behind: LeftBehind,
     ) -> bool:
         """Assemble the ranks in one process group and let them train; False where some have failed.
 
-        roster: gives the nodes' snapshot processes, asked while the workers import. left_behind: see `Trainer`.
+        roster: gives the nodes' snapshot processes, asked while the workers import; what it is given says whether all
+        nodes are there. left_behind: see `Trainer`.
         """
         entered = self._gather([member.entered for member in self.members], "start")
         if entered is None:
@@ -66,9 +71,11 @@ class Team:
             if place["fault"]:
                 self.failures[rank] = Failure(cause=place["fault"], user=True)
         try:
-            known = None if self.failures else roster()
+            known = None if self.failures else roster(self._all_there)
         except ValueError as error:
-            self.failures[0] = Failure(cause=str(error), user=True)
+            self._probed = 0.0
+            if self._all_there():
+                self.failures[0] = Failure(cause=str(error), user=True)
         if self.failures or self._gather([member.loaded for member in self.members], "import torch") is None:
             return False
         self.loaded_at = time.time()
@@ -208,6 +215,10 @@ class Team:
             if member.node in new:
                 self.failures[rank] = Failure(cause=f"node {member.node} died", kind="node")
                 self._running = {call: other for call, other in self._running.items() if other != rank}
+
+    def _all_there(self) -> bool:
+        self._probe()
+        return not self.failures
 
     def _is_gone(self, rank: int) -> bool:
         return rank in self.failures and self.failures[rank].kind in ("process", "node", "preemption", "hang")

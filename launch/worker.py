@@ -238,8 +238,9 @@ class Worker:
     def _failed(self, error: BaseException) -> Failure:
         """Tidy up after `error`, and tell it, or what made this rank give up."""
         failure = describe(error)
-        traceback.clear_frames(error.__traceback__)  # they hold the model
         traceback.print_exc()
+        traceback.clear_frames(error.__traceback__)  # they hold the model, and so do the functions that they ran
+        error.__traceback__ = None
         try:
             self._leave()
         except Exception:
@@ -258,9 +259,14 @@ class Worker:
         """Get `join` or `train` to end soon, by an exception: a peer is gone. verdict: what they return then."""
         self._verdict, self._abandoned = verdict, True
         while not self._free.is_set():
+            self._wait_no_more()
             self._way_out.break_connections()
             self._way_out.abort_nccl()
             self._free.wait(ABANDON_S)
+
+    def _wait_no_more(self) -> None:
+        if (trainer := self._trainer) is not None:
+            trainer.leave()
 
     def events(self, wait_s: float) -> list[Event]:
         """What was emitted since the last call; waits up to `wait_s` for the first."""

@@ -22,6 +22,7 @@ holds back those behind it until the backward ends.
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -127,9 +128,10 @@ class ShardedModel:
         self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
         leave = offload.activations.leave
         sharing, threads = (ranks_here(), num_threads(offload)) if leave else (1, None)
+        self._save_hooks = pack, unpack = _weak(self._pack), _weak(self._unpack)
         self.activations = Activations(
             offload.activations, device,
-            pack=self._pack, unpack=self._unpack, sharing=sharing, most_tokens=most_tokens, threads=threads,
+            pack=pack, unpack=unpack, sharing=sharing, most_tokens=most_tokens, threads=threads,
             drives=self._offloader.drives(offload), say=say,
         )  # fmt: skip
         self.activations.wrap(blocks)
@@ -289,6 +291,9 @@ class ShardedModel:
         for hook in self._hooks:  # a parameter's hook that leads back to it is a cycle that the collector cannot see
             hook.remove()
         self._hooks.clear()
+        for unit in self._all:  # and so is a collective that never ends, with what autograd was at when it began
+            for flat in unit.flats:
+                flat.gathering = flat.refreshing = None
         self.activations.close()
         self._offloader.close()
 
@@ -344,11 +349,13 @@ class ShardedModel:
             self._release(unit)
         elif unit is not self.root:
             if outputs := [tensor for tensor in _tensors(output) if tensor.requires_grad]:
-                register_multi_grad_hook(outputs, lambda _: self._before_backward(unit, position), mode="any")
+                before_backward = _weak(self._before_backward)
+                register_multi_grad_hook(outputs, lambda _: before_backward(position), mode="any")
             if position < len(self.units) - 1:
                 self._release(unit)
 
-    def _before_backward(self, unit: Unit, position: int) -> None:
+    def _before_backward(self, position: int) -> None:
+        unit = self.units[position]
         for following in self.units[position + 1 :]:  # those that wait for a gradient which never comes, or for none
             self._release(following)
         if unit.packed:
@@ -421,7 +428,7 @@ class ShardedModel:
     def _handles(self) -> AbstractContextManager[Any]:
         if not any(unit.sharded for unit in self._all):
             return nullcontext()
-        return saved_tensors_hooks(self._pack, self._unpack)
+        return saved_tensors_hooks(*self._save_hooks)
 
     # Compiled blocks call it, and would have it compiled for each unit.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -441,6 +448,21 @@ class ShardedModel:
         self._use(saved.unit)
         assert saved.flat.full is not None
         return saved.flat.full.as_strided(saved.size, saved.stride, saved.offset)
+
+
+def _weak(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`method`, without keeping its object alive, for what autograd holds: a graph's hooks, and those of the thread,
+    which a collective takes along. A step that a peer's death has ended leaves both unfinished; what holds them the
+    collector cannot see, and they would hold the engine and all its memory for good."""
+    found = weakref.WeakMethod(method)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def call(tensor: Any) -> Any:
+        alive = found()
+        assert alive is not None, "a graph is of no use without its engine"
+        return alive(tensor)
+
+    return call  # type: ignore[no-any-return]
 
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from checkpoint.ranks import Ranks
+from checkpoint.snapshots.no_snapshots import NoSnapshots
 from checkpoint.snapshots.process import local_roster
-from checkpoint.snapshots.rank import NoSnapshots, Snapshots
+from checkpoint.snapshots.rank import Snapshots
 from checkpoint.snapshots.roster import Roster
 from offload.activations_stream import check_blocks
 from parallel.engine import Engine
@@ -148,7 +149,7 @@ def open_snapshots(
         found, hold_s = b"", job.checkpoint.snapshot_hold_s
         if where.rank == 0 and len(set(hosts)) == 1:
             log = run.path / "logs" / "snapshots.log"
-            found = local_roster(run_id(job), where.world, hold_s=hold_s, log=log).dumps()
+            found = local_roster(run_id(job), where.world, hold_s=hold_s, say=say, log=log).dumps()
         found = ranks.tell(found)
         if not found:
             raise ValueError("checkpoint.snapshot_every_steps: ranks on several machines need a roster of processes")

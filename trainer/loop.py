@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpoint import CheckpointReader, Checkpoints, rng_state, set_rng_state
-from checkpoint.snapshots.rank import NoSnapshots, Snapshots
+from checkpoint.snapshots.no_snapshots import NoSnapshots
+from checkpoint.snapshots.rank import Snapshots
 from checkpoint.snapshots.reader import SnapshotReader
 from checkpoint.snapshots.roster import Roster
 from offload.device import DeviceReader, peak_flops
@@ -77,6 +78,7 @@ class Trainer:
         self.step = -1
         self.pulse = Pulse()
         self._num_passed = 0
+        self.snapshots: Snapshots | NoSnapshots = NoSnapshots()
 
     def request_stop(self, reason: str) -> None:
         """Ask all ranks to end after the step at hand, with a checkpoint. From any thread, or a signal handler."""
@@ -86,6 +88,10 @@ class Trainer:
         """Ask all ranks to end after the step at hand with a snapshot in memory, so that others go on from it at once;
         with a checkpoint where there are none, or to `persist`. From any thread."""
         self.wishes.wish_pause(persist=persist)
+
+    def leave(self) -> None:
+        """Wait for nothing that ranks which are gone would have to do. From any thread; `train` then fails soon."""
+        self.snapshots.leave()
 
     def train(self) -> Event:
         """Train to the end or until told to stop. Returns the ``end`` event, ``status`` ``finished``, ``stopped`` or
@@ -242,7 +248,7 @@ class Trainer:
         """Seconds a step of the slowest rank with these options, of the first half of `auto_steps` and of the second;
         the model is then thrown away. Collective."""
         settled, self.job = self.job, replace(self.job, parallel=parallel)
-        self.snapshots: Snapshots | NoSnapshots = NoSnapshots()
+        self.snapshots = NoSnapshots()
         count, total = settled.parallel.auto_steps, settled.train.steps
         with ExitStack() as cleanup:
             self._make_engine(cleanup)

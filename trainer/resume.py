@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import CheckpointReader, Checkpoints
-from checkpoint.snapshots.rank import NoSnapshots, Snapshots
+from checkpoint.snapshots.no_snapshots import NoSnapshots
+from checkpoint.snapshots.rank import Snapshots
 from checkpoint.snapshots.reader import SnapshotReader
 from offload.state import MASTER
 from trainer.build import Rank

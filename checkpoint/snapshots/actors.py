@@ -7,7 +7,7 @@ cores that are idle. The token passes through Ray, whose connections the cluster
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,33 +15,48 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from checkpoint.snapshots.process import LOOPBACK
+from checkpoint.snapshots.format import FORMAT, OTHER_VERSION
+from checkpoint.snapshots.process import LOOPBACK, drop_node
 from checkpoint.snapshots.roster import Roster
 from checkpoint.snapshots.wire import NodeAddress
 
 NAMESPACE = "atoll-snapshots"
 _RETRY_S = 0.2
+_LOOK_S = 0.5
 END_S = 5.0
 """After which a process ends itself where Ray does not end it."""
 
 
 def start_snapshot_processes(
-    run: bytes, nodes: Sequence[str], rank_nodes: Sequence[int], *, hold_s: float = 900.0, timeout_s: float = 60.0
-) -> Roster:
+    run: bytes,
+    nodes: Sequence[str],
+    rank_nodes: Sequence[int],
+    *,
+    hold_s: float = 900.0,
+    timeout_s: float = 60.0,
+    say: Callable[[str], None],
+    go_on: Callable[[], bool] = lambda: True,
+) -> Roster | None:
     """A process on each of `nodes` (Ray's node ids): the one from before, with what it holds, else a new one.
 
-    run: `trainer.run.run_id`. rank_nodes: by rank, which of `nodes` it runs on. Call it again after a loss, with the
-    nodes that there are then. ValueError where one does not start in time.
+    run: `trainer.run.run_id`. rank_nodes: by rank, which of `nodes` it runs on. go_on: asked while it takes its time;
+    None is returned once it says no. One of another version of Atoll is ended, and `say` is told. Call it again after a
+    loss, with the nodes that there are then. ValueError where one does not start in time.
     """
     deadline = time.monotonic() + timeout_s
     told: dict[str, dict[str, Any]] = {}
+    ended: set[str] = set()
     token = secrets.token_bytes(32)
     while missing := [node for node in nodes if node not in told]:
+        if not go_on():
+            return None
         addresses = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]}
         if gone := [node for node in missing if node not in addresses]:
             raise ValueError(f"snapshots: nodes {', '.join(gone)} are not in the Ray cluster any more")
         found = {node: actor for node in missing if (actor := _find(run, node)) is not None}
-        told |= _ask(found, deadline - time.monotonic())
+        told |= _ask(found, deadline, go_on)
+        for node in [node for node in missing if node in told and told[node].get("format", 0) != FORMAT]:
+            _end(told.pop(node), ended, say)
         token = next((bytes.fromhex(said["token"]) for said in told.values()), token)
         # On one machine nothing need be seen from outside, whatever address Ray took.
         alone = len(set(addresses.values())) == 1
@@ -49,7 +64,7 @@ def start_snapshot_processes(
         for node in set(missing) - set(found):
             with suppress(ValueError):  # the name of one that has just died is free in a moment
                 fresh[node] = _start(run, node, token, LOOPBACK if alone else addresses[node], hold_s)
-        told |= _ask(fresh, deadline - time.monotonic())
+        told |= _ask(fresh, deadline, go_on)
         if time.monotonic() > deadline:
             raise ValueError(
                 f"the snapshot process of nodes {', '.join(missing)} did not start within {timeout_s:g} s; "
@@ -89,11 +104,24 @@ def _start(run: bytes, node: str, token: bytes, host: str, hold_s: float) -> Any
     ).remote(run, node, token, host, hold_s)
 
 
-def _ask(actors: dict[str, Any], timeout_s: float) -> dict[str, dict[str, Any]]:
+def _end(told: dict[str, Any], ended: set[str], say: Callable[[str], None]) -> None:
+    """End a process of another version, once; its name is free when it has given its memory back."""
+    if told["label"] in ended:
+        return
+    if not ended:
+        say(OTHER_VERSION)
+    ended.add(told["label"])
+    drop_node(NodeAddress(told["label"], told["host"], told["port"]), bytes.fromhex(told["token"]))
+
+
+def _ask(actors: dict[str, Any], deadline: float, go_on: Callable[[], bool]) -> dict[str, dict[str, Any]]:
     """By node what each says of itself; those that are dead or do not answer are left out."""
     calls = {node: actor.describe.remote() for node, actor in actors.items()}
-    if calls:
-        ray.wait(list(calls.values()), num_returns=len(calls), timeout=max(0.1, timeout_s))
+    pending = list(calls.values())
+    while pending and go_on():
+        _, pending = ray.wait(pending, num_returns=len(pending), timeout=_LOOK_S)
+        if time.monotonic() > deadline:
+            break
     found = {}
     for node, call in calls.items():
         with suppress(RayError):
@@ -117,7 +145,8 @@ class SnapshotActor:
         # A node that comes back is another one: a label of its own, as what it held counts as lost.
         label = f"{node[:12]}-{secrets.token_hex(2)}"
         self._node = SnapshotNode(run, label, token, host, hold_s=hold_s)
-        self._told = {"label": label, "host": host, "port": self._node.port, "token": token.hex(), "pid": os.getpid()}
+        self._told = {"label": label, "host": host, "port": self._node.port, "token": token.hex(), "format": FORMAT}
+        self._told["pid"] = os.getpid()
 
         own = ray.get_runtime_context().current_actor
 

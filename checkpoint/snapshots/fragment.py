@@ -15,8 +15,8 @@ from dataclasses import astuple, dataclass
 
 from checkpoint.crc import Bytes, crc32c, piece_crcs
 from checkpoint.errors import CheckpointError
+from checkpoint.snapshots.format import FORMAT
 
-FORMAT = 2
 PIECE_BYTES = 1 << 20
 
 _MAGIC = b"ATOLLFRG"

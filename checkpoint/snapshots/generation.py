@@ -72,7 +72,7 @@ class Outcome:
     committed: bool = False
     problem: str = ""
     last: bool = False
-    """There will be no other: the coordinator is gone."""
+    """There will be no other: the coordinator is gone, or a rank takes part no more; `problem` says so."""
 
 
 class Generation:
@@ -123,10 +123,10 @@ class Generation:
         with self._changed:
             if rank not in self.areas:
                 raise GivenUp(f"rank {rank} is not on node {self.label}")
-            self._changed.wait_for(lambda: self._closed or self._making.version > after, wait_s)
+            self._changed.wait_for(lambda: self._closed or self._making.version > after or self.outcome.last, wait_s)
             self._check_open()
-            granted = self._making.version if self._making.version > after else 0
             outcome = self.outcome
+            granted = self._making.version if self._making.version > after and not outcome.last else 0
         return {
             "version": granted,
             "done": outcome.version,
@@ -169,6 +169,12 @@ class Generation:
             making.fault = making.fault or fault
             self._go_on(making)
 
+    def end(self, problem: str) -> None:
+        """There will be no version after the one being made: this node's ranks hear why."""
+        with self._changed:
+            self.outcome = replace(self.outcome, problem=problem, last=True)
+            self._changed.notify_all()
+
     def left(self, rank: int) -> None:
         """A rank's connection has ended. Who waits for what it has not written need not."""
         with self._changed:
@@ -206,8 +212,7 @@ class Generation:
             if not self._closed:
                 self._tell_coordinator(making, problem)
         except CheckpointError as error:
-            with self._changed:
-                self.outcome = replace(self.outcome, problem=f"the coordinator is gone: {error}", last=True)
+            self.end(f"the coordinator is gone: {error}")
         finally:
             with self._changed:
                 self._users -= 1  # not before: the next version's thread asks on the same connections
@@ -385,7 +390,9 @@ class Generation:
         with self._changed:
             if version <= self._making.version or self._closed:
                 return
-            self.outcome = Outcome(version=version - 1, committed=version - 1 in committed, problem=problem)
+            committed_it, last = version - 1 in committed, self.outcome.last
+            why = self.outcome.problem if last else problem
+            self.outcome = Outcome(version=version - 1, committed=committed_it, problem=why, last=last)
             self._committed, self._reports = committed, {}
             self._making = self._new(version)
             self._changed.notify_all()

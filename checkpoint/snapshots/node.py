@@ -106,6 +106,7 @@ class SnapshotNode:
     def _answer(self, wire: Wire, message: Message, size: int) -> None:
         payload: Bytes | None = None
         try:
+            wire.hear(message)
             what = message.get("do")
             if what == "parity":
                 self._running().receive_parity(message, size, wire)
@@ -170,6 +171,9 @@ class SnapshotNode:
         if what == "grant":
             generation = self._running(int(message["generation"]))
             return generation.grant(int(message["rank"]), int(message["after"]), float(message["wait_s"]))
+        if what == "end":
+            self._running(int(message["generation"])).end(str(message["problem"]))
+            return {}
         if what == "begin":
             step = message["step"]
             return {"slot": self._running().begin(int(message["version"]), None if step is None else int(step))}
@@ -191,7 +195,7 @@ class SnapshotNode:
             committed = [int(version) for version in message["committed"]]
             self._running().open(int(message["version"]), committed, str(message["problem"]))
             return {}
-        if what == "drop":
+        if what in ("agree", "drop"):
             return {}
         raise CheckpointError(f"the snapshot process does not know {what!r}")
 

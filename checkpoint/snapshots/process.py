@@ -13,9 +13,14 @@ import secrets
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from checkpoint.errors import CheckpointError
+from checkpoint.snapshots.format import FORMAT, OTHER_VERSION
 from checkpoint.snapshots.node import SnapshotNode
 from checkpoint.snapshots.roster import Roster
 from checkpoint.snapshots.segment_files import FOLDER, create_locked, open_private, try_lock
@@ -23,18 +28,47 @@ from checkpoint.snapshots.wire import NodeAddress, Wire
 
 LOOPBACK = "127.0.0.1"
 START_S = 60.0
+END_S = 10.0
+"""Longest wait for a process to give its memory back."""
 NICENESS = 10
 """Encoding and sealing take the cores that training leaves idle."""
 
 
-def local_roster(run: bytes, world: int, *, hold_s: float, log: str | Path = os.devnull) -> Roster:
-    """All ranks on this machine: the process that is there from an earlier start of this run, else a new one."""
+class Door(NamedTuple):
+    """What a living process says of itself."""
+
+    address: NodeAddress
+    token: bytes
+    format: int
+
+
+def local_roster(
+    run: bytes, world: int, *, hold_s: float, say: Callable[[str], None], log: str | Path = os.devnull
+) -> Roster:
+    """All ranks on this machine: the process that is there from an earlier start of this run, else a new one. One of
+    another version of Atoll is ended, and `say` is told. CheckpointError where it does not end, or none starts."""
     found = find_process(run, "local")
+    if found is not None and found.format != FORMAT:
+        say(OTHER_VERSION)
+        _end(run, found)
+        found = None
     if found is None:
         token = secrets.token_bytes(32)
-        found = start_process(run, "local", token, hold_s=hold_s, log=log), token
-    address, token = found
-    return Roster(run=run, token=token, nodes=(address,), rank_nodes=(0,) * world)
+        found = Door(start_process(run, "local", token, hold_s=hold_s, log=log), token, FORMAT)
+    return Roster(run=run, token=found.token, nodes=(found.address,), rank_nodes=(0,) * world)
+
+
+def _end(run: bytes, door: Door) -> None:
+    """End a process, of whatever version, and return once its memory is given back."""
+    drop_node(door.address, door.token)
+    deadline = time.monotonic() + END_S
+    while find_process(run, door.address.label) is not None:
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"the snapshot process of another version of Atoll, at port {door.address.port} of this machine, has "
+                f"not ended within {END_S:g} s of being told to; end it, or set checkpoint.snapshot_every_steps=0"
+            )
+        time.sleep(0.05)
 
 
 def start_process(
@@ -70,8 +104,8 @@ def start_process(
     return NodeAddress(label, host, int(json.loads(line)["port"]))
 
 
-def find_process(run: bytes, label: str, *, folder: str = FOLDER) -> tuple[NodeAddress, bytes] | None:
-    """Where the process of this run and node listens, and its token; None where there is none."""
+def find_process(run: bytes, label: str, *, folder: str = FOLDER) -> Door | None:
+    """The process of this run and node; None where there is none."""
     path = _door(run, label, folder)
     try:
         fd = open_private(path)
@@ -84,17 +118,20 @@ def find_process(run: bytes, label: str, *, folder: str = FOLDER) -> tuple[NodeA
     finally:
         os.close(fd)
     tree = json.loads(content)
-    return NodeAddress(label, tree["host"], int(tree["port"])), bytes.fromhex(tree["token"])
+    address = NodeAddress(label, tree["host"], int(tree["port"]))
+    return Door(address, bytes.fromhex(tree["token"]), int(tree.get("format", 0)))  # the first said none
 
 
 def drop(roster: Roster) -> None:
     """End all of the run's snapshot processes, and with them what they hold. Those that are gone are passed over."""
     for node in roster.nodes:
-        try:
-            with Wire.connect(node, roster.token) as wire:
-                wire.ask({"do": "drop"})
-        except CheckpointError:
-            continue
+        drop_node(node, roster.token)
+
+
+def drop_node(node: NodeAddress, token: bytes) -> None:
+    """The same of one, of whatever version of Atoll."""
+    with suppress(CheckpointError), Wire.connect(node, token, agreeing=False) as wire:
+        wire.ask({"do": "drop"})
 
 
 def _door(run: bytes, label: str, folder: str) -> Path:
@@ -119,7 +156,8 @@ def main() -> None:
     path = _door(run, label, settings["folder"])
     door = create_locked(path)
     try:
-        os.write(door, json.dumps({"host": settings["host"], "port": node.port, "token": token.hex()}).encode())
+        tree = {"host": settings["host"], "port": node.port, "token": token.hex(), "format": FORMAT}
+        os.write(door, json.dumps(tree).encode())
         os.write(1, json.dumps({"port": node.port}).encode() + b"\n")
         node.serve()
     finally:

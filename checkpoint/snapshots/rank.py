@@ -19,7 +19,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,9 @@ from checkpoint.ranks import Ranks
 from checkpoint.snapshots import recovery
 from checkpoint.snapshots.area import Blob, Written
 from checkpoint.snapshots.configure import configure
-from checkpoint.snapshots.copying import Copier, Mark, copy_here, seal
+from checkpoint.snapshots.copying import Copier, copy_here, seal
 from checkpoint.snapshots.fragment import PIECE_BYTES
+from checkpoint.snapshots.handed_over import HandedOver, Stats
 from checkpoint.snapshots.places import array_offsets, berths, lay_out
 from checkpoint.snapshots.process import drop
 from checkpoint.snapshots.reader import SnapshotReader
@@ -56,40 +58,8 @@ _SLACK_BYTES = 64 << 10
 _POLL_S = 1.0
 
 
-@dataclass
-class Stats:
-    """What snapshots have cost this rank."""
-
-    taken: int = 0
-    state_bytes: int = 0
-    copied_bytes: int = 0
-    """Of the last one: what had to be copied in host memory or from the device. The rest lay in the segment."""
-    segment_bytes: int = 0
-    """Shared memory of the node, for all versions of all its ranks."""
-    stall_s: list[float] = field(default_factory=list)
-    """Of each: how long the training thread waited in `save` and `wait_copied`, and for the next one's place."""
-    copy_s: list[float] = field(default_factory=list)
-    """Of each, in the background: until all was in the segment, and its checksums were made."""
-    node_s: dict[str, float] = field(default_factory=dict)
-    """Of the last one, in the node's process: seal, encode, prepare, and CPU time of all."""
-
-
-@dataclass(eq=False)
-class _Job:
-    step: int
-    pieces: Iterable[Piece] | Callable[[], Iterable[Piece]]
-    index: Index
-    rank_state: bytes
-    meta: bytes
-    after: torch.cuda.Event | None
-    fault: Callable[[], str]
-    area: Bytes | None = None
-    """Where to, where the training thread copies itself."""
-    begun: threading.Event = field(default_factory=threading.Event)
-    issued: threading.Event = field(default_factory=threading.Event)
-    """All copies are done, or on the side stream with their marks behind them."""
-    marks: list[Mark] = field(default_factory=list)
-    copied_bytes: int = 0
+class Ended(CheckpointError):
+    """Another rank, or the coordinator, takes part in no snapshots any more, so there are none."""
 
 
 class Snapshots:
@@ -111,12 +81,14 @@ class Snapshots:
         self._report = report if ranks.rank == 0 else lambda text: None
         self._changed = threading.Condition()
         self._granted = 0
-        self._job: _Job | None = None
-        self._copying: _Job | None = None
+        self._job: HandedOver | None = None
+        self._copying: HandedOver | None = None
         self._broken: CheckpointError | None = None
         self._error: CheckpointError | None = None
         self._written: tuple[int, int] = (0, 0)  # version and step of the last one that is not decided
         self._closed = False
+        self._leaving = False
+        """Nobody is to wait for a version: those who would make it are gone, and this rank goes too."""
         self._asking: Wire | None = None
         """The connection while the thread waits there for a grant."""
         self._thread: threading.Thread | None = None
@@ -257,7 +229,7 @@ class Snapshots:
             pieces = list(pieces)
         assert self._index is not None, "start() first"
         self._done_steps = step
-        job = _Job(
+        job = HandedOver(
             step,
             pieces,
             self._index,
@@ -267,12 +239,11 @@ class Snapshots:
             fault,
         )
         with self._changed:
-            ready = self._changed.wait_for(lambda: self._may_write or self._broken is not None, GRANT_S)
-            if not ready:
+            if not self._wait_for(lambda: self._may_write) and self._broken is None and not self._leaving:
                 self._broken = CheckpointError(f"the snapshot before was not decided within {GRANT_S:g} s")
                 self._report(f"there are no snapshots from step {step} on: {self._broken}")
-            if self._broken is not None:
-                self._error = self._broken
+            if self._broken is not None or not self._may_write:
+                self._error = self._broken or CheckpointError("the ranks are ending")
                 return
             self._job = self._copying = job
             self._open_slot, self._wanted = None, False
@@ -299,13 +270,24 @@ class Snapshots:
     def wait(self) -> None:
         """Return once the last snapshot is committed or given up. Which, is in `error`."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._broken is not None or (self._job is None and self._written == (0, 0)), GRANT_S
-            )
+            if not self._wait_for(lambda: self._job is None and self._written == (0, 0)) and self._broken is None:
+                self._error = CheckpointError("it is not decided what became of the last snapshot")
 
     def error(self) -> CheckpointError | None:
         """Why the last snapshot that was decided is not there; None if it is."""
         return self._error
+
+    def leave(self) -> None:
+        """Whoever waits for a version goes on without. From any thread, before `close`: others that it needs are gone.
+        What was handed over is written."""
+        with self._changed:
+            self._leaving = True
+            self._changed.notify_all()
+
+    def _wait_for(self, done: Callable[[], bool]) -> bool:
+        """While there is anything to wait for, `GRANT_S` at most; whether it is `done`. Under `_changed`."""
+        self._changed.wait_for(lambda: done() or self._broken is not None or self._leaving, GRANT_S)
+        return done()
 
     def close(self, *, dropped: bool = False) -> None:
         """Let go; a copy under way is finished. `dropped`, on rank 0: end the snapshot processes too, with all they
@@ -353,12 +335,22 @@ class Snapshots:
                     self._job.issued.set()
                     self._job = None
             self._report(f"there are no snapshots any more: {self._broken}; training goes on")
+            if not isinstance(error, Ended):
+                self._tell_all(f"rank {self._ranks.rank}: {self._broken}")
+
+    def _tell_all(self, problem: str) -> None:
+        """No version is whole without this rank: the others need not wait for one, on any node."""
+        message = {"do": "end", "generation": self._generation, "problem": problem}
+        for node in self._roster.nodes:
+            with suppress(CheckpointError), Wire.connect(node, self._roster.token) as wire:
+                wire.ask(message)
 
     def _await_grant(self, wire: Wire) -> bool:
         while True:
             with self._changed:
                 if self._closed:
                     return False
+                self._check_unbroken()
                 self._asking = wire
             message = {"do": "grant", "generation": self._generation, "rank": self._ranks.rank}
             answer = wire.ask(message | {"after": self._last, "wait_s": _POLL_S})
@@ -368,12 +360,17 @@ class Snapshots:
             if version and answer["done"] >= version:
                 self._decided(version, step, answer)
             elif answer["last"] and not answer["version"]:
-                raise CheckpointError(str(answer["problem"]))
+                raise Ended(str(answer["problem"]))
             if answer["version"]:
                 with self._changed:
                     self._granted = int(answer["version"])
                     self._changed.notify_all()
                 return True
+
+    def _check_unbroken(self) -> None:
+        """Under `_changed`, in the thread: the training thread may have waited too long."""
+        if self._broken is not None and not self._closed:
+            raise self._broken
 
     @property
     def _may_write(self) -> bool:
@@ -392,7 +389,7 @@ class Snapshots:
                 self._wanted = True
                 self._changed.notify_all()
                 if wait:
-                    self._changed.wait_for(lambda: not self._wanted or self._broken or self._closed, GRANT_S)
+                    self._wait_for(lambda: not self._wanted)
                     self._wanted = False
             slot = self._open_slot
         if wait and self.stats.stall_s:
@@ -423,15 +420,16 @@ class Snapshots:
         if self._error is not None and before.partition(":")[2] != str(self._error).partition(":")[2]:
             self._report(f"{self._error}; training goes on")
 
-    def _await_job(self, wire: Wire) -> _Job | None:
+    def _await_job(self, wire: Wire) -> HandedOver | None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._job is not None or self._wanted)
+                self._changed.wait_for(lambda: self._closed or self._job or self._wanted or self._broken)
+                self._check_unbroken()
                 if self._job is not None or self._closed:
                     return self._job
             self._open(wire)
 
-    def _write(self, wire: Wire, job: _Job) -> None:
+    def _write(self, wire: Wire, job: HandedOver) -> None:
         begun = time.perf_counter()
         version = self._granted
         try:
@@ -484,7 +482,7 @@ class Snapshots:
                 with Wire.connect(self._roster.nodes[number], self._roster.token) as wire:
                     wire.ask({"do": "begin", "version": version, "step": step})
 
-    def _skip(self, version: int, job: _Job, error: Refused) -> None:
+    def _skip(self, version: int, job: HandedOver, error: Refused) -> None:
         job.begun.set()
         job.issued.set()
         with self._changed:
@@ -510,36 +508,3 @@ class Snapshots:
             cost_s += (self.stats.copy_s[-1] if self.stats.copy_s else 0.0) / cores
             cost_s += self.stats.node_s.get("cpu", 0.0) / cores
         return float(np.ceil(cost_s / (COST * self._step_s)))
-
-
-class NoSnapshots:
-    """With ``checkpoint.snapshot_every_steps=0``: surface of `Snapshots`."""
-
-    stats = Stats()
-
-    def steps(self) -> list[int]:
-        return []
-
-    def open(self, step: int) -> SnapshotReader:
-        raise CheckpointError(f"there is no snapshot of step {step}: checkpoint.snapshot_every_steps=0")
-
-    def start(self, *state: Any) -> None:
-        pass
-
-    def due(self, step: int) -> bool:
-        return False
-
-    def save(self, *state: Any, background: bool = True, fault: Callable[[], str] = str) -> None:
-        pass
-
-    def wait_copied(self) -> None:
-        pass
-
-    def wait(self) -> None:
-        pass
-
-    def error(self) -> CheckpointError | None:
-        return None
-
-    def close(self, *, dropped: bool = False) -> None:
-        pass

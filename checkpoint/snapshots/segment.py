@@ -32,9 +32,9 @@ import numpy as np
 
 from checkpoint.crc import Bytes, crc32c
 from checkpoint.erasure.protocol import slot_for
+from checkpoint.snapshots.format import FORMAT
 from checkpoint.snapshots.segment_files import FOLDER, NAME, SegmentError, create_locked, is_at, open_private, try_lock
 
-FORMAT = 2
 PAGE_BYTES = 4096
 STRIDE_BYTES = 1 << 16
 """From slot to slot, a multiple of this: an update from one to another meets the same alignment as one in place."""

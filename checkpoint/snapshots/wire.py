@@ -2,8 +2,9 @@
 
 A connection begins with both sides proving that they know the run's token (HMAC-SHA256 over the other's nonce; the
 token itself never travels). Then one side asks and the other answers, in frames: a fixed header with the sizes of what
-follows and a CRC-32C over it and the JSON, the JSON, the payload. The payload has no CRC of its own: what travels is
-fragments, whose headers have one for each MiB. Nothing is unpickled. A server listens on the one address it is given.
+follows and a CRC-32C over it and the JSON, the JSON, the payload. The first request agrees on the format
+(`checkpoint/snapshots/format.py`). The payload has no CRC of its own: what travels is fragments, whose headers have one
+for each MiB. Nothing is unpickled. A server listens on the one address it is given.
 
 Errors of the other side come back as text and are raised as `Refused`; what breaks a connection as `WireError`.
 """
@@ -20,6 +21,7 @@ from typing import Any, Self
 
 from checkpoint.crc import Bytes, crc32c
 from checkpoint.errors import CheckpointError
+from checkpoint.snapshots.format import FORMAT
 
 Message = dict[str, Any]
 
@@ -47,6 +49,10 @@ class Refused(CheckpointError):
     """The other side answered that it cannot do what was asked."""
 
 
+class OtherVersion(WireError):
+    """The other side is of another version of Atoll; `checkpoint/snapshots/format.py`."""
+
+
 @dataclass(frozen=True)
 class NodeAddress:
     """Where a snapshot process listens."""
@@ -62,13 +68,16 @@ class Wire:
 
     def __init__(self, connection: socket.socket, name: str) -> None:
         self._socket, self.name = connection, name
+        self.agreed = False
+        """Whether both sides are of one format. Before it a server answers to ``drop`` alone."""
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     @classmethod
-    def connect(cls, address: NodeAddress, token: bytes, timeout_s: float = _REACH_S) -> "Wire":
+    def connect(cls, address: NodeAddress, token: bytes, *, agreeing: bool = True) -> "Wire":
+        """agreeing: without, the other side may be of any version, and only ``drop`` can be asked."""
         name = f"the snapshot process of node {address.label} at {address.host}:{address.port}"
         try:
-            connection = socket.create_connection((address.host, address.port), timeout=timeout_s)
+            connection = socket.create_connection((address.host, address.port), timeout=_REACH_S)
         except OSError as error:
             raise WireError(f"{name} cannot be reached: {error}") from error
         wire = cls(connection, name)
@@ -81,6 +90,8 @@ class Wire:
                 wire._read(_PROOF_BYTES), _proof(token, b"server", nonce)
             ):
                 raise WireError(f"{name} does not know this run's token")
+            if agreeing:
+                wire._agree()
             connection.settimeout(IO_TIMEOUT_S)
         except BaseException:
             connection.close()
@@ -100,6 +111,19 @@ class Wire:
         wire._write(_proof(token, b"server", answer[_PROOF_BYTES:]))
         connection.settimeout(None)  # a client may be silent for as long as it likes between its requests
         return wire
+
+    def _agree(self) -> None:
+        try:
+            self.ask({"do": "agree", "format": FORMAT})
+        except Refused as error:
+            raise OtherVersion(f"{self.name} is of another version of Atoll") from error
+
+    def hear(self, message: Message) -> None:
+        """The server's side of it: a request that needs no agreement passes. OtherVersion where they do not agree."""
+        if message.get("do") == "agree":
+            self.agreed = message.get("format") == FORMAT
+        if not self.agreed and message.get("do") != "drop":
+            raise OtherVersion(f"this snapshot process is of another version of Atoll (its format is {FORMAT})")
 
     def send(self, message: Message, payload: Bytes | None = None) -> None:
         body = json.dumps(message).encode()

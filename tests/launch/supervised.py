@@ -122,6 +122,11 @@ class Raylets:
         self._nodes[node.node_id] = node
         return str(node.node_id)
 
+    @property
+    def ids(self) -> list[str]:
+        """Of the nodes that are there, without the head."""
+        return [str(node_id) for node_id in self._nodes]
+
     def kill(self, node_id: str) -> None:
         """SIGKILL for the raylet and all its workers, as if the machine were gone."""
         node = self._nodes.pop(node_id)

@@ -53,3 +53,23 @@ def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
         assert run.end() == 2
         assert "bad.txt" in run.said and "Traceback" not in run.said
         assert len(run.failures) == 1 and run.failures[0].restored_from is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_survivor_holds_the_memory_of_one_start_alone(tmp_path: Path) -> None:
+    """Where its states are in host memory: the arena of now, and the segment of now."""
+    brief = ["offload=host", "checkpoint.snapshot_hold_s=20", "train.steps=1000"]
+    with running(tmp_path, "launch.workers=2", SNAPSHOTS, *brief) as run:
+        for generation in (1, 2, 3):
+            run.wait(lambda generation=generation: run.generation == generation and len(run.failures) == generation - 1)
+            reached = run.steps
+            run.wait(lambda reached=reached: run.steps > reached + 3)
+            survivor, victim = run.pids
+            lines = Path(f"/proc/{survivor}/maps").read_text().splitlines()
+            mapped = [line.split(maxsplit=5)[5] for line in lines if "/dev/shm/atoll-" in line]
+            assert len(mapped) == len(set(mapped)) == 2, mapped
+            os.kill(victim, signal.SIGKILL)
+        run.wait(lambda: len(run.failures) == 3)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.end() == 75, run.said

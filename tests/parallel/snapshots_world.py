@@ -6,7 +6,7 @@ back: against a training without.
 A case is as in `worlds.py`, and ``{"every": "1"}``.
 """
 
-import secrets
+import os
 from collections.abc import Callable
 
 import torch
@@ -67,7 +67,8 @@ def snapshots(case: dict) -> dict:
     """Every fourth step the newest snapshot is read, after the update that follows it."""
     rank, world, states = dist.get_rank(), dist.get_world_size(), case["offload"]["states"]
     ranks = Ranks(rank, world, dist.new_group(backend="gloo"))
-    roster = Roster.loads(ranks.tell(b"" if rank else local_roster(secrets.token_bytes(16), world, hold_s=60).dumps()))
+    found = b"" if rank else local_roster(os.urandom(16), world, hold_s=60, say=print).dumps()
+    roster = Roster.loads(ranks.tell(found))
     taken = Snapshots(roster, CheckpointOptions(snapshot_every_steps=case["every"]), ranks)
     right, wrong, read, newest = without(case), [], [], 0
     engine = build(case)

@@ -1,12 +1,21 @@
 """A closed engine is forgotten: survivors of a failure build the next one in the same process."""
 
 import gc
+import os
+import signal
+import subprocess
+import sys
 import weakref
+from datetime import timedelta
+from pathlib import Path
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard
+from parallel.engine import Engine
 
 
 class Mean(nn.Sequential):
@@ -14,15 +23,18 @@ class Mean(nn.Sequential):
         return super().forward(x).mean()
 
 
-def test_a_closed_engine_and_its_model_are_freed() -> None:
-    model = Mean(nn.Linear(8, 8), nn.Linear(8, 1))
+def build(model: Mean, mesh: Mesh, options: ParallelOptions) -> Engine:
     source = {name: p.detach().clone().flatten() for name, p in model.named_parameters()}
-    options = ParallelOptions()
-    engine = shard(
-        model, Mesh({"worker": 1}), Placement.of(options, 1), units=list(model), optimizer=OptimizerOptions(),
+    return shard(
+        model, mesh, Placement.of(options, 1), units=list(model), optimizer=OptimizerOptions(),
         initial=lambda name, kind, start, stop: source[name][start:stop], options=options, dtype=torch.float32,
         device=torch.device("cpu"),
     )  # fmt: skip
+
+
+def test_a_closed_engine_and_its_model_are_freed() -> None:
+    model = Mean(nn.Linear(8, 8), nn.Linear(8, 1))
+    engine = build(model, Mesh({"worker": 1}), ParallelOptions())
     engine.forward_backward(torch.ones(2, 8), scale=1.0, first=True, last=True)
     engine.step(1e-3, 1.0)
     engine.close()
@@ -30,3 +42,44 @@ def test_a_closed_engine_and_its_model_are_freed() -> None:
     del engine, model
     gc.collect()
     assert [ref() for ref in left] == [None] * 3
+
+
+@pytest.mark.parametrize("where", ["first", "last", "backward"])
+def test_a_closed_engine_is_freed_where_a_peer_has_died_in_a_step(tmp_path: Path, where: str) -> None:
+    """The other one waits for weights then, with more or less of a graph made, or in its backward."""
+    command = [sys.executable, "-c", "from tests.parallel.test_engine_close import main; main()", str(tmp_path), where]
+    world = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert world.stdout.split() == ["raised", "freed"], world.stderr
+
+
+def main() -> None:
+    left: list[weakref.ref[object]] = []
+    rank = int(os.fork() == 0)
+    try:
+        train(rank, left)
+    except RuntimeError:
+        print("raised")
+    dist.destroy_process_group()
+    gc.collect()
+    print("freed" if [ref() for ref in left] == [None] * 3 else gc.get_referrers(left[0]()))
+
+
+def train(rank: int, left: "list[weakref.ref[object]]") -> None:
+    store = dist.FileStore(f"{sys.argv[1]}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
+    model = Mean(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    engine = build(model, Mesh.of({}, rank=rank, world=2), ParallelOptions())
+    left += [weakref.ref(engine), weakref.ref(model), weakref.ref(engine.units[0].trainable[0].master)]
+    if rank == 1 and sys.argv[2] == "backward":
+        model[2].register_full_backward_hook(die)
+    elif rank == 1:
+        model[0 if sys.argv[2] == "first" else 4].register_forward_pre_hook(die, prepend=True)
+    try:
+        engine.forward_backward(torch.ones(2, 8), scale=1.0, first=True, last=True)
+        engine.step(1e-3, 1.0)
+    finally:
+        engine.close()
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

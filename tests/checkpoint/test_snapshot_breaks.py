@@ -1,0 +1,102 @@
+"""Snapshots that break on one rank or node, while the job goes on: the others learn it at once, and why."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from checkpoint.snapshots.rank import Snapshots
+from checkpoint.snapshots.recovery import newest_snapshot
+from tests.checkpoint.snapshot_nodes import Nodes, pieces
+
+SOON_S = 15.0
+"""Of what took 50 s or more."""
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Nodes]:
+    nodes = Nodes(2, folder=tmp_path)
+    yield nodes
+    nodes.end()
+
+
+def save(snapshots: Snapshots, rank: int, world: int, step: int, **state: object) -> None:
+    state = {"rank": rank, "step": step, **state}
+    snapshots.save(step, pieces(rank, world, step), state, {"step": step})
+    snapshots.wait_copied()
+
+
+def train_on(snapshots: Snapshots, rank: int, world: int, steps: range) -> str:
+    """Why there are no snapshots any more; the steps take no long wait."""
+    began = time.monotonic()
+    for step in steps:
+        if snapshots.due(step):
+            save(snapshots, rank, world, step)
+    snapshots.wait()
+    assert time.monotonic() - began < SOON_S
+    return str(snapshots.error())
+
+
+@pytest.mark.parametrize(("count", "parity"), [(1, 0), (2, 0), (2, 1)])
+def test_one_rank_of_a_node(tmp_path: Path, count: int, parity: int):
+    """Its description does not fit. Rank 0 is on its node, ranks 2 and 3 of four on another."""
+    nodes, world = Nodes(count, folder=tmp_path), 2 * count
+
+    def act(snapshots: Snapshots, rank: int) -> None:
+        snapshots.start(pieces(rank, world, 0), {"rank": rank}, {"step": 0})
+        save(snapshots, rank, world, 1)
+        snapshots.wait()
+        assert snapshots.error() is None
+        save(snapshots, rank, world, 2, **({"more": "x" * (2 << 20)} if rank == 1 else {}))
+        assert "the description of the state has" in train_on(snapshots, rank, world, range(3, 10))
+
+    try:
+        nodes.ranks(world, act, parity=parity)
+        assert "there are no snapshots any more: rank 1: the description of the state has" in nodes.said[-1], nodes.said
+        found = newest_snapshot(nodes.roster([]))
+        assert found is not None and found.step == 1
+    finally:
+        nodes.end()
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["the coordinator's", "another's"])
+@pytest.mark.parametrize("parity", [0, 1])
+def test_the_process_of_a_node(two: Nodes, number: int, parity: int):
+    def act(snapshots: Snapshots, rank: int) -> None:
+        snapshots.start(pieces(rank, 4, 0), {"rank": rank}, {"step": 0})
+        save(snapshots, rank, 4, 1)
+        snapshots.wait()
+        assert snapshots.error() is None
+        snapshots._ranks.tell(b"saved")
+        if rank == 0:
+            two.kill(number)
+        snapshots._ranks.tell(b"killed")
+        assert train_on(snapshots, rank, 4, range(2, 10)) != "None"
+
+    two.ranks(4, act, parity=parity)
+    assert "no snapshots any more" in two.said[-1], two.said
+
+
+def test_who_leaves_waits_for_nobody(two: Nodes):
+    """Rank 3 has died, as far as the others can see; they are told by another thread."""
+
+    def act(snapshots: Snapshots, rank: int) -> None:
+        snapshots.start(pieces(rank, 4, 0), {"rank": rank}, {"step": 0})
+        if rank == 3:
+            snapshots._ranks.tell(b"left")
+            return
+        save(snapshots, rank, 4, 1)
+        waiting = threading.Thread(target=save, args=(snapshots, rank, 4, 2))
+        waiting.start()
+        waiting.join(timeout=1)
+        assert waiting.is_alive()
+        snapshots.leave()
+        waiting.join(timeout=1)
+        assert not waiting.is_alive() and "the ranks are ending" in str(snapshots.error())
+        snapshots.wait()
+        snapshots._ranks.tell(b"left")
+
+    two.ranks(4, act, parity=1)
+    assert two.said == []
