@@ -37,7 +37,7 @@ from parallel.planning.cost import memory
 from parallel.planning.traffic import Traffic
 from parallel.planning.workload import Workload
 from parallel.transport import Transport
-from trainer.build import Rank, everyone, mesh_of
+from trainer.build import Rank, mesh_of
 from trainer.footprint import Footprint, footprint
 from trainer.job import Job
 from trainer.models import LanguageModel
@@ -195,7 +195,7 @@ def settle(
     most = job.offload.device_bytes or limit_bytes(where.device)
     if options.mode != "auto" or job.engine != "native" or most is None:
         return job, None
-    answers = everyone(_narrowed(job, model, where, dtype, HEADROOM * most), where)
+    answers = where.gather(_narrowed(job, model, where, dtype, HEADROOM * most))
     if None in answers:
         return job, None
     found: Narrowed = max(answers, key=lambda one: one.rung)

@@ -31,7 +31,7 @@ from parallel.planning.cost import memory
 from parallel.planning.traffic import Traffic
 from parallel.planning.workload import UnitCost
 from parallel.transport import Transport
-from trainer.build import Rank, everyone, mesh_of
+from trainer.build import Rank, mesh_of
 from trainer.changes import as_plain
 from trainer.job import Job
 from trainer.loggers import replace_file
@@ -143,10 +143,10 @@ def settle(
         return job, None
     plan = _Reckoning(job, model, where, dtype, activation_bytes)
     key = _key(job, where, dtype)
-    known = _agreed(_load(folder / FILE, key) if where.rank == 0 else None, where)
+    known = where.tell(_load(folder / FILE, key) if where.rank == 0 else None)
     if known is None:
         found = plan.measure()
-        profiles = everyone(found, where)
+        profiles = where.gather(found)
         if failed := next((text for text in profiles if isinstance(text, str)), None):
             if needed:
                 raise ValueError(f"offload.states=auto: this machine could not be measured: {failed}")
@@ -289,16 +289,6 @@ def _slowest(profiles: list[Profile]) -> Profile:
         rates=replace(worst([profile.rates for profile in profiles], min), shared=profiles[0].rates.shared),
         room=worst([profile.room for profile in profiles], min),
     )
-
-
-def _agreed(known: "tuple[Profile, OffloadOptions] | None", where: Rank) -> "tuple[Profile, OffloadOptions] | None":
-    """Rank 0's answer, on all ranks."""
-    if where.world == 1:
-        return known
-    told: list[Any] = [known]
-    dist.broadcast_object_list(told, src=0)
-    answer: tuple[Profile, OffloadOptions] | None = told[0]
-    return answer
 
 
 def _key(job: Job, where: Rank, dtype: torch.dtype) -> dict[str, Any]:

@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from parallel.options import ParallelOptions
 from trainer.build import Rank
 from trainer.job import Job
@@ -40,10 +38,7 @@ def settle(
     """
     names = job.parallel.candidates
     asked = {"candidates": names, "workers": where.world, "levels": job.parallel.levels}
-    known: list[Any] = [_kept(folder / FILE, asked) if where.rank == 0 else None]
-    if where.world > 1:
-        dist.broadcast_object_list(known, src=0)
-    chosen = known[0]
+    chosen = where.tell(_kept(folder / FILE, asked) if where.rank == 0 else None)
     if chosen is None:
         chosen, times = fastest(names, lambda name: time_steps(job.parallel.candidate(name)))
         shown = ", ".join(f"{name} {1e3 * seconds:.4g} ms" for name, seconds in times.items())
