@@ -21,7 +21,7 @@ from parallel.planning.machine import Machine
 from parallel.planning.traffic import EXACT, Traffic
 from parallel.planning.workload import Workload
 from parallel.transport import Transport
-from trainer.fit_activations import Narrowed, Room, forward_s, host_room, narrow, others_bytes
+from trainer.fit_activations import ActivationBudget, Narrowed, forward_s, host_room, narrow, others_bytes
 from trainer.footprint import Footprint, alternatives, footprint
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def _narrowed(
     transport = EXACT if auto else Transport.of(parallel, mesh, placement)
     traffic = Traffic(work, mesh, placement, transport, gloo=machine.backend == "gloo")
     known: Callable[[], DriveRoom] | None = None if drives is None else lambda: drives
-    room = Room(
+    room = ActivationBudget(
         device_bytes=max(0.0, cap_bytes - others_bytes(config.offload, work, traffic)),
         host_bytes=host_bytes,
         drives=known,

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from offload.arena import capacity_bytes
-from offload.choose import Chosen, Room, choose, overrides
+from offload.choose import Chosen, MemoryBudget, choose, overrides
 from offload.cost import Layer, Prediction, Rates, predict, seconds
 from offload.device import host_available_bytes
 from offload.measure import measure
@@ -53,7 +53,7 @@ class Profile:
 
     probed: Probed
     rates: Rates
-    room: Room
+    room: MemoryBudget
 
 
 class Forecast:
@@ -253,7 +253,7 @@ class _Reckoning:
         return times
 
 
-def _room(options: OffloadOptions, device: torch.device, ranks: int) -> Room:
+def _room(options: OffloadOptions, device: torch.device, ranks: int) -> MemoryBudget:
     """What this rank may use. ranks: of this machine, which share it."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -263,7 +263,7 @@ def _room(options: OffloadOptions, device: torch.device, ranks: int) -> Room:
         device_bytes = host_available_bytes() / ranks
     host_bytes = FREE_HOST * capacity_bytes() / ranks
     drives = FREE_NVME * sum(_space(Path(path))[0] for path in options.nvme_path) / ranks
-    return Room(
+    return MemoryBudget(
         device_bytes=device_bytes if options.device_bytes is None else options.device_bytes,
         host_bytes=host_bytes if options.host_bytes is None else options.host_bytes,
         nvme_bytes=drives if options.nvme_bytes is None else min(drives, options.nvme_bytes),
@@ -314,7 +314,7 @@ def _load(file: Path, key: dict[str, Any]) -> tuple[Profile, OffloadOptions] | N
     if found["key"] != key:
         return None
     profile = Profile(
-        probed=Probed(**found["probed"]), rates=Rates(**found["rates"]), room=Room(**found["room"])
+        probed=Probed(**found["probed"]), rates=Rates(**found["rates"]), room=MemoryBudget(**found["room"])
     )  # fmt: skip
     activations = type(OffloadOptions().activations)(**found["offload"].pop("activations"))
     return profile, OffloadOptions(**found["offload"], activations=activations)
