@@ -4,7 +4,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,6 @@ import offload.arena as arena_module
 from offload.arena import ALIGN, PAGE, SHARED, Arena, ArenaError, Region, check_capacity
 from offload.hostpool import HostPool
 from offload.space import Space, SpaceError
-from offload.tier import HostTier, Tier
-from tests.offload.tier_conformance import CHECKS, SIZE
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -29,19 +27,6 @@ def named() -> Iterator[Path]:
     path = SHARED / f"atoll-test-{os.getpid()}"
     yield path
     path.unlink(missing_ok=True)
-
-
-@pytest.fixture
-def tier(pool: HostPool) -> Iterator[HostTier]:
-    with Arena(SIZE) as arena:
-        made = HostTier(arena.take(SIZE, torch.uint8), pool)
-        yield made
-        made.close()
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_host_memory_is_a_tier(check: Callable[[Tier], None], tier: HostTier) -> None:
-    check(tier)
 
 
 def left() -> set[str]:
