@@ -49,11 +49,6 @@ class Update:
     def __init__(self) -> None:
         self.answer: Future[torch.cuda.Event | None] = Future()
 
-    @property
-    def done(self) -> bool:
-        """Whether `finish` will not make the host wait."""
-        return self.answer.done()
-
     def finish(self) -> None:
         """Let what the caller does next, on its current stream, see the new weights. Raises what went wrong."""
         if event := self.answer.result():
