@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offload.activations_plan import DriveRoom
 from offload.options import ActivationOptions, OffloadOptions
-from tests.offload.test_activations import one_thread
+from tests.offload.leaving import one_thread
 from tests.trainer.test_activations import MODEL, data, kept, run
 from tests.trainer.test_footprint import LAYERS, found
 from tests.trainer.test_out_of_memory import full_once
