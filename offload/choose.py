@@ -31,6 +31,8 @@ class MemoryBudget:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
+    """What `choose` found: the options, what they lead to, and in words why these."""
+
     options: OffloadOptions
     prediction: Prediction
     device_bytes: int

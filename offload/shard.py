@@ -126,6 +126,7 @@ def _together(numel: int, dtypes: tuple[torch.dtype, ...]) -> int:
 
 
 def chunk_bytes(numel: int) -> int:
+    """Of the three states of `numel` elements, fp32, on a drive or in the ring: whole blocks."""
     return round_up(12 * numel, BLOCK)
 
 
@@ -142,4 +143,5 @@ def host_bytes(shards: Sequence[Shard]) -> int:
 
 
 def nvme_bytes(shards: Sequence[Shard]) -> int:
+    """On drives, of those whose states are there."""
     return sum(shard.nvme_bytes for shard in shards)

@@ -129,6 +129,7 @@ def build_engine(
 
 
 def mesh_of(job: Job, where: Rank) -> Mesh:
+    """The levels of ``parallel.levels``, as this rank sees them. ValueError where they do not make up the world."""
     return Mesh.of(job.parallel.levels, rank=where.rank, world=where.world)
 
 
