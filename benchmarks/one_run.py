@@ -12,13 +12,20 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from offload.cost import Prediction
+    from parallel import ShardedModel
+    from trainer.job import Job
+
+LR = 1e-5
 TIERS: dict[str, dict[str, Any]] = {
     "memory": {},
     "host": {"states": "host"},
@@ -88,41 +95,22 @@ def ours(spec: dict) -> None:
     """Train as `spec` says and print what came of it; steps before ``warm_up`` are not counted."""
     import psutil
     import torch
-    from in_memory import preset
 
     from offload.activations import describe
     from offload.choose import overrides
-    from offload.options import ActivationOptions, OffloadOptions
-    from parallel import OptimizerOptions, ParallelOptions
     from trainer.build import Rank, build_engine
     from trainer.forecast import settle
-    from trainer.job import Job
     from trainer.models import build_model
-    from trainer.models.attention import attention_backends
-    from trainer.options import TrainOptions
 
     free_before, total = torch.cuda.mem_get_info()
     if spec["cap"]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, spec["cap"] * 2**30 / total))
     torch.manual_seed(0)
-    model, seq_len, batch, count = spec["model"], spec["seq"], spec["batch"], spec["accumulation"]
-    job = Job(
-        model=preset(model),
-        train=TrainOptions(seq_len=seq_len, global_batch_size=batch * count, micro_batch_size=batch),
-        optimizer=OptimizerOptions(lr=1e-5),
-        parallel=ParallelOptions(),
-        offload=OffloadOptions(
-            **spec["offload"] | {"activations": ActivationOptions(**spec["offload"]["activations"])},
-            predict=spec.get("predict", True),
-        ),
-    )
-    if spec["offload"].get("states") == "auto" and spec["cap"]:
-        job = replace(job, offload=replace(job.offload, device_bytes=int(spec["cap"] * 2**30)))
-    where = Rank.current()
+    job, where, deadline = job_of(spec), Rank.current(), time.perf_counter() + spec.get("budget_s", 1e9)
+    seq_len = spec["seq"]
     llama = build_model(job.model, vocab_size=32000, seq_len=seq_len, dtype=torch.bfloat16, device=where.device)
     num_params = sum(p.numel() for p in llama.parameters())
-    flops = llama.flops_per_token(seq_len) * batch * count * seq_len
-    deadline = time.perf_counter() + spec.get("budget_s", 1e9)
+    tokens = spec["batch"] * spec["accumulation"] * seq_len
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         job, forecast = settle(job, llama, where, torch.bfloat16, Path(folder), print)
@@ -131,19 +119,69 @@ def ours(spec: dict) -> None:
     start = time.perf_counter()
     engine = build_engine(job, llama, where, torch.bfloat16, say=print)
     print(f"built in {time.perf_counter() - start:.1f} s {engine.state_bytes()}", flush=True)
-    rows = torch.randint(0, 32000, (batch, seq_len + 1), device=where.device)
-    times: list[float] = []
-    norms: list[float] = []
-    with attention_backends(where.device):
+    rows = torch.randint(0, 32000, (spec["batch"], seq_len + 1), device=where.device)
+    times, norms, last = train(engine, spec, rows, deadline)
+    timed = timing(times, norms, spec, forecast.prediction if forecast else None)
+    median = timed["step_s"]
+    result = {
+        "engine": spec["name"], "model": spec["model"], "params": num_params, "seq": seq_len, "batch": spec["batch"],
+        "accumulation": spec["accumulation"], **timed, "step_s": round(median, 4), **last,
+        "model_TFLOPs": round(llama.flops_per_token(seq_len) * tokens / median / 1e12, 1),
+        "tokens_per_s": round(tokens / median),
+        "gpu_peak_GiB": round(torch.cuda.max_memory_reserved() / 2**30, 1),
+        "gpu_device_GiB": round((free_before - torch.cuda.mem_get_info()[0]) / 2**30, 1),
+        "gpu_allocated_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+        "activations": describe(engine.activations.choices),
+        "host_GiB": round(psutil.Process().memory_info().rss / 2**30, 1),
+        "chosen": overrides(job.offload) if spec["offload"].get("states") == "auto" else None,
+        "host_bytes_per_param": round(engine.state_bytes().get("host", 0) / num_params, 2),
+    }  # fmt: skip
+    print("RESULT", json.dumps(result), flush=True)
+    engine.close()
+
+
+def job_of(spec: dict) -> "Job":
+    """What `spec` trains; ``auto`` plans within the cap."""
+    from in_memory import preset
+
+    from offload.options import ActivationOptions, OffloadOptions
+    from parallel import OptimizerOptions, ParallelOptions
+    from trainer.job import Job
+    from trainer.options import TrainOptions
+
+    batch, offload = spec["batch"], dict(spec["offload"])
+    offload["activations"] = ActivationOptions(**offload["activations"])
+    if offload.get("states") == "auto" and spec["cap"]:
+        offload["device_bytes"] = int(spec["cap"] * 2**30)
+    return Job(
+        model=preset(spec["model"]),
+        train=TrainOptions(seq_len=spec["seq"], global_batch_size=batch * spec["accumulation"], micro_batch_size=batch),
+        optimizer=OptimizerOptions(lr=LR),
+        parallel=ParallelOptions(),
+        offload=OffloadOptions(**offload, predict=spec.get("predict", True)),
+    )
+
+
+def train(
+    engine: "ShardedModel", spec: dict, rows: "Tensor", deadline: float
+) -> tuple[list[float], list[float], dict[str, float]]:
+    """Seconds and gradient norm of each step, and the last one's figures. rows: (B, S + 1) int64, of every step. After
+    `deadline` (`time.perf_counter`) no step begins."""
+    import torch
+
+    from trainer.models.attention import attention_backends
+
+    count, times, norms = spec["accumulation"], [], []
+    with attention_backends(rows.device):
         for i in range(spec["steps"]):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            engine.expect(1e-5)
+            engine.expect(LR)
             for micro in range(count):
                 loss = engine.forward_backward(
                     rows[:, :-1], rows[:, 1:], scale=1.0 / count, first=micro == 0, last=micro == count - 1
                 )
-            norm = engine.step(1e-5, spec["clip"] or None)
+            norm = engine.step(LR, spec["clip"] or None)
             # the update goes on beside the next forward: steps are timed from backward to backward
             torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
@@ -151,44 +189,40 @@ def ours(spec: dict) -> None:
             away = getattr(engine._offloader, "_states", None)
             update_s = away.update_s if away else 0.0
             stood = f"{away.hits} of {away.guesses} guesses stood" if away else ""
-            line = f"step {i} {times[-1]:.3f} s loss {loss.item():.4f} norm {norm.item():.3f} update {update_s:.3f} s"
+            line = f"step {i} {times[-1]:.3f} s loss {loss.item():.4f} norm {norms[-1]:.3f} update {update_s:.3f} s"
             print(line, stood, flush=True)
             if i >= spec["warm_up"] and time.perf_counter() + times[-1] > deadline:
                 break
+    return times, norms, {
+        "last_update_s": round(update_s, 4), "norm": round(norms[-1], 3), "loss": round(loss.item(), 4),
+    }  # fmt: skip
+
+
+def timing(times: list[float], norms: list[float], spec: dict, predicted: "Prediction | None") -> dict[str, Any]:
+    """Medians of the steps that were not clipped, and of those that were, beside what was predicted.
+
+    A step's time holds the update of the step before it, whose guesses stand if that and its forerunner did not clip.
+    """
     warm_up = spec["warm_up"]
-    # a step's time holds the update of the step before it, whose guesses stand if that and its forerunner did not clip
     clips = [spec["clip"] and max(norms[max(0, i - 2) : i]) > spec["clip"] for i in range(warm_up, len(times))]
     by_clip = {
         clipped: [seconds for seconds, c in zip(times[warm_up:], clips, strict=True) if bool(c) == clipped]
         for clipped in (False, True)
     }
     median = statistics.median(by_clip[False] or times[warm_up:])
-    predicted = forecast.prediction if forecast else None
-    expected_s = None
-    if predicted:
-        expected_s = predicted.step_s if by_clip[False] else predicted.clipped_step_s
-    result = {
-        "engine": spec["name"], "model": model, "params": num_params, "seq": seq_len, "batch": batch,
-        "accumulation": count, "step_s": round(median, 4), "steps_unclipped": len(by_clip[False]),
+    found: dict[str, Any] = {
+        "step_s": median, "steps_unclipped": len(by_clip[False]),
         "clipped_step_s": round(statistics.median(by_clip[True]), 4) if by_clip[True] else None,
-        "last_update_s": round(update_s, 4),
-        "model_TFLOPs": round(flops / median / 1e12, 1), "tokens_per_s": round(batch * count * seq_len / median),
-        "norm": round(norm.item(), 3), "loss": round(loss.item(), 4),
-        "gpu_peak_GiB": round(torch.cuda.max_memory_reserved() / 2**30, 1),
-        "gpu_device_GiB": round((free_before - torch.cuda.mem_get_info()[0]) / 2**30, 1),
-        "gpu_allocated_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1),
-        "activations": describe(engine.activations.choices),
-        "host_GiB": round(psutil.Process().memory_info().rss / 2**30, 1),
-        "chosen": overrides(job.offload) if spec["offload"].get("states") == "auto" else None,
-        "predicted_s": round(predicted.step_s, 4) if predicted else None,
-        "predicted_clipped_s": round(predicted.clipped_step_s, 4) if predicted else None,
-        "bottleneck": predicted.bottleneck if predicted else None,
-        "ratio": round(median / expected_s, 3) if expected_s else None,
-        "nvme_bytes_per_step": 2 * predicted.written_bytes if predicted else None,
-        "host_bytes_per_param": round(engine.state_bytes().get("host", 0) / num_params, 2),
     }  # fmt: skip
-    print("RESULT", json.dumps(result), flush=True)
-    engine.close()
+    if predicted is None:
+        names = ("predicted_s", "predicted_clipped_s", "bottleneck", "ratio", "nvme_bytes_per_step")
+        return found | dict.fromkeys(names)
+    expected_s = predicted.step_s if by_clip[False] else predicted.clipped_step_s
+    return found | {
+        "predicted_s": round(predicted.step_s, 4), "predicted_clipped_s": round(predicted.clipped_step_s, 4),
+        "bottleneck": predicted.bottleneck, "ratio": round(median / expected_s, 3),
+        "nvme_bytes_per_step": 2 * predicted.written_bytes,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ class Atoll:
 
     def settle(self) -> None:
         for flat in self.engine._trainable:
-            self.engine._finish_update(flat)
+            self.engine.weights.finish_update(flat)
 
     def optimizer_bytes(self) -> int:
         return self.engine.state_bytes()["optimizer"]

@@ -19,6 +19,8 @@ _KIND = re.compile(r"[A-Za-z0-9_]{1,64}")
 
 
 class DType(NamedTuple):
+    """A dtype of state, as torch and as zarr call it."""
+
     torch: torch.dtype
     zarr: str
     """The zarr data type with the same bytes."""

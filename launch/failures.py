@@ -7,12 +7,11 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 Cause = Literal["process", "node", "hang", "device", "preemption", "numbers", "error"]
 """A worker's process died; its node did; nothing moved; CUDA or NCCL failed; the machine was claimed back; the loss was
 no number or out of its range; an exception of any other kind."""
-CAUSES: tuple[Cause, ...] = get_args(Cause)
 Source = Literal["memory", "storage", "start"]
 """Where the state came from: the nodes' snapshots, a checkpoint in storage, or nowhere, from step 0."""
 

@@ -22,7 +22,7 @@ from parallel.planning.machine import Machine
 from parallel.planning.traffic import EXACT, Traffic
 from parallel.planning.workload import Workload
 from parallel.transport import Transport
-from trainer.fit_activations import Narrowed, Room, forward_s, host_room, narrow, others_bytes
+from trainer.fit_activations import ActivationBudget, Narrowed, forward_s, host_room, narrow, others_bytes
 from trainer.footprint import Footprint, alternatives, footprint
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def _narrowed(
     if machine.tier != "gpu" and config.offload.device_bytes is None:
         cap_bytes = math.inf
     known: Callable[[], DriveRoom] | None = None if drives is None else lambda: drives
-    room = Room(
+    room = ActivationBudget(
         device_bytes=max(0.0, cap_bytes - others_bytes(config.offload, work, traffic)),
         host_bytes=host_bytes,
         drives=known,

@@ -46,9 +46,11 @@ class Away:
         return whole * self.whole_tile_bytes() + self._of_tokens(rest)
 
     def whole_tile_bytes(self) -> int:
+        """Of a tile of as many tokens as one has."""
         return self._of_tokens(self.tiling.tile_tokens)
 
     def tile_bytes(self, number: int, num_fields: int | None = None) -> int:
+        """Of tile `number`, the last of which may be shorter: of its first fields, or of all."""
         return sum(field.bytes(self._num_tokens(field, number)) for field in self.fields[:num_fields])
 
     def in_slot(self, data: Tensor, number: int) -> Tensor:

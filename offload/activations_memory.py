@@ -297,6 +297,7 @@ def now(device: torch.device) -> Any:
 
 
 def elapsed_s(start: Any, stop: Any) -> float:
+    """Between two marks: clock readings on CPU, events on a GPU, of which the last is waited for."""
     if isinstance(start, float):
         return float(stop - start)
     stop.synchronize()

@@ -31,6 +31,8 @@ STEP = 64
 
 @dataclass(frozen=True)
 class Choice:
+    """What becomes of one block's activations."""
+
     mode: str
     """``keep``, ``swap``, ``input`` (alone is swapped) or ``recompute``; ``stream`` and ``stream_input`` are of all."""
     alpha: float = 0.0

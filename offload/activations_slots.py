@@ -171,6 +171,7 @@ class Slots:
             self.give(stored.memory, None)
 
     def close_if_idle(self) -> None:
+        """Let go of host memory and drives once every slot is back and nothing is on its way."""
         if not self._stored and len(self.free) + len(self._storing) == self.num_cut:
             self.close_drives()
             self.free.clear()

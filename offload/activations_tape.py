@@ -60,6 +60,7 @@ class View:
     offset: int
 
     def see(self, base: Tensor) -> Tensor:
+        """The view, of another tensor in the place of the one it was taken of."""
         return base.as_strided(self.size, self.stride, base.storage_offset() + self.offset)
 
 

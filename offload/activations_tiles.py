@@ -83,6 +83,7 @@ class WeightSums:
         return grad_x
 
     def totals(self) -> list[Tensor | None]:
+        """The sums, each in its weight's dtype; None where there is none."""
         return [
             total.to(w.dtype) if total is not None else None for total, w in zip(self._sums, self._weights, strict=True)
         ]

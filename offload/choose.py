@@ -20,7 +20,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
+class MemoryBudget:
     """Memory of one rank that may be used."""
 
     device_bytes: float
@@ -31,6 +31,8 @@ class Room:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
+    """What `choose` found: the options, what they lead to, and in words why these."""
+
     options: OffloadOptions
     prediction: Prediction
     device_bytes: int
@@ -64,7 +66,7 @@ def choose(
     layers: Sequence[Layer],
     options: OffloadOptions,
     rates: Rates,
-    room: Room,
+    room: MemoryBudget,
     *,
     micro_batches: int,
     activation_bytes: float,
@@ -73,7 +75,7 @@ def choose(
     how much is missing where."""
     found: list[Chosen] = []
     short: dict[str, tuple[float, str]] = {}  # by tier, what the candidate that needs least has too little of
-    for candidate in _candidates(layers, options, room):
+    for candidate in _candidates(options, room):
         fitted, needed = _fill_device(layers, candidate, room.device_bytes * HEADROOM, micro_batches, activation_bytes)
         missing = (needed, "on the device")
         if fitted is not None:
@@ -103,7 +105,7 @@ def choose(
     return replace(best, why=_why(best, found))
 
 
-def _candidates(layers: Sequence[Layer], options: OffloadOptions, room: Room) -> Iterator[OffloadOptions]:
+def _candidates(options: OffloadOptions, room: MemoryBudget) -> Iterator[OffloadOptions]:
     yield replace(options, states="none", device_bytes=None)
     tiers = ["host", "nvme"] if options.nvme_path else ["host"]
     for states in tiers:

@@ -65,6 +65,8 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
+    """A step of one rank: seconds, bytes that it holds by place, and bytes that move."""
+
     step_s: float
     clipped_step_s: float
     """Where the update is clipped, so that nothing that was speculated stands."""
@@ -90,6 +92,7 @@ class Prediction:
 
 
 def seconds(value: float) -> str:
+    """As one reads it: of three figures, in s or ms."""
     return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 

@@ -53,6 +53,7 @@ class SystemCalls:
 
 
 def drive_error(number: int, what: str, where: str) -> DriveError:
+    """With the remedy for that errno. what: failed, in words. where: the file or folder."""
     return DriveError(number, f"{what}: {os.strerror(number)}; {_REMEDIES.get(number, _GONE)}", where)
 
 

@@ -49,11 +49,6 @@ class Update:
     def __init__(self) -> None:
         self.answer: Future[torch.cuda.Event | None] = Future()
 
-    @property
-    def done(self) -> bool:
-        """Whether `finish` will not make the host wait."""
-        return self.answer.done()
-
     def finish(self) -> None:
         """Let what the caller does next, on its current stream, see the new weights. Raises what went wrong."""
         if event := self.answer.result():
@@ -131,6 +126,7 @@ def _together(numel: int, dtypes: tuple[torch.dtype, ...]) -> int:
 
 
 def chunk_bytes(numel: int) -> int:
+    """Of the three states of `numel` elements, fp32, on a drive or in the ring: whole blocks."""
     return round_up(12 * numel, BLOCK)
 
 
@@ -147,4 +143,5 @@ def host_bytes(shards: Sequence[Shard]) -> int:
 
 
 def nvme_bytes(shards: Sequence[Shard]) -> int:
+    """On drives, of those whose states are there."""
     return sum(shard.nvme_bytes for shard in shards)

@@ -30,11 +30,11 @@ class Piece:
     """1-D view of ``stop - start`` elements on whatever device the state lives; changes with the next update."""
 
 
-Room = Sequence[torch.Tensor]
+Destination = Sequence[torch.Tensor]
 """For each extent of a `Movable` a tensor of its size, where the update may put it."""
 
 
-def nowhere(wait: bool) -> Room | None:
+def nowhere(wait: bool) -> Destination | None:
     return None
 
 
@@ -45,7 +45,7 @@ class Movable:
 
     extents: Sequence[tuple[str, torch.Tensor]]
     """Kind and memory, 1-D fp32, of what stays together: pieces of state are views of it."""
-    room: Callable[[bool], Room | None] = field(default=nowhere)
+    room: Callable[[bool], Destination | None] = field(default=nowhere)
     """``room(wait)``, asked before each update: None where there is no place but their own, or if that is not to be
     waited for, not yet."""
 

@@ -54,7 +54,7 @@ from offload.hostpool import HostPool
 from offload.nvme import NvmeTier
 from offload.shard import OUTGOING, RING, Shard, Terms, Update, chunk_bytes, host_bytes, largest_chunk, nvme_bytes
 from offload.space import round_up
-from offload.state import MASTER, Movable, Room
+from offload.state import MASTER, Destination, Movable
 
 KINDS = (MASTER, "exp_avg", "exp_avg_sq")
 
@@ -72,7 +72,7 @@ class _Batch:
     work: Sequence[tuple[Shard, Terms, Update]]
     scale: Tensor | None
     known: torch.cuda.Event | None
-    room: Room | None
+    room: Destination | None
     """See `Movable`."""
 
 
@@ -283,7 +283,7 @@ class AwayStates:
         self._make(shard, terms, out)
         shard.made = terms, out
 
-    def _place(self, shard: Shard, room: Room | None, *, apart: bool = False) -> State:
+    def _place(self, shard: Shard, room: Destination | None, *, apart: bool = False) -> State:
         """Where the next version of a shard's states goes, in host memory: `apart` from the current one, or there too
         if that is not a snapshot's."""
         here = shard.state[0].data_ptr()

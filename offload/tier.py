@@ -1,18 +1,14 @@
-"""What host memory and NVMe have in common: ranges of bytes that are stored and loaded.
+"""What a tier below host memory is: ranges of bytes that are stored and loaded.
 
 [Note: order] Requests are answered in any order, but as if in the order in which they were made: a load of a range
 sees the last store to it made before, and a store waits for the loads and stores of its range made before. From a
 request until its answer its tensor belongs to the tier: a store's must not change, a load's must not be looked at.
 """
 
-import threading
 from concurrent.futures import Future
 from typing import Protocol
 
 from torch import Tensor
-
-from offload.adamw import copy
-from offload.hostpool import HostPool
 
 
 class Tier(Protocol):
@@ -54,48 +50,3 @@ def check_range(size_bytes: int, align: int, offset: int, tensor: Tensor) -> Non
             f"offset {offset}, {tensor.nbytes} bytes at address {tensor.data_ptr():#x}: each must be a multiple of "
             f"{align}; take the tensor from an Arena with align={align}"
         )
-
-
-class HostTier:
-    """A tier in host memory: one region of an arena, copied past the caches by the threads of a pool.
-
-    It answers before it returns. State that is used where it lies needs no tier; this one is for what comes and goes.
-    """
-
-    align = 1
-
-    def __init__(self, memory: Tensor, pool: HostPool) -> None:
-        """memory: 1-D uint8, as from ``arena.take``; it belongs to the tier until `close`."""
-        self._memory, self._pool = memory, pool
-        self.size_bytes = memory.nbytes
-        self._lock = threading.Lock()
-        self._closed = False
-
-    def store(self, offset: int, values: Tensor) -> Future[Tensor]:
-        self._check(offset, values)
-        return self._copy(self._memory[offset : offset + values.nbytes], values, values)
-
-    def load(self, offset: int, into: Tensor) -> Future[Tensor]:
-        self._check(offset, into)
-        return self._copy(into, self._memory[offset : offset + into.nbytes], into)
-
-    def flush(self) -> None:
-        self._check_open()
-
-    def close(self) -> None:
-        self._closed = True
-
-    def _copy(self, into: Tensor, source: Tensor, answer: Tensor) -> Future[Tensor]:
-        with self._lock:
-            copy(into, source, pool=self._pool)
-        done: Future[Tensor] = Future()
-        done.set_result(answer)
-        return done
-
-    def _check(self, offset: int, tensor: Tensor) -> None:
-        self._check_open()
-        check_range(self.size_bytes, self.align, offset, tensor)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("this HostTier is closed")

@@ -168,4 +168,5 @@ class BufferPool:
         return buffer
 
     def give(self, buffer: Tensor, reader: Chain | None = None) -> None:
+        """Give a buffer back that `take` made. reader: a chain under way that still reads it."""
         self._free[buffer.numel(), buffer.dtype].append((buffer, reader))

@@ -1,4 +1,5 @@
-"""How a model becomes units: whose parameters are whose, without memory of their own yet, and how blocks run."""
+"""How a model becomes units: whose parameters are whose, without memory of their own yet, in which flat buffers, and
+how blocks run."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,7 +8,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from parallel.unit import Named, without_memory
+from parallel.mesh import Mesh
+from parallel.placement import Placement
+from parallel.transport import Transport
+from parallel.unit import Flat, Named, TrainableFlat, Unit, without_memory
 
 
 def move_without_memory(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -43,6 +47,31 @@ def cut_units(model: nn.Module, units: Sequence[nn.Module]) -> tuple[list[tuple[
         first, *others = users[parameter]
         (root if others or first not in own else own[first]).append((name, parameter))
     return [(module_names[unit], unit, named) for unit, named in own.items() if named], root
+
+
+def make_unit(
+    name: str,
+    module: nn.Module,
+    named: Named,
+    *,
+    mesh: Mesh,
+    placement: Placement,
+    dtype: torch.dtype,
+    device: torch.device,
+    reduce_dtype: torch.dtype,
+    transport: Transport,
+) -> Unit:
+    """A unit and its flat buffers: of what trains and may be quantized, of what else trains, of what is frozen."""
+    named = sorted(named, key=lambda item: item[1].ndim < 2)  # what decays side by side: fewer, longer runs
+    train = [(name, p) for name, p in named if p.requires_grad]
+    frozen = [(name, p) for name, p in named if not p.requires_grad]
+    quantized = [(name, p) for name, p in train if transport.allows(name, p.ndim)]
+    exact = [(name, p) for name, p in train if not transport.allows(name, p.ndim)]
+    trainable = [
+        TrainableFlat(part, mesh, placement, dtype, device, reduce_dtype=reduce_dtype, transport=through)
+        for part, through in ((quantized, transport), (exact, None)) if part
+    ]  # fmt: skip
+    return Unit(name, module, trainable, Flat(frozen, mesh, placement, dtype, device) if frozen else None)
 
 
 def wrap_blocks(*, recompute: Sequence[nn.Module], compile: Sequence[nn.Module]) -> None:

@@ -34,6 +34,7 @@ def decay_groups(params: Iterable[nn.Parameter], options: OptimizerOptions) -> l
 
 
 def build_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions) -> torch.optim.Optimizer:
+    """PyTorch's own of the same name, fused where there is one. groups: with ``params`` and ``weight_decay`` each."""
     if options.name == "adamw":
         betas = (options.beta1, options.beta2)
         return torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True)

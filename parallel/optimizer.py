@@ -17,6 +17,8 @@ from parallel.unit import TrainableFlat
 
 
 class ShardOptimizer(Protocol):
+    """What updates the states that are on the device."""
+
     def update(self, lr: float, scale: Tensor | None, updates: int) -> None:
         """Update master, moments and `owned` from ``scale * grad``, for the `updates`-th time (from 1)."""
 

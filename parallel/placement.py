@@ -20,6 +20,9 @@ from parallel.options import ParallelOptions
 
 @dataclass(frozen=True)
 class Placement:
+    """P ⊆ G ⊆ O (arXiv 2501.04266, sec. 3): over how many of the innermost levels parameters, gradients and optimizer
+    states are sharded. ValueError where they are not ordered so."""
+
     params: int
     grads: int
     optim: int

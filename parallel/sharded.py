@@ -8,13 +8,6 @@ A step, unit by unit (design after arXiv 2501.04266, sec. 4, and ZeRO, arXiv 191
 
 So nothing crosses the levels outside G until the last micro-batch.
 
-[Note: who may use a unit's weights, and when]
-Gathered weights lie in buffers that are used again for the next unit. Autograd must therefore not hold on to them:
-saved-tensor hooks turn a saved weight into a `_Handle` that finds the weights again in the backward, gathering them if
-need be. A unit is released when its forward ends (but the last one, whose backward follows at once), and again when the
-gradients of all its parameters are there. The root unit (parameters outside all units or shared by several) stays
-gathered from the start of the forward to the end of the backward.
-
 [Note: order of reductions]
 Ranks must issue the collectives of a group in one order, but a rank may miss the gradient of a parameter that another
 has. So units are reduced strictly in the reverse order of `units`; one that waits for a gradient which never comes
@@ -22,48 +15,36 @@ holds back those behind it until the backward ends.
 """
 
 import logging
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
+from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
 from offload.activations import Activations
 from offload.options import OffloadOptions
 from offload.state import MASTER, Fill, Movable, Piece, Read, filling
 from parallel import optimizer as optimizers
-from parallel.collectives import BufferPool, Lane, Queue, Steps
-from parallel.cut import cut_units, move_without_memory, wrap_blocks
+from parallel.collectives import BufferPool, Queue, Steps
+from parallel.cut import cut_units, make_unit, move_without_memory, wrap_blocks
 from parallel.engine import Accept
 from parallel.mesh import Mesh
 from parallel.offloaded import Offloader, num_threads, ranks_here
 from parallel.options import OptimizerOptions, ParallelOptions
 from parallel.placement import Placement
 from parallel.transport import Transport
-from parallel.unit import Flat, Named, TrainableFlat, Unit
+from parallel.unit import TrainableFlat, Unit
+from parallel.weights import Weights, weakly
 
 log = logging.getLogger(__name__)
 BUFFER = "buffer"
 """Kind of state of a module's persistent buffers."""
 KEEP = OffloadOptions()
-
-
-@dataclass(frozen=True)
-class _Handle:
-    """What autograd keeps instead of a weight, see [Note: who may use a unit's weights, and when]."""
-
-    unit: Unit
-    flat: Flat
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
 
 
 class ShardedModel:
@@ -90,49 +71,36 @@ class ShardedModel:
         self.updates = 0
         """Optimizer steps taken; set it after `load` to go on from there."""
         self._prefetch = options.prefetch_units
-        self._slots, self._staging = BufferPool(device), BufferPool(device)
-        self._gathers = Lane(device, overlap=options.overlap)
+        self._staging = BufferPool(device)
         self._reductions = Queue(device, depth=2, overlap=options.overlap)
         self.transport = Transport.of(options, mesh, placement)
-        self._owners: dict[int, tuple[Unit, Flat]] = {}  # storage of gathered weights -> whose they are
         self._first = self._last = True
-
-        def make_unit(name: str, module: nn.Module, named: Named) -> Unit:
-            named = sorted(named, key=lambda item: item[1].ndim < 2)  # what decays side by side: fewer, longer runs
-            train = [(name, p) for name, p in named if p.requires_grad]
-            frozen = [(name, p) for name, p in named if not p.requires_grad]
-            quantized = [(name, p) for name, p in train if self.transport.allows(name, p.ndim)]
-            exact = [(name, p) for name, p in train if not self.transport.allows(name, p.ndim)]
-            trainable = [
-                TrainableFlat(
-                    named, mesh, placement, dtype, device,
-                    reduce_dtype=_DTYPES[options.reduce_dtype], transport=transport,
-                )
-                for named, transport in ((quantized, self.transport), (exact, None)) if named
-            ]  # fmt: skip
-            return Unit(name, module, trainable, Flat(frozen, mesh, placement, dtype, device) if frozen else None)
 
         _create_groups(mesh, placement)
         move_without_memory(model, dtype, device)
         cut, root = cut_units(model, units)
-        self.units = [make_unit(name, module, named) for name, module, named in cut]
-        self.root = make_unit("root", model, root) if root else None
+        make = partial(
+            make_unit, mesh=mesh, placement=placement, dtype=dtype, device=device,
+            reduce_dtype=_DTYPES[options.reduce_dtype], transport=self.transport,
+        )  # fmt: skip
+        self.units = [make(*unit) for unit in cut]
+        self.root = make("root", model, root) if root else None
         self._all = ([self.root] if self.root else []) + self.units
         self._trainable = [flat for unit in self._all for flat in unit.trainable]
         if quantized := [flat.layout.numel for flat in self._trainable if flat.transport and flat.transport.quantizes]:
             self.transport.check_blocks(max(quantized), mesh.world)
         self._offloader = Offloader(self._all, offload, optimizer, device)
+        self.weights = Weights(self._all, self._offloader, device, overlap=options.overlap)
         self._resident = [flat for flat in self._trainable if flat.away is None]
         self.optimizer = optimizers.build(optimizer, self._resident)
         persistent = model.state_dict(keep_vars=True)
         self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
         leave = offload.activations.leave
         sharing, threads = (ranks_here(), num_threads(offload)) if leave else (1, None)
-        self._save_hooks = pack, unpack = _weak(self._pack), _weak(self._unpack)
         self.activations = Activations(
             offload.activations, device,
-            pack=pack, unpack=unpack, sharing=sharing, most_tokens=most_tokens, threads=threads,
-            drives=self._offloader.drives(offload), say=say,
+            pack=self.weights.pack, unpack=self.weights.unpack, sharing=sharing, most_tokens=most_tokens,
+            threads=threads, drives=self._offloader.drives(offload), say=say,
         )  # fmt: skip
         self.activations.wrap(blocks)
         again = {*recompute, *(blocks if offload.activations.leave else ())}
@@ -151,14 +119,14 @@ class ShardedModel:
             unit.packed = unit in self._recomputed
             unit.num_pending = unit.num_trainable
         self._unreduced = [unit for unit in reversed(self._all) if unit.trainable]
-        with self._handles():
+        with self.weights.kept_as_handles():
             loss: Tensor = self.model(*inputs)
         (loss * scale).backward()
         for unit in self._unreduced:
             self._reduce(unit)
         self._unreduced = []
         for unit in self._all:
-            self._release(unit)
+            self.weights.release(unit)
         return loss.detach()
 
     def evaluate(self, *inputs: Any) -> Tensor:
@@ -174,7 +142,7 @@ class ShardedModel:
         self._agree_on_received()
         norm = self._grad_norm()
         for flat in self._trainable:  # one still under way, of a unit not used since, would carry the old weights on
-            self._finish_update(flat)
+            self.weights.finish_update(flat)
         if accept is not None and not accept(norm):
             self._offloader.forget(lr, self.updates + 1)
             self._forget_gradients()
@@ -185,7 +153,7 @@ class ShardedModel:
         self.optimizer.update(lr, scale, self.updates)
         for flat in self._resident:
             flat.publish()
-            self._start_refresh(flat)
+            self.weights.start_refresh(flat)
         self._forget_gradients()
         self._share_buffers()
         return norm
@@ -212,18 +180,6 @@ class ShardedModel:
         if group := self.mesh.group(levels - self.placement.optim, levels):
             dist.all_reduce(total, group=group)
         return total.sqrt().float()
-
-    def _start_refresh(self, flat: TrainableFlat) -> None:
-        """Start bringing new weights to where they are used; a unit waits for its own before it computes."""
-        if flat.refreshes:
-            flat.refreshing = self._gathers.launch(flat.refresh(self._gathers.scratch))
-
-    def _finish_update(self, flat: TrainableFlat) -> None:
-        """Have the weights of the last update in the parameter shard."""
-        if self._offloader.arrive(flat):
-            flat.publish()
-            self._start_refresh(flat)
-        flat.finish_refresh()
 
     def _share_buffers(self) -> None:
         if self.mesh.world > 1:
@@ -262,7 +218,7 @@ class ShardedModel:
                     yield from flat.named(kind, tensor, start)
 
         for flat in self._trainable:
-            self._finish_update(flat)
+            self.weights.finish_update(flat)
         frozen = [unit.frozen for unit in self._all if unit.frozen]
         fill(
             chain(
@@ -277,7 +233,7 @@ class ShardedModel:
             if moments:
                 flat.load_residuals(fill)
             flat.loaded()
-            self._start_refresh(flat)
+            self.weights.start_refresh(flat)
         self._share_buffers()
 
     def _resident_states(self) -> Iterator[tuple[TrainableFlat, int, dict[str, Tensor]]]:
@@ -301,7 +257,7 @@ class ShardedModel:
         """On the device, and ``host`` and ``nvme`` where anything is there."""
         flats, trainable = [flat for unit in self._all for flat in unit.flats if not flat.streamed], self._resident
         separate = [flat for flat in trainable if flat.master is not flat.owned]
-        pools = self._slots, self._staging, self._gathers.scratch, self._reductions.scratch
+        pools = self.weights, self._staging, self._reductions.scratch
         return {
             "parameters": sum(flat.shard.nbytes for flat in flats),
             "master": sum(flat.master.nbytes for flat in separate),
@@ -338,38 +294,38 @@ class ShardedModel:
                 self._hooks.append(hook)
 
     def _before_forward(self, unit: Unit, position: int) -> None:
-        self._use(unit)
+        self.weights.use(unit)
         for following in self.units[position + 1 : position + 1 + self._prefetch]:
             # an update under way would make the host wait, and ranks must gather in one order: not by how far it is
             if following.sharded and not any(flat.updating for flat in following.trainable):
-                self._start_gather(following)
+                self.weights.start_gather(following)
 
     def _after_forward(self, unit: Unit, position: int, output: Any) -> None:
         if not torch.is_grad_enabled():
-            self._release(unit)
+            self.weights.release(unit)
         elif unit is not self.root:
             if outputs := [tensor for tensor in _tensors(output) if tensor.requires_grad]:
-                before_backward = _weak(self._before_backward)
+                before_backward = weakly(self._before_backward)
                 register_multi_grad_hook(outputs, lambda _: before_backward(position), mode="any")
             if position < len(self.units) - 1:
-                self._release(unit)
+                self.weights.release(unit)
 
     def _before_backward(self, position: int) -> None:
         unit = self.units[position]
         for following in self.units[position + 1 :]:  # those that wait for a gradient which never comes, or for none
-            self._release(following)
+            self.weights.release(following)
         if unit.packed:
-            self._use(unit)
+            self.weights.use(unit)
         for preceding in reversed(self.units[max(0, position - self._prefetch) : position]):
             if preceding.packed:
-                self._start_gather(preceding)
+                self.weights.start_gather(preceding)
 
     def _after_gradient(self, unit: Unit) -> None:
         unit.num_pending -= 1
         if unit.num_pending:
             return
         if unit is not self.root:
-            self._release(unit)
+            self.weights.release(unit)
         while self._unreduced and self._unreduced[0].num_pending == 0:
             self._reduce(self._unreduced.pop(0))
 
@@ -394,75 +350,6 @@ class ShardedModel:
         """A final reduction, after which the gradient leaves if its states are away."""
         yield from reduction
         self._offloader.depart(flat)
-
-    # ------------------------------------------------------------------------------------------------ weights
-
-    def _use(self, unit: Unit) -> None:
-        """Have the unit's weights in place for what this thread or stream does next."""
-        self._start_gather(unit)
-        for flat in unit.flats:
-            flat.finish_gather()
-
-    def _start_gather(self, unit: Unit) -> None:
-        for trainable in unit.trainable:
-            self._finish_update(trainable)
-        for flat in unit.flats:
-            if flat.full is None:
-                if flat.streamed and flat.holds_gradient:
-                    raise RuntimeError(
-                        "with offload.weights=host nothing runs between a step's last backward and step()"
-                    )
-                full = self._slots.take(flat.layout.size, flat.dtype)
-                flat.gathering = self._gathers.launch(flat.gather(full, self._gathers.scratch))
-                flat.attach(full)
-                self._owners[full.untyped_storage().data_ptr()] = unit, flat
-
-    def _release(self, unit: Unit) -> None:
-        for flat in unit.flats:
-            if flat.sharded and flat.full is not None:
-                flat.finish_gather()
-                del self._owners[flat.full.untyped_storage().data_ptr()]
-                self._slots.give(flat.full)
-                flat.release()
-
-    def _handles(self) -> AbstractContextManager[Any]:
-        if not any(unit.sharded for unit in self._all):
-            return nullcontext()
-        return saved_tensors_hooks(*self._save_hooks)
-
-    # Compiled blocks call it, and would have it compiled for each unit.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _pack(self, tensor: Tensor) -> Tensor | _Handle:
-        owner = self._owners.get(tensor.untyped_storage().data_ptr())
-        if owner is None:
-            return tensor
-        unit, flat = owner
-        if tensor.dtype != flat.dtype:  # other bits of the same memory: a copy is the safe thing to keep
-            return tensor.clone()
-        unit.packed = True
-        return _Handle(unit, flat, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
-
-    def _unpack(self, saved: Tensor | _Handle) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        self._use(saved.unit)
-        assert saved.flat.full is not None
-        return saved.flat.full.as_strided(saved.size, saved.stride, saved.offset)
-
-
-def _weak(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`method`, without keeping its object alive, for what autograd holds: a graph's hooks, and those of the thread,
-    which a collective takes along. A step that a peer's death has ended leaves both unfinished; what holds them the
-    collector cannot see, and they would hold the engine and all its memory for good."""
-    found = weakref.WeakMethod(method)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def call(tensor: Any) -> Any:
-        alive = found()
-        assert alive is not None, "a graph is of no use without its engine"
-        return alive(tensor)
-
-    return call  # type: ignore[no-any-return]
 
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -54,6 +54,21 @@ class Rank:
             dist.all_reduce(everywhere)
         return everywhere.tolist()
 
+    def gather(self, here: Any) -> list[Any]:
+        """What each rank has, in their order. Collective."""
+        if self.world == 1:
+            return [here]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, here)
+        return found
+
+    def tell(self, here: Any) -> Any:
+        """What rank 0 has. Collective."""
+        told = [here]
+        if self.world > 1:
+            dist.broadcast_object_list(told, src=0)
+        return told[0]
+
 
 def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype of compute, and why."""
@@ -115,6 +130,7 @@ def build_engine(
 
 
 def mesh_of(job: Job, where: Rank) -> Mesh:
+    """The levels of ``parallel.levels``, as this rank sees them. ValueError where they do not make up the world."""
     return Mesh.of(job.parallel.levels, rank=where.rank, world=where.world)
 
 
@@ -157,18 +173,9 @@ def open_snapshots(
     return Snapshots(roster, job.checkpoint, ranks, say)
 
 
-def everyone(mine: Any, where: Rank) -> list[Any]:
-    """What each rank has, in their order. Collective."""
-    if where.world == 1:
-        return [mine]
-    found: list[Any] = [None] * where.world
-    dist.all_gather_object(found, mine)
-    return found
-
-
 def check_same_data(corpus: Corpus, where: Rank) -> None:
     """ValueError where this rank's tokens are not those of rank 0: other files, or another interpreter's library."""
-    fingerprints = everyone(corpus.fingerprint, where)
+    fingerprints = where.gather(corpus.fingerprint)
     if corpus.fingerprint != fingerprints[0]:
         raise ValueError(
             f"the data on rank {where.rank} is not that of rank 0: give every node the same files (data.paths) and, "

@@ -37,7 +37,7 @@ from parallel.planning.cost import memory
 from parallel.planning.traffic import Traffic
 from parallel.planning.workload import Workload
 from parallel.transport import Transport
-from trainer.build import Rank, everyone, mesh_of
+from trainer.build import Rank, mesh_of
 from trainer.footprint import Footprint, footprint
 from trainer.job import Job
 from trainer.models import LanguageModel
@@ -52,7 +52,7 @@ REACHED = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
+class ActivationBudget:
     """What a rank has for activations."""
 
     device_bytes: float
@@ -76,7 +76,7 @@ class Narrowed:
 class _Host:
     """What host memory, and drives behind it, hold of what all blocks leave."""
 
-    def __init__(self, cost: BlockCost, num_blocks: int, room: Room) -> None:
+    def __init__(self, cost: BlockCost, num_blocks: int, room: ActivationBudget) -> None:
         self._cost, self._num_blocks, self._room = cost, num_blocks, room
 
     @cached_property
@@ -104,7 +104,7 @@ class _Host:
         return short <= 0 or (self.drives is not None and 2 * each <= there and short <= self.drives.size_bytes)
 
 
-def narrow(options: ActivationOptions, sizes: Footprint, room: Room, forward_s: float) -> Narrowed:
+def narrow(options: ActivationOptions, sizes: Footprint, room: ActivationBudget, forward_s: float) -> Narrowed:
     """What ``auto`` may begin with. forward_s: of a block, for whether drives hide behind it."""
     cost, asked = sizes.cost(forward_s), options.num_kept(sizes.num_blocks)
     host = _Host(cost, sizes.num_blocks, room)
@@ -130,7 +130,7 @@ def narrow(options: ActivationOptions, sizes: Footprint, room: Room, forward_s: 
 
 
 def _by_tiles(
-    options: ActivationOptions, sizes: Footprint, room: Room, host: _Host, otherwise_bytes: int
+    options: ActivationOptions, sizes: Footprint, room: ActivationBudget, host: _Host, otherwise_bytes: int
 ) -> tuple[str, str]:
     """The mode of blocks that run by tiles, or "", and why. otherwise_bytes: of the device, what they would take
     else."""
@@ -147,7 +147,9 @@ def _by_tiles(
     return "", f"{said}, nor inputs: give drives by offload.nvme_path, or more host memory"
 
 
-def _auto_bytes(options: ActivationOptions, sizes: Footprint, cost: BlockCost, room: Room, host: _Host) -> int:
+def _auto_bytes(
+    options: ActivationOptions, sizes: Footprint, cost: BlockCost, room: ActivationBudget, host: _Host
+) -> int:
     """The least of the device that ``auto`` takes with so many blocks that keep: while it measures, and then."""
     choices = fit([cost] * (sizes.num_blocks - options.num_kept(sizes.num_blocks)), room.host_bytes)
     swap = sizes.device_bytes(replace(options, mode="swap", alpha=0.0))
@@ -194,7 +196,7 @@ def settle(
     most = job.offload.device_bytes or limit_bytes(where.device)
     if options.mode != "auto" or job.engine != "native" or most is None:
         return job, None
-    answers = everyone(_narrowed(job, model, where, dtype, HEADROOM * most), where)
+    answers = where.gather(_narrowed(job, model, where, dtype, HEADROOM * most))
     if None in answers:
         return job, None
     found: Narrowed = max(answers, key=lambda one: one.rung)
@@ -220,7 +222,7 @@ def _narrowed(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, m
     gloo = where.device.type == "cpu"
     traffic = Traffic(work, mesh, placement, Transport.of(job.parallel, mesh, placement), gloo=gloo)
     here = ranks_here()
-    room = Room(
+    room = ActivationBudget(
         device_bytes=max(0.0, most_bytes - others_bytes(options, work, traffic)),
         host_bytes=host_room(options, HOST_SHARE * capacity_bytes() / here, work.numel / where.world),
         drives=(lambda: _drives(options)) if options.nvme_path else None,

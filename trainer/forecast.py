@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from offload.arena import capacity_bytes
-from offload.choose import Chosen, Room, choose, overrides
+from offload.choose import Chosen, MemoryBudget, choose, overrides
 from offload.cost import Layer, Prediction, Rates, predict, seconds
 from offload.device import host_available_bytes
 from offload.measure import measure
@@ -32,7 +32,7 @@ from parallel.planning.traffic import Traffic
 from parallel.planning.workload import UnitCost
 from parallel.sequence import SequenceParallel
 from parallel.transport import Transport
-from trainer.build import Rank, everyone, mesh_of
+from trainer.build import Rank, mesh_of
 from trainer.changes import as_plain
 from trainer.job import Job
 from trainer.loggers import replace_file
@@ -54,7 +54,7 @@ class Profile:
 
     probed: Probed
     rates: Rates
-    room: Room
+    room: MemoryBudget
 
 
 class Forecast:
@@ -147,10 +147,10 @@ def settle(
         return job, None
     plan = _Reckoning(job, model, where, dtype, activation_bytes)
     key = _key(job, where, dtype)
-    known = _agreed(_load(folder / FILE, key) if where.rank == 0 else None, where)
+    known = where.tell(_load(folder / FILE, key) if where.rank == 0 else None)
     if known is None:
         found = plan.measure()
-        profiles = everyone(found, where)
+        profiles = where.gather(found)
         if failed := next((text for text in profiles if isinstance(text, str)), None):
             if needed:
                 raise ValueError(f"offload.states=auto: this machine could not be measured: {failed}")
@@ -225,7 +225,7 @@ class _Reckoning:
             return probed
         micro, _ = self._job.micro_batches(self._where.world)
         mine = sending_s(self._job, self._model, sequence, micro, self._dtype, self._where.device)
-        slowest = max(everyone(mine, self._where))
+        slowest = max(self._where.gather(mine))
         return replace(
             probed,
             block_forward_s=probed.block_forward_s + slowest,
@@ -271,7 +271,7 @@ class _Reckoning:
         return times
 
 
-def _room(options: OffloadOptions, device: torch.device, ranks: int) -> Room:
+def _room(options: OffloadOptions, device: torch.device, ranks: int) -> MemoryBudget:
     """What this rank may use. ranks: of this machine, which share it."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -281,7 +281,7 @@ def _room(options: OffloadOptions, device: torch.device, ranks: int) -> Room:
         device_bytes = host_available_bytes() / ranks
     host_bytes = FREE_HOST * capacity_bytes() / ranks
     drives = FREE_NVME * sum(_space(Path(path))[0] for path in options.nvme_path) / ranks
-    return Room(
+    return MemoryBudget(
         device_bytes=device_bytes if options.device_bytes is None else options.device_bytes,
         host_bytes=host_bytes if options.host_bytes is None else options.host_bytes,
         nvme_bytes=drives if options.nvme_bytes is None else min(drives, options.nvme_bytes),
@@ -309,16 +309,6 @@ def _slowest(profiles: list[Profile]) -> Profile:
     )
 
 
-def _agreed(known: "tuple[Profile, OffloadOptions] | None", where: Rank) -> "tuple[Profile, OffloadOptions] | None":
-    """Rank 0's answer, on all ranks."""
-    if where.world == 1:
-        return known
-    told: list[Any] = [known]
-    dist.broadcast_object_list(told, src=0)
-    answer: tuple[Profile, OffloadOptions] | None = told[0]
-    return answer
-
-
 def _key(job: Job, where: Rank, dtype: torch.dtype) -> dict[str, Any]:
     """What a profile is good for. Through JSON, as it comes back."""
     device = torch.cuda.get_device_name(where.device) if where.device.type == "cuda" else "cpu"
@@ -342,7 +332,7 @@ def _load(file: Path, key: dict[str, Any]) -> tuple[Profile, OffloadOptions] | N
     if found["key"] != key:
         return None
     profile = Profile(
-        probed=Probed(**found["probed"]), rates=Rates(**found["rates"]), room=Room(**found["room"])
+        probed=Probed(**found["probed"]), rates=Rates(**found["rates"]), room=MemoryBudget(**found["room"])
     )  # fmt: skip
     activations = type(OffloadOptions().activations)(**found["offload"].pop("activations"))
     return profile, OffloadOptions(**found["offload"], activations=activations)

@@ -17,6 +17,9 @@ ENGINES = ("native", "fsdp2", "deepspeed")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
+    """All that a rank has to know to train: plain data. ValueError for an engine that is not there, or a
+    number that is none."""
+
     engine: str = "native"
     """``native``, or the same job on ``fsdp2`` or ``deepspeed``, to compare with or to move over from."""
     model: ModelOptions = field(default_factory=LlamaOptions)

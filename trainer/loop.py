@@ -27,7 +27,6 @@ from checkpoint.snapshots.no_snapshots import NoSnapshots
 from checkpoint.snapshots.rank import Snapshots
 from checkpoint.snapshots.reader import SnapshotReader
 from checkpoint.snapshots.roster import Roster
-from offload.device import DeviceReader, peak_flops
 from parallel.options import ParallelOptions
 from trainer import fit_activations, trial
 from trainer.build import Rank, build_engine, check_same_data, choose_dtype, compiles, open_snapshots, share_sequences
@@ -37,6 +36,7 @@ from trainer.evaluate import sample, validate
 from trainer.forecast import settle, wear
 from trainer.job import Job
 from trainer.memory import Picture
+from trainer.meter import Meter
 from trainer.models import LanguageModel, build_model
 from trainer.models.attention import attention_backends
 from trainer.numbers import BadNumbers, Judge, Rewind
@@ -193,8 +193,6 @@ class Trainer:
             if where.rank == 0:
                 for note in self.run.prepare(lingers=self._left_behind.lingers, say=self._tell):
                     self._tell(note)
-            self._device = DeviceReader(where.device)
-            cleanup.callback(self._device.close)
             self.corpus = open_corpus(job.data, job.train.seq_len, job.train.seed, say=self._tell)
             check_same_data(self.corpus, where)
             self._build(cleanup)
@@ -210,6 +208,8 @@ class Trainer:
         model = self._make_engine(cleanup)
         self._event({"type": "plan", "text": describe(self.job, self.where, self.corpus, model, self.engine)})
         device = self.where.device
+        self._meter = Meter(self.job, model, self.where)
+        cleanup.callback(self._meter.close)
         self._picture = Picture(self.engine, model.units(), device, counted=not compiles(self.job, device))
         self._num_steps = 0
         self.step = 0
@@ -231,8 +231,6 @@ class Trainer:
             device=where.device,
         )
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        self._flops_per_token = model.flops_per_token(job.train.seq_len)
-        self._peak_flops = peak_flops(where.device, dtype)
         self.sequence = share_sequences(job, model, where)
         job, counted = fit_activations.settle(job, model, where, dtype, self._tell)
         job, self.forecast = settle(
@@ -249,19 +247,9 @@ class Trainer:
         the model is then thrown away. Collective."""
         settled, self.job = self.job, replace(self.job, parallel=parallel)
         self.snapshots = NoSnapshots()
-        count, total = settled.parallel.auto_steps, settled.train.steps
         with ExitStack() as cleanup:
             self._make_engine(cleanup)
-            for step in range(2):  # they compile, allocate and connect
-                self.train_step(step % total).wait()
-            steps, seconds = range(2, 2 + count), []
-            for half in (steps[: (count + 1) // 2], steps[(count + 1) // 2 :]):
-                start = time.perf_counter()
-                for step in half:
-                    last = self.train_step(step % total)
-                if half:
-                    last.wait()
-                    seconds.append((time.perf_counter() - start) / len(half))
+            seconds = trial.timed(self.train_step, settled.parallel.auto_steps, settled.train.steps)
             taken = torch.tensor(seconds, device=self.where.device)
         if self.where.world > 1:
             dist.all_reduce(taken, op=dist.ReduceOp.MAX)
@@ -300,7 +288,8 @@ class Trainer:
         self._num_passed = reader.meta.get("passed", 0)
         self.engine.updates = reader.meta.get("updates", self.step)
         self._judge.load(**reader.meta.get("judge", {"losses": [], "in_a_row": 0}))
-        if isinstance(reader, CheckpointReader):
+        stored = isinstance(reader, CheckpointReader)
+        if stored:
             self._saved_step = self.step
         if reader.world == where.world:
             set_rng_state(reader.rank_state(where.rank))
@@ -308,7 +297,6 @@ class Trainer:
             torch.manual_seed(job.train.seed + where.rank + where.world * self.step)
         if where.rank == 0:
             self.run.truncate(self.step)
-        stored = isinstance(reader, CheckpointReader)
         source = self.run.checkpoint_url if stored else "the snapshots in memory"
         text = f"resumed from step {self.step} of {source}, written by {reader.world} ranks"
         self._event({"type": "resumed", "step": self.step, "from": "storage" if stored else "memory", "text": text})
@@ -337,26 +325,33 @@ class Trainer:
         if finished and job.train.sample_tokens:
             text = sample(self.engine, self.corpus, count=job.train.sample_tokens, seq_len=job.train.seq_len, seed=0)
             self._event({"type": "sample", "text": text})
-        if finished:
-            text = f"finished at step {self.step}: {self.run.path}; for another run set run.name="
-        else:
-            reason = self.wishes.reason
-            text = f"stopped after step {self.step} of {job.train.steps} ({reason}); the same command resumes it"
-        written = self.engine.written_bytes_per_s()
-        if self.forecast and (compared := self.forecast.summary(written)):
-            text = f"{compared}\n{text}"
-        elif written:
-            text = f"{wear(written, job.offload, world=self.where.world)}\n{text}"
-        if not self.checkpoints.error():
-            self.snapshots.close(dropped=True)
+        text = self._ending(finished)
         if error := self.checkpoints.error():
             text += f"\nits last steps are lost: {error}"
+        else:
+            self.snapshots.close(dropped=True)
         status, unsaved = "finished" if finished else "stopped", error is not None
         end = {"type": "end", "status": status, "step": self.step, "unsaved": unsaved, "text": text}
-        self.run.note("end", status=end["status"], step=self.step)
+        self.run.note("end", status=status, step=self.step)
         self._event(end)
         self.run.draw()
         return end
+
+    def _ending(self, finished: bool) -> str:
+        """How it ended, after what steps took and what was written to drives where that is known."""
+        if finished:
+            text = f"finished at step {self.step}: {self.run.path}; for another run set run.name="
+        else:
+            text = (
+                f"stopped after step {self.step} of {self.job.train.steps} ({self.wishes.reason}); the same command "
+                f"resumes it"
+            )
+        written = self.engine.written_bytes_per_s()
+        if self.forecast and (compared := self.forecast.summary(written)):
+            return f"{compared}\n{text}"
+        if written:
+            return f"{wear(written, self.job.offload, world=self.where.world)}\n{text}"
+        return text
 
     # ------------------------------------------------------------------------------------------------ reports
 
@@ -381,22 +376,7 @@ class Trainer:
             self._raise(done.step, fault)
         if self.where.rank:
             return
-        step_tokens = self.job.train.global_batch_size * self.job.train.seq_len
-        flops_per_s = self._flops_per_token * step_tokens / step_s
-        metrics = {
-            "step": done.step,
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "lr": done.lr,
-            "tokens": (done.step + 1) * step_tokens,
-            "tokens_per_s": step_tokens / step_s,
-            "step_s": step_s,
-            "time": time.time(),
-            "flops_per_s": flops_per_s,
-            "mfu": flops_per_s / (self._peak_flops * self.where.world) if self._peak_flops else None,
-            **self._device.read(),
-            **({"skipped": done.fault} if done.fault else {}),
-        }
+        metrics = self._meter.read(done, step_s, loss, grad_norm)
         if done.fault:
             self._tell(f"step {done.step} is skipped: {done.fault}")
         self.run.log_step(metrics)

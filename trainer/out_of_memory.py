@@ -45,6 +45,10 @@ def explained(job: Job, where: Rank, engine: Engine, vocab_size: int, step: Call
 
 
 def report(job: Job, where: Rank, engine: Engine, vocab_size: int, step: int, error: str) -> str:
+    """Who holds the device's memory, the largest first, and which overrides would take less.
+
+    error: PyTorch's own words.
+    """
     device = where.device
     held, limit = owners(engine, device), limit_bytes(device)
     micro, _ = job.micro_batches(where.world)

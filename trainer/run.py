@@ -48,6 +48,7 @@ PACKAGES = ("atoll", "torch", "numpy", "zarr", "fsspec", "ray", "transformers", 
 
 
 def run_path(job: Job) -> Path:
+    """``<run.root>/<run.name>``; `RunFolder` makes it."""
     return Path(job.run.root).expanduser() / job.run_name
 
 

@@ -8,16 +8,16 @@ on with the same placement, and bit by bit.
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from parallel.options import ParallelOptions
 from trainer.build import Rank
 from trainer.job import Job
 from trainer.loggers import replace_file
+from trainer.running import Running
 
 FILE = "placement.json"
 ROUNDS = 3
@@ -40,10 +40,7 @@ def settle(
     """
     names = job.parallel.candidates
     asked = {"candidates": names, "workers": where.world, "levels": job.parallel.levels}
-    known: list[Any] = [_kept(folder / FILE, asked) if where.rank == 0 else None]
-    if where.world > 1:
-        dist.broadcast_object_list(known, src=0)
-    chosen = known[0]
+    chosen = where.tell(_kept(folder / FILE, asked) if where.rank == 0 else None)
     if chosen is None:
         chosen, times = fastest(names, lambda name: time_steps(job.parallel.candidate(name)))
         shown = ", ".join(f"{name} {1e3 * seconds:.4g} ms" for name, seconds in times.items())
@@ -75,6 +72,22 @@ def fastest(names: Sequence[str], trial: Callable[[str], list[float]]) -> tuple[
         if len(near) == 1 or max(figures) <= (1 + ALIKE) * min(figures):
             break
     return best, medians
+
+
+def timed(train_step: Callable[[int], Running], count: int, total: int) -> list[float]:
+    """Seconds a step, of the first half of `count` steps and of the second, after two that are not counted: they
+    compile, allocate and connect. total: steps that there are, to be gone through again and again."""
+    for step in range(2):
+        train_step(step % total).wait()
+    steps, seconds = range(2, 2 + count), []
+    for half in (steps[: (count + 1) // 2], steps[(count + 1) // 2 :]):
+        start = time.perf_counter()
+        for step in half:
+            last = train_step(step % total)
+        if half:
+            last.wait()
+            seconds.append((time.perf_counter() - start) / len(half))
+    return seconds
 
 
 def _kept(file: Path, asked: dict[str, Any]) -> str | None:

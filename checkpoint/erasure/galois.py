@@ -40,6 +40,7 @@ _LOG = {power: exponent for exponent, power in enumerate(_EXP)}
 
 
 def multiply(a: int, b: int) -> int:
+    """In GF(2^8)."""
     return _EXP[(_LOG[a] + _LOG[b]) % 255] if a and b else 0
 
 

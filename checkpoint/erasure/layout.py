@@ -23,7 +23,6 @@ m parity nodes it would be S·m.
 Source: rotating parity as in RAID-5, D. Patterson et al., 1988; over snapshots of nodes: REFT, arXiv 2310.12670.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from checkpoint.erasure.galois import MAX_ELEMENTS
@@ -49,10 +48,6 @@ class Stripe:
     elements: tuple[Element, ...]
     encoder: int
     """The node that computes all parities: the one that keeps parity 0."""
-
-    def left(self, lost: Collection[int]) -> dict[int, Element]:
-        """The elements, by number, that are not on a lost node."""
-        return {number: element for number, element in enumerate(self.elements) if element.node not in lost}
 
 
 @dataclass(frozen=True)

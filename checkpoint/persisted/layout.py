@@ -56,6 +56,7 @@ def shard_folder(rank: int) -> str:
 
 
 def is_chunk(path: str) -> bool:
+    """Whether a file of a step's folder is a chunk of an array, and so ends with a CRC-32C of its own."""
     return _CHUNK.fullmatch(path) is not None
 
 

@@ -45,7 +45,7 @@ from checkpoint.snapshots.reader import SnapshotReader
 from checkpoint.snapshots.roster import Roster, check_nodes
 from checkpoint.snapshots.segment import Segment
 from checkpoint.snapshots.wire import Refused, Wire
-from offload.state import Movable, Piece, Room, nowhere
+from offload.state import Destination, Movable, Piece, nowhere
 
 _log = logging.getLogger(__name__)
 
@@ -377,7 +377,7 @@ class Snapshots:
         """Whether the next version is granted, and the one before no longer written."""
         return self._granted > 0 and self._job is None
 
-    def _room(self, wait: bool) -> Room | None:
+    def _room(self, wait: bool) -> Destination | None:
         """Asked before an update, by the training thread to `wait`; see [Note: the version that the update writes]."""
         begun, every = time.perf_counter(), self._options.snapshot_every_steps
         step = self._done_steps + 1

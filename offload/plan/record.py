@@ -41,8 +41,6 @@ class Recorder(TorchDispatchMode):
     def __init__(self, module: nn.Module | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.num_steps = 0
-        self.outside_bytes = 0
-        """Of storages that operators read and that were made before: parameters and inputs, not to be planned."""
         self.held_bytes = 0
         """Of what was made and is not freed."""
         self.peak_bytes = 0
@@ -101,7 +99,6 @@ class Recorder(TorchDispatchMode):
         for tensor in _tensors((args, kwargs)):
             storage = tensor.untyped_storage()
             if id(storage) not in self._alive:
-                self.outside_bytes += storage.nbytes()
                 self._watch(storage, None)
         step = self.num_steps
         self.num_steps += 1

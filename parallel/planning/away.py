@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from offload.choose import Chosen, Room, choose, device_bytes
+from offload.choose import Chosen, MemoryBudget, choose, device_bytes
 from offload.cost import Layer, Prediction, Rates, predict, seconds
 from offload.options import OffloadOptions
 from offload.placing import Part
@@ -85,7 +85,7 @@ class AwayPlan:
     options: OffloadOptions
     prediction: Prediction
     device_bytes: float
-    room: Room
+    room: MemoryBudget
     waits_s: float
     """For links between ranks, a step; not in the prediction."""
     chosen: Chosen | None
@@ -141,7 +141,7 @@ def plan_away(
     traffic = traffic_of(work, plan, machine)
     layers = layers_of(work, traffic, by_flops(work, machine.compute, machine.unit_s))
     kept, rates = activation_bytes(work, traffic), rates_of(machine)
-    room = Room(
+    room = MemoryBudget(
         device_bytes=cap_bytes if options.device_bytes is None else options.device_bytes,
         host_bytes=_cap(options.host_bytes if options.states != "nvme" else None, machine.memory.get("host")),
         nvme_bytes=_cap(options.nvme_bytes, machine.memory.get("nvme")),

@@ -44,7 +44,7 @@ def test_any_m_nodes_are_made_again_bitwise(n: int, m: int):
             alive = {node: held for node, held in nodes.items() if node not in lost}
             made = {node: _Node(layout) for node in lost}
             for stripe in layout.stripes():
-                left = stripe.left(lost)
+                left = {number: e for number, e in enumerate(stripe.elements) if e.node not in lost}
                 wanted = [number for number in range(n) if number not in left]
                 sources = {number: _read(alive, left[number]) for number in sorted(left)[: layout.k]}
                 code.reconstruct(sources, wanted, [_read(made, stripe.elements[number]) for number in wanted])

@@ -69,9 +69,6 @@ class Machines:
     def unplug(self, number: int) -> None:
         _ip("link set", f"atoll-p{number}", "down")
 
-    def plug_in(self, number: int) -> None:
-        _ip("link set", f"atoll-p{number}", "up")
-
     def close(self) -> None:
         for init in self._inits:
             init.kill()  # and with it all that runs there

@@ -163,7 +163,7 @@ def test_values_that_cannot_be(options: type, key: str, value: object) -> None:
         options(**{key: value})
 
 
-def test_no_number_and_infinity(tmp_path: Path) -> None:
+def test_no_number_and_infinity() -> None:
     for broken in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="optimizer.lr=.*finite"):
             Config(optimizer=OptimizerOptions(lr=broken))

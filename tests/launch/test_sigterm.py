@@ -82,7 +82,7 @@ def test_at_the_start(atoll_started: Callable[..., object], num: int, after_s: f
 
 
 @workers
-def test_in_a_validation(atoll_started: Callable[..., object], atoll, num: int, tmp_path: Path) -> None:
+def test_in_a_validation(atoll_started: Callable[..., object], num: int, tmp_path: Path) -> None:
     run = atoll_started("train", *LONG_EVAL, f"launch.workers={num}")
     wait_for_validation(run, tmp_path)
     ends_resumable(run)
@@ -108,7 +108,7 @@ def test_a_validation_that_was_cut_is_made_good(atoll_started, atoll, num: int, 
 @pytest.mark.parametrize("every_steps", [0, 1], ids=["step", "checkpoint"])
 @pytest.mark.slow
 @workers
-def test_in_a_step_or_a_checkpoint(atoll_started, atoll, num: int, every_steps: int, tmp_path: Path) -> None:
+def test_in_a_step_or_a_checkpoint(atoll_started, num: int, every_steps: int, tmp_path: Path) -> None:
     command = ["train", *ENDLESS, f"launch.workers={num}", f"checkpoint.every_steps={every_steps}"]
     run = atoll_started(*command)
     assert any(int(found[1]) > 1 for line in run.stdout if (found := re.match(r"step (\d+)/", line)))
@@ -154,7 +154,7 @@ def test_while_a_rank_hangs(atoll_started, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_notice_ends_a_long_step(atoll_started, tmp_path: Path) -> None:
+def test_the_notice_ends_a_long_step(atoll_started) -> None:
     endless_step = ["train.global_batch_size=65536", "train.micro_batch_size=4", "train.eval_sequences=0"]
     run = atoll_started("train", *SMALL, "train.steps=4", *endless_step, "launch.workers=1", "launch.notice_s=3")
     wait_for(run, " dtype ")

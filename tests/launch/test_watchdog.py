@@ -128,7 +128,7 @@ class Beating:
 
 
 @pytest.mark.ray
-def test_a_stopped_process_and_one_that_stands_still_are_found_in_time(tmp_path: Path) -> None:
+def test_a_stopped_process_and_one_that_stands_still_are_found_in_time() -> None:
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -32,7 +32,7 @@ def train(preset: str, mode: str, alpha: float | None, tile_tokens: int | None =
         model, mesh, Placement.of(options, mesh.num_levels), units=model.units(), initial=model.initial(0, CPU),
         optimizer=OptimizerOptions(), options=options, dtype=torch.float32, device=CPU,
     )  # fmt: skip
-    activations = Activations(leave, CPU, pack=engine._pack, unpack=engine._unpack, poison=True)
+    activations = Activations(leave, CPU, pack=engine.weights.pack, unpack=engine.weights.unpack, poison=True)
     activations.wrap(model.blocks())
     generator = torch.Generator().manual_seed(dist.get_rank())
     losses = []

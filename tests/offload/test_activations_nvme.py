@@ -21,8 +21,7 @@ from offload.activations_plan import BlockCost, Choice, DriveRoom, choose
 from offload.activations_slots import Drives
 from offload.drive import DriveError, SystemCalls
 from offload.options import ActivationOptions
-from tests.offload.leaving import give_up_in_each_block, nothing_grows
-from tests.offload.test_activations import (
+from tests.offload.leaving import (
     CPU,
     LARGE,
     LAYERS,
@@ -31,9 +30,11 @@ from tests.offload.test_activations import (
     HFLoss,
     assert_equal,
     batch,
+    give_up_in_each_block,
     gradients,
     leaves_bytes,
     llama,
+    nothing_grows,
     one_thread,
 )
 from tests.offload.test_nvme_faults import Fault, first_bytes, raising

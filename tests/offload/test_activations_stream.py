@@ -15,8 +15,7 @@ from offload.attention_spread import Tiling
 from offload.options import ActivationOptions
 from offload.plan import Recorder, load_bytes
 from parallel.sequence import SequenceParallel
-from tests.offload.leaving import give_up_in_each_block, llama_of
-from tests.offload.test_activations import assert_equal, gradients, one_thread
+from tests.offload.leaving import assert_equal, give_up_in_each_block, gradients, llama_of, one_thread
 from tests.offload.tier_conformance import PAGE
 from trainer.models.llama import Block, Llama, rotary_tables
 from trainer.options import LlamaOptions

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offload.choose import HEADROOM, Room, choose, device_bytes
+from offload.choose import HEADROOM, MemoryBudget, choose, device_bytes
 from offload.cost import Layer, Rates
 from offload.options import ActivationOptions, OffloadOptions
 from offload.placing import Part, place
@@ -36,14 +36,14 @@ def test_host_memory_is_filled_before_the_drives() -> None:
 
 
 def test_what_fits_stays_on_the_device() -> None:
-    room = Room(device_bytes=EVERYTHING / HEADROOM + 1, host_bytes=1e12)
+    room = MemoryBudget(device_bytes=EVERYTHING / HEADROOM + 1, host_bytes=1e12)
     found = choose(LAYERS, AUTO, RATES, room, micro_batches=1, activation_bytes=ACTIVATIONS)
     assert found.options.states == "none" and found.device_bytes <= EVERYTHING
 
 
 @pytest.mark.parametrize("gib", [0.45, 0.7, 1.0])
 def test_the_device_is_filled_and_no_more(gib: float) -> None:
-    room = Room(device_bytes=gib * 2**30, host_bytes=1e12, nvme_bytes=1e12)
+    room = MemoryBudget(device_bytes=gib * 2**30, host_bytes=1e12, nvme_bytes=1e12)
     found = choose(LAYERS, AUTO, RATES, room, micro_batches=1, activation_bytes=ACTIVATIONS)
     assert found.options.states == "host" and found.prediction.written_bytes == 0
     needed = device_bytes(LAYERS, found.options, micro_batches=1, activation_bytes=ACTIVATIONS)
@@ -55,7 +55,7 @@ def test_the_device_is_filled_and_no_more(gib: float) -> None:
 
 
 def test_speculation_where_it_pays_and_there_is_room() -> None:
-    small = Room(device_bytes=0.45 * 2**30, host_bytes=1.3e9)
+    small = MemoryBudget(device_bytes=0.45 * 2**30, host_bytes=1.3e9)
     large = replace(small, host_bytes=1e12)
     frugal = choose(LAYERS, AUTO, RATES, small, micro_batches=1, activation_bytes=ACTIVATIONS)
     quick = choose(LAYERS, AUTO, RATES, large, micro_batches=1, activation_bytes=ACTIVATIONS)
@@ -64,14 +64,14 @@ def test_speculation_where_it_pays_and_there_is_room() -> None:
 
 
 def test_drives_take_what_host_memory_cannot() -> None:
-    room = Room(device_bytes=0.45 * 2**30, host_bytes=9e8, nvme_bytes=1e12)
+    room = MemoryBudget(device_bytes=0.45 * 2**30, host_bytes=9e8, nvme_bytes=1e12)
     found = choose(LAYERS, AUTO, RATES, room, micro_batches=1, activation_bytes=ACTIVATIONS)
     assert found.options.states == "nvme" and found.options.host_bytes == 9e8
     assert 0 < found.prediction.nvme_bytes < 12 * 8e7 and found.prediction.host_bytes <= 9e8
 
 
 def test_nothing_fits_is_one_error_that_says_what_is_missing() -> None:
-    room = Room(device_bytes=0.4 * 2**30, host_bytes=1e8, nvme_bytes=1e9)
+    room = MemoryBudget(device_bytes=0.4 * 2**30, host_bytes=1e8, nvme_bytes=1e9)
     with pytest.raises(ValueError, match=r"nothing fits.*states=none needs 1\.\d+ GiB on the dev.*offload\.nvme_path"):
         choose(LAYERS, AUTO, RATES, room, micro_batches=1, activation_bytes=ACTIVATIONS)
 

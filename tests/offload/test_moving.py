@@ -8,7 +8,7 @@ import torch
 
 from offload.hostpool import HostPool
 from offload.shard import Run, Shard, Terms
-from offload.state import Room
+from offload.state import Destination
 from offload.states import AdamW, AwayStates
 
 SIZES = (1_000, 70_001, 333)
@@ -26,7 +26,7 @@ class Slots:
         self.asked = 0
         movable.room = self._room
 
-    def _room(self, wait: bool) -> Room | None:
+    def _room(self, wait: bool) -> Destination | None:
         self.asked += 1
         return None if self._open is None else self._slots[self._open]
 

@@ -16,8 +16,7 @@ from offload.activations import Activations
 from offload.options import ActivationOptions
 from parallel import Mesh
 from parallel.sequence import SequenceParallel, _stand_in
-from tests.offload.leaving import llama_of
-from tests.offload.test_activations import one_thread
+from tests.offload.leaving import llama_of, one_thread
 from trainer.options import LlamaOptions
 
 __all__ = ["one_thread"]

@@ -164,13 +164,13 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def watch_gathered(engine) -> list[int]:
     """Each time after a gather began: how many units, the root aside, have gathered weights."""
-    counts, start = [], engine._start_gather
+    counts, start = [], engine.weights.start_gather
 
     def counted(unit) -> None:
         start(unit)
-        counts.append(len({id(owner) for owner, _ in engine._owners.values() if owner is not engine.root}))
+        counts.append(sum(owner is not engine.root for owner in engine.weights.gathered))
 
-    engine._start_gather = counted
+    engine.weights.start_gather = counted
     return counts
 
 
@@ -183,7 +183,8 @@ def equality(case: dict) -> dict:
     worst = max(differences, key=lambda name: differences[name])
     return {
         "worst": worst, "difference": differences[worst], "norms": distance(torch.stack(norms), reference["norms"]),
-        "alive": len(engine._owners), "most_alive": max(counts, default=0), "state_bytes": engine.state_bytes(),
+        "alive": len(engine.weights.gathered), "most_alive": max(counts, default=0),
+        "state_bytes": engine.state_bytes(),
     }  # fmt: skip
 
 
@@ -235,9 +236,9 @@ def quantized(case: dict) -> dict:
     state, reference = gathered(engine), plain(case)
     used = {}
     for unit in engine._all:
-        engine._use(unit)
+        engine.weights.use(unit)
         used |= {n: p.detach().clone() for n, p in engine.model.named_parameters() if p.numel() and not p.isnan().any()}
-        engine._release(unit)
+        engine.weights.release(unit)
     every: list = [None] * dist.get_world_size()
     dist.all_gather_object(every, used)
     masters = {name: state[name, MASTER] for name in used}
@@ -249,7 +250,7 @@ def quantized(case: dict) -> dict:
         "difference": max(distance(state[n, MASTER], reference[n]) for n in reference if n != "norms"),
         "norms": distance(torch.stack(norms), reference["norms"]),
         "residuals": engine.state_bytes()["residuals"],
-        "alive": len(engine._owners),
+        "alive": len(engine.weights.gathered),
     }
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from offload.activations_plan import DriveRoom
 from offload.options import ActivationOptions, OffloadOptions
 from parallel.options import ParallelOptions
-from tests.offload.test_activations import one_thread
+from tests.offload.leaving import one_thread
 from tests.trainer.test_activations import MODEL, data, kept, run
 from tests.trainer.test_footprint import LAYERS, found
 from tests.trainer.test_out_of_memory import full_once
-from trainer.fit_activations import Narrowed, Room, narrow
+from trainer.fit_activations import ActivationBudget, Narrowed, narrow
 from trainer.footprint import Footprint
 from trainer.job import Job
 from trainer.models import llama
@@ -38,7 +38,7 @@ def takes(sizes: Footprint, keep_last: int = 0, mode: str = "swap") -> int:
 
 
 def narrowed(sizes: Footprint, device_bytes: int, host_bytes: float = math.inf, **room: Any) -> Narrowed:
-    return narrow(AUTO, sizes, Room(device_bytes=device_bytes, host_bytes=host_bytes, **room), 1.0)
+    return narrow(AUTO, sizes, ActivationBudget(device_bytes=device_bytes, host_bytes=host_bytes, **room), 1.0)
 
 
 def test_it_stays_as_asked_where_that_fits(sizes: Footprint) -> None:

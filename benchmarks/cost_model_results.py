@@ -1,0 +1,72 @@
+"""What `cost_model` has measured: rows by point and machines by rate, and the file they are kept in."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # `offload` is the package, not the benchmark
+
+from cost_model_grid import Point, Row  # noqa: E402
+from report import write_report  # noqa: E402
+
+CORES = sorted(os.sched_getaffinity(0))
+
+
+class Results:
+    """Rows and machines, kept in `out` as they come."""
+
+    def __init__(self, out: str) -> None:
+        self.out = out
+        self.rows: dict[Point, Row] = {}
+        self.machines: dict[float, Row] = {}
+        self.measured: Row = {}
+        """Of a file that was read: when, by what and how it was measured."""
+        self.rounds_before = 0
+        self.hardware = (
+            f"{platform.machine()}, {len(CORES)} of {os.cpu_count()} cores, Linux {platform.release()}, "
+            f"load average {os.getloadavg()[0]:.1f} at the start"
+        )
+
+    @property
+    def points(self) -> list[Point]:
+        """Those that have a time."""
+        return [point for point, row in self.rows.items() if row["rounds"]]
+
+    def read(self, path: str) -> None:
+        """What an earlier run kept."""
+        report = json.loads(Path(path).read_text())
+        self.hardware = report["hardware"]
+        self.measured = {name: report[name] for name in ("date", "versions", "command")}
+        names = [field.name for field in fields(Point)]
+        for row in report["rows"]:
+            if row["kind"] == "machine":
+                self.machines[row["rate"]] = {"machine": row["machine"], "points": row["points"]}
+            elif row["kind"] == "step":
+                values = {name: row[name] for name in names}
+                point = Point(**values | {"triple": row["triple"] and tuple(row["triple"])})
+                self.rows[point] = {name: value for name, value in row.items() if name != "kind"}
+        for point in self.points:
+            self.rows[point] |= over_rounds(self.rows[point]["rounds"])
+        self.rounds_before = min(len(row["rounds"]) for row in self.rows.values())
+
+    def keep(self, more: Sequence[Row] = ()) -> None:
+        rows = [{"kind": "machine", "rate": rate, **machine} for rate, machine in self.machines.items()]
+        write_report(self.out, self.hardware, [*rows, *({"kind": "step", **row} for row in self.rows.values()), *more])
+        if self.measured:
+            report = json.loads(Path(self.out).read_text())
+            judged = {name: report[name] for name in ("date", "versions")}
+            Path(self.out).write_text(json.dumps(report | self.measured | {"judged": judged}, indent=1) + "\n")
+
+
+def over_rounds(rounds: list[Row]) -> Row:
+    """The median of the rounds' medians, and how far the slowest is from the fastest."""
+    medians = [statistics.median(found["steps_s"]) for found in rounds]
+    return {
+        "step_s": statistics.median(medians), "spread": max(medians) / min(medians) - 1, "sent": rounds[-1]["sent"]
+    }  # fmt: skip
