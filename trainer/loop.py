@@ -46,7 +46,7 @@ from trainer.progress import Progress
 from trainer.pulse import Pulse
 from trainer.resume import check_source, find_source
 from trainer.run import LeftBehind, RunFolder
-from trainer.running import Running, to_host
+from trainer.running import Running, StepClock, to_host
 from trainer.schedule import learning_rate
 from trainer.wishes import Wishes
 
@@ -121,7 +121,7 @@ class Trainer:
 
     def train_step(self, step: int) -> Running:
         """One optimizer step: a forward and a backward of each of this rank's micro-batches, then the update."""
-        start, job, sequence = time.perf_counter(), self.job, self.sequence
+        job, sequence = self.job, self.sequence
         micro, count = job.micro_batches(self.where.world)
         first_sample = self._batches(step) * job.train.global_batch_size + sequence.number * micro * count
         part, seq_len = sequence.part(job.train.seq_len), job.train.seq_len
@@ -151,7 +151,7 @@ class Trainer:
 
         grad_norm = self.engine.step(lr, job.train.clip_norm, accept if self._judge.skips else None)
         values = torch.cat((told, grad_norm.view(1)))
-        return Running(step, lr, *to_host(values), issue_s=time.perf_counter() - start, fault=fault)
+        return Running(step, lr, *to_host(values), fault=fault)
 
     def _batches(self, step: int) -> int:
         """How many batches of the data lie behind a run that has done so many steps."""
@@ -197,7 +197,7 @@ class Trainer:
             check_same_data(self.corpus, where)
             self._build(cleanup)
             self._resume(cleanup)
-            self._clock = time.perf_counter()
+            self._clock = StepClock(where.device)
             yield
 
     def _build(self, cleanup: ExitStack) -> None:
@@ -369,8 +369,7 @@ class Trainer:
         self.pulse.beat("report", done.step)
         done.wait()
         loss, stops, pauses, grad_norm = done.values.tolist()
-        now = time.perf_counter()
-        step_s, self._clock = max(now - self._clock, done.issue_s), now
+        step_s = self._clock.lap(done)
         self.wishes.heard(stops, pauses)
         if not self._judge.skips and (fault := self._judge.fault(loss, grad_norm)):
             self._raise(done.step, fault)
@@ -404,8 +403,8 @@ class Trainer:
         self._flush()
         began = time.perf_counter()
         yield
-        self._clock = time.perf_counter()
-        self.run.note(event, step=self.step, seconds=self._clock - began)
+        self._clock.restart()
+        self.run.note(event, step=self.step, seconds=time.perf_counter() - began)
 
     def _validate(self) -> None:
         micro, _ = self.job.micro_batches(self.where.world)

@@ -1,5 +1,6 @@
 """A step that has been issued, and may still be computed: on a GPU the host runs ahead of what it has told to do."""
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,6 @@ class Running:
     """(4,) fp32 on the host once `ready`: the mean loss, how many ranks were asked to stop, how many to pause (each
     that is to persist counts `trainer.wishes.PERSIST`), the gradient norm."""
     ready: torch.cuda.Event | None
-    issue_s: float
-    """What the host spent on it; the device may have taken longer."""
     fault: str
     """Why it was skipped; empty where it was not."""
 
@@ -40,4 +39,32 @@ def to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         return values, None
     host = torch.empty_like(values, device="cpu", pin_memory=True)
     host.copy_(values, non_blocking=True)
-    return host, torch.cuda.current_stream().record_event()
+    return host, _mark()
+
+
+class StepClock:
+    """Seconds from the end of a step to the end of the next. On a GPU as its own events tell them: the host learns of
+    an end late, by as much as it has issued since, which is a whole step where it runs ahead."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """The next step begins now; nothing of the one before is still under way."""
+        self._host_s = time.perf_counter()
+        self._end = _mark() if self._device.type == "cuda" else None
+
+    def lap(self, done: Running) -> float:
+        """Of `done`, which the device has computed; each step once, in their order."""
+        if self._end is None or done.ready is None:
+            before, self._host_s = self._host_s, time.perf_counter()
+            return self._host_s - before
+        start, self._end = self._end, done.ready
+        return float(start.elapsed_time(done.ready)) / 1e3
+
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
