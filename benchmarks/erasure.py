@@ -6,7 +6,8 @@ GB/s of data (k elements, parity not counted, whatever is made): encoding, and d
 yardstick is `numpy.copyto` of the same data in the same round, into pages that are already there; the sides take
 turns, a figure is the median over rounds, a ratio the median of the ratios within a round. Beside ours: PyECLib's own
 API (liberasurecode's Vandermonde and, where it loads, ISA-L backends), zfec where it is installed, and our numpy. Also
-CRC-32C in pieces of 1 MiB, by google-crc32c and by ISA-L, on one thread and two. Prints a table and writes
+CRC-32C in pieces of 1 MiB, by google-crc32c and by ISA-L, on one thread and two; and what those two leave of the pace
+of a thread that runs Python, as one that launches kernels does. Prints a table and writes
 benchmarks/results/erasure.json.
 """
 
@@ -15,6 +16,7 @@ import os
 import platform
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,7 @@ sys.path.insert(0, str(HERE.parent))
 import numpy as np  # noqa: E402
 from report import write_report  # noqa: E402
 
+from checkpoint import crc as checksums  # noqa: E402
 from checkpoint.crc import crc32c, piece_crcs  # noqa: E402
 from checkpoint.erasure import ReedSolomon, aligned_empty, isal  # noqa: E402
 
@@ -143,6 +146,56 @@ def measure_crc(total_bytes: int, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
+def measure_beside(total_bytes: int, rounds: int) -> list[dict[str, Any]]:
+    """Two threads that check beside one that runs Python: as they do, and with a call from Python for each piece."""
+    library, payload = isal.load(), fill(total_bytes, np.random.default_rng(0))
+    if not isinstance(library, isal.Isal):
+        return []
+    sides: dict[str, Side | None] = {
+        "nothing": None,
+        "ISA-L, 2 threads, one call": lambda: piece_crcs(payload, 1 << 20, threads=2, niceness=10),
+        "ISA-L, 2 threads, a call a piece": lambda: checksums._in_python(library, payload, 1 << 20, 2, 10),
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            found[name].append(beside(side, total_bytes))
+    alone = statistics.median(pace for pace, _ in found.pop("nothing"))
+    return [
+        {
+            "what": "CRC-32C beside Python", "by": name,
+            "gb_per_s": round(statistics.median(rate for _, rate in values), 2),
+            "python_keeps": round(statistics.median(pace for pace, _ in values) / alone, 3),
+        }
+        for name, values in found.items()
+    ]  # fmt: skip
+
+
+def beside(side: Side | None, size_bytes: int, seconds: float = 0.3) -> tuple[float, float]:
+    """Operations a second of a thread of Python while `side` runs again and again, and GB/s of `side`."""
+    small, count, over = np.ones(64, dtype=np.float32), 0, threading.Event()
+
+    def run_python() -> None:
+        nonlocal count
+        while not over.is_set():
+            for _ in range(20):
+                _ = small + small
+            count += 20
+
+    thread = threading.Thread(target=run_python)
+    start, calls = time.perf_counter(), 0
+    thread.start()
+    while (taken := time.perf_counter() - start) < seconds:
+        if side:
+            side()
+            calls += 1
+        else:
+            time.sleep(seconds)
+    over.set()
+    thread.join()
+    return count / taken, calls * size_bytes / taken / 1e9
+
+
 def row(
     what: str, name: str, values: list[float], copies: list[float], ratios: list[float], target: float | None
 ) -> dict[str, Any]:
@@ -161,7 +214,7 @@ def main() -> None:
     parser.add_argument("--out", default=str(HERE / "results" / "erasure.json"))
     args = parser.parse_args()
     load = os.getloadavg()[0]
-    rows = measure_crc(args.mib << 20, args.rounds)
+    rows, both = measure_crc(args.mib << 20, args.rounds), measure_beside(256 << 20, args.rounds)
     for k, m in CODES:
         rows += measure(k, m, args.mib << 20, args.rounds)
     print(f"{'':<16} {'by':<32} {'GB/s':>6} {'copy':>6} {'ratio':>6} {'quartiles':>15} {'target':>6}")
@@ -171,9 +224,12 @@ def main() -> None:
             f"{entry['what']:<16} {entry['by']:<32} {entry['gb_per_s']:6.2f} {entry['copy_gb_per_s']:6.2f} "
             f"{entry['ratio']:6.3f} {low:7.3f} {high:7.3f} {entry['target'] or '':>6}"
         )
+    for entry in both:
+        kept = f"Python keeps {entry['python_keeps']:.0%} of its pace"
+        print(f"{entry['what']:<21} {entry['by']:<27} {entry['gb_per_s']:6.2f} {kept}")
     backend = ReedSolomon(2, 1).backend
     hardware = f"{platform.machine()}, {os.cpu_count()} cores, {backend}, load average {load:.1f} at the start"
-    write_report(args.out, hardware, rows)
+    write_report(args.out, hardware, rows + both)
 
 
 if __name__ == "__main__":
