@@ -227,7 +227,7 @@ class Tape:
             or tensor.nbytes < SMALL_BYTES
             or tensor.device != self.device
         ):
-            return tensor
+            return tensor.detach()  # itself, if its operator has made it, would hold the graph that holds it
         if (region := self._region) is not None:
             alias = _view_among(tensor, region.inputs)
             if alias is not None:

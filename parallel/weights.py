@@ -6,6 +6,11 @@ saved-tensor hooks turn a saved weight into a `_Handle` that finds the weights a
 need be. A unit is released when its forward ends (but the last one, whose backward follows at once), and again when the
 gradients of all its parameters are there. The root unit (parameters outside all units or shared by several) stays
 gathered from the start of the forward to the end of the backward.
+
+[Note: graphs that are let go of]
+What an operator makes and saves itself (attention, exp, tanh), kept as it is, holds the operator that holds it: through
+C++, where no collector looks. A backward breaks that up; a forward that a peer's death has ended has none, and its
+graph, the handles in it and all the memory that they lead to would stay for good. So hooks keep `tensor.detach()`.
 """
 
 import weakref
@@ -43,12 +48,9 @@ class Weights:
         self._lane = Lane(device, overlap=overlap)
         self._owners: dict[int, tuple[Unit, Flat]] = {}  # storage of gathered weights -> whose they are
         self.pack, self.unpack = weakly(self._pack), weakly(self._unpack)
-        """What autograd is to keep of a tensor that it saves, and that tensor again, its unit gathered."""
-
-    @property
-    def gathered(self) -> list[Unit]:
-        """The units whose weights are in a buffer, or on their way there."""
-        return list({id(unit): unit for unit, _ in self._owners.values()}.values())
+        """What is to be kept of a weight that autograd saves, and that weight again, its unit gathered. Other tensors
+        are returned unchanged."""
+        self._keep = weakly(self._kept)
 
     @property
     def size_bytes(self) -> int:
@@ -101,7 +103,11 @@ class Weights:
         """Around a forward: autograd keeps handles of gathered weights."""
         if not any(unit.sharded for unit in self._units):
             return nullcontext()
-        return saved_tensors_hooks(self.pack, self.unpack)
+        return saved_tensors_hooks(self._keep, self.unpack)
+
+    def _kept(self, tensor: Tensor) -> Tensor | _Handle:
+        packed = self._pack(tensor)
+        return tensor.detach() if packed is tensor else packed  # see [Note: graphs that are let go of]
 
     def _pack(self, tensor: Tensor) -> Tensor | _Handle:
         owner = self._owners.get(tensor.untyped_storage().data_ptr())

@@ -61,7 +61,8 @@ def main() -> None:
         print("raised")
     dist.destroy_process_group()
     gc.collect()
-    print("freed" if [ref() for ref in left] == [None] * 3 else gc.get_referrers(left[0]()))
+    kept = [number for number, ref in enumerate(left) if ref() is not None]
+    print("freed" if left and not kept else f"kept: {kept}")
 
 
 def train(rank: int, left: "list[weakref.ref[object]]") -> None:
@@ -69,7 +70,7 @@ def train(rank: int, left: "list[weakref.ref[object]]") -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
     model = Mean(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
     engine = build(model, Mesh.of({}, rank=rank, world=2), ParallelOptions())
-    left += [weakref.ref(engine), weakref.ref(model), weakref.ref(engine.units[0].trainable[0].master)]
+    left += [weakref.ref(engine), weakref.ref(model), *(weakref.ref(unit.trainable[0].master) for unit in engine.units)]
     if rank == 1 and sys.argv[2] == "backward":
         model[2].register_full_backward_hook(die)
     elif rank == 1:
