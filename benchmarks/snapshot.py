@@ -123,8 +123,9 @@ class Training:
         return (time.perf_counter() - start) / steps
 
     def _meet(self) -> None:
+        """Every rank has done its steps; what copies of a snapshot beside them goes on."""
         if self.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
         if self.world > 1:
             dist.barrier()
 

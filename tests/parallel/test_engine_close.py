@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from offload.options import ActivationOptions, OffloadOptions
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard
 from parallel.engine import Engine
 
@@ -23,12 +24,13 @@ class Mean(nn.Sequential):
         return super().forward(x).mean()
 
 
-def build(model: Mean, mesh: Mesh, options: ParallelOptions) -> Engine:
+def build(model: Mean, mesh: Mesh, options: ParallelOptions, activations: str = "keep") -> Engine:
     source = {name: p.detach().clone().flatten() for name, p in model.named_parameters()}
     return shard(
         model, mesh, Placement.of(options, 1), units=list(model), optimizer=OptimizerOptions(),
         initial=lambda name, kind, start, stop: source[name][start:stop], options=options, dtype=torch.float32,
-        device=torch.device("cpu"),
+        device=torch.device("cpu"), blocks=list(model),
+        offload=OffloadOptions(activations=ActivationOptions(mode=activations)),
     )  # fmt: skip
 
 
@@ -44,10 +46,14 @@ def test_a_closed_engine_and_its_model_are_freed() -> None:
     assert [ref() for ref in left] == [None] * 3
 
 
-@pytest.mark.parametrize("where", ["first", "last", "backward"])
-def test_a_closed_engine_is_freed_where_a_peer_has_died_in_a_step(tmp_path: Path, where: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "activations"),
+    [("first", "keep"), ("last", "keep"), ("backward", "keep"), ("last", "swap"), ("backward", "swap")],
+)
+def test_a_closed_engine_is_freed_where_a_peer_has_died_in_a_step(tmp_path: Path, where: str, activations: str) -> None:
     """The other one waits for weights then, with more or less of a graph made, or in its backward."""
-    command = [sys.executable, "-c", "from tests.parallel.test_engine_close import main; main()", str(tmp_path), where]
+    code = "from tests.parallel.test_engine_close import main; main()"
+    command = [sys.executable, "-c", code, str(tmp_path), where, activations]
     world = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert world.stdout.split() == ["raised", "freed"], world.stderr
 
@@ -61,16 +67,18 @@ def main() -> None:
         print("raised")
     dist.destroy_process_group()
     gc.collect()
-    kept = [number for number, ref in enumerate(left) if ref() is not None]
-    print("freed" if left and not kept else f"kept: {kept}")
+    kept = [type(ref()) for ref in left if ref() is not None]
+    print("freed" if left and not kept else kept)
 
 
 def train(rank: int, left: "list[weakref.ref[object]]") -> None:
     store = dist.FileStore(f"{sys.argv[1]}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
     model = Mean(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
-    engine = build(model, Mesh.of({}, rank=rank, world=2), ParallelOptions())
-    left += [weakref.ref(engine), weakref.ref(model), *(weakref.ref(unit.trainable[0].master) for unit in engine.units)]
+    engine = build(model, Mesh.of({}, rank=rank, world=2), ParallelOptions(), sys.argv[3])
+    masters = [unit.trainable[0].master for unit in engine.units]
+    left += map(weakref.ref, (engine, engine.activations, model, *masters))
+    del masters
     if rank == 1 and sys.argv[2] == "backward":
         model[2].register_full_backward_hook(die)
     elif rank == 1:

@@ -52,7 +52,7 @@ def test_too_many_in_a_row_end_the_run() -> None:
 
 def test_a_state_without_numbers_is_unfit_unless_its_step_was_skipped() -> None:
     def step(grad_norm: float, fault: str = "") -> str:
-        return Running(7, 1e-3, torch.tensor([1.0, 0, 0, grad_norm]), None, 0.1, fault).unfit()
+        return Running(7, 1e-3, torch.tensor([1.0, 0, 0, grad_norm]), None, fault).unfit()
 
     assert not step(1.0) and not step(math.nan, "its gradient norm is nan")
     assert step(math.nan) == step(math.inf) == "step 7 left no numbers"
