@@ -8,8 +8,7 @@ gradients of all its parameters are there. The root unit (parameters outside all
 gathered from the start of the forward to the end of the backward.
 """
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from offload.weak import weakly
 from parallel.collectives import BufferPool, Lane
 from parallel.offloaded import Offloader
 from parallel.unit import Flat, TrainableFlat, Unit
@@ -43,7 +43,8 @@ class Weights:
         self._lane = Lane(device, overlap=overlap)
         self._owners: dict[int, tuple[Unit, Flat]] = {}  # storage of gathered weights -> whose they are
         self.pack, self.unpack = weakly(self._pack), weakly(self._unpack)
-        """What autograd is to keep of a tensor that it saves, and that tensor again, its unit gathered."""
+        """What is to be kept of a tensor that autograd saves, itself where it is no weight, and that tensor again, its
+        unit gathered."""
 
     @property
     def gathered(self) -> list[Unit]:
@@ -101,7 +102,13 @@ class Weights:
         """Around a forward: autograd keeps handles of gathered weights."""
         if not any(unit.sharded for unit in self._units):
             return nullcontext()
-        return saved_tensors_hooks(self.pack, self.unpack)
+        return saved_tensors_hooks(weakly(self._keep), self.unpack)
+
+    def _keep(self, tensor: Tensor) -> Tensor | _Handle:
+        """As `pack`, for autograd itself: an operator that saves its own result would hold itself by it, and all that
+        comes before it, for good where no backward comes (a peer has died)."""
+        kept = self._pack(tensor)
+        return tensor.detach() if kept is tensor else kept
 
     def _pack(self, tensor: Tensor) -> Tensor | _Handle:
         owner = self._owners.get(tensor.untyped_storage().data_ptr())
@@ -109,7 +116,7 @@ class Weights:
             return tensor
         unit, flat = owner
         if tensor.dtype != flat.dtype:  # other bits of the same memory: a copy is the safe thing to keep
-            return tensor.clone()
+            return tensor.detach().clone()
         unit.packed = True
         return _Handle(unit, flat, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
@@ -119,19 +126,3 @@ class Weights:
         self.use(saved.unit)
         assert saved.flat.full is not None
         return saved.flat.full.as_strided(saved.size, saved.stride, saved.offset)
-
-
-def weakly(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`method`, without keeping its object alive, for what autograd holds: a graph's hooks, and those of the thread,
-    which a collective takes along. A step that a peer's death has ended leaves both unfinished; what holds them the
-    collector cannot see, and they would hold the engine and all its memory for good. Compiled blocks call it as it is,
-    and do not have it compiled for each unit."""
-    found = weakref.WeakMethod(method)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def call(tensor: Any) -> Any:
-        alive = found()
-        assert alive is not None, "a graph is of no use without its engine"
-        return alive(tensor)
-
-    return call  # type: ignore[no-any-return]
