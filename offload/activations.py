@@ -50,6 +50,7 @@ from offload.activations_stream import Place, Streaming
 from offload.activations_tape import Tape
 from offload.activations_watch import intercept
 from offload.options import ActivationOptions
+from offload.weak import weakly
 
 log = logging.getLogger(__name__)
 WARM_UP = 2
@@ -237,7 +238,8 @@ class Activations:
                 self._depart(position, tape)
             self._tapes.append(weakref.ref(tape))
         if outputs := [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]:
-            register_multi_grad_hook(outputs, lambda _: self._before_backward(previous), mode="any")
+            before_backward = weakly(self._before_backward)
+            register_multi_grad_hook(outputs, lambda _: before_backward(previous), mode="any")
         return out
 
     def _place(self, position: int, x: Tensor, *_: Any) -> Place:
@@ -268,7 +270,7 @@ class Activations:
         self._leaving.append((self._clock, left, flats))
         self._leases[tape] = lease
         weakref.finalize(tape, self._ended.append, lease).atexit = False
-        tape.restore = self._restore
+        tape.restore = weakly(self._restore)
 
     def _growth(self, tape: Tape) -> float:
         """How many times its tokens may still come at once, see [Note: made for the longest]."""

@@ -31,6 +31,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from offload.activations_watch import product, rng_state, same, set_rng_state, watched, with_rng
+from offload.weak import weakly
 
 SMALL_BYTES = 64
 """What an operator saves below this (seeds of random numbers) stays where it is."""
@@ -48,6 +49,12 @@ class Saved:
     def __init__(self, tape: "Tape") -> None:
         self.tape = tape
         self.tensor: Tensor | None = None
+
+    def get(self) -> Tensor:
+        if self.tensor is None:
+            self.tape.restore(self.tape)
+        assert self.tensor is not None
+        return self.tensor
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,7 @@ class Tape:
         """Run the block; returns what it returns."""
         rng = rng_state(self.device)
         args, kwargs = tree_unflatten(self._leaves, self._spec)
-        with saved_tensors_hooks(self._pack, self._unpack), watched(self._record_call):
+        with saved_tensors_hooks(weakly(self._pack), _unpack), watched(self._record_call):
             result = self._forward(*args, **kwargs)
         self._rng = rng if not same(rng, rng_state(self.device)) else None
         self._finish()
@@ -215,19 +222,18 @@ class Tape:
             if number not in used:  # of the last product: the replay ends before it
                 source.flat, source.numel, source.stored = None, 0, 0
 
-    # Compiled blocks call the hooks, and would have them compiled, and again for tensors that differ.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pack(self, tensor: Tensor) -> Any:
         number = self.num_seen
         self.num_seen += 1
         if self._pack_other is not None and (handle := self._pack_other(tensor)) is not tensor:
-            return _Other(handle)
+            assert self._unpack_other is not None
+            return _Other(handle, self._unpack_other)
         if (
             tensor.untyped_storage().data_ptr() in self._fixed
             or tensor.nbytes < SMALL_BYTES
             or tensor.device != self.device
         ):
-            return tensor.detach()  # itself, if its operator has made it, would hold the graph that holds it
+            return tensor.detach()  # or an operator that saves its own result would hold itself
         if (region := self._region) is not None:
             alias = _view_among(tensor, region.inputs)
             if alias is not None:
@@ -249,18 +255,6 @@ class Tape:
         if known is None or known() is not storage:
             self._kept[id(storage)] = weakref.ref(storage)
             self._kept_bytes += storage.nbytes()
-
-    def _unpack(self, saved: Any) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        if isinstance(saved, _Other):
-            assert self._unpack_other is not None
-            return self._unpack_other(saved.handle)
-        assert isinstance(saved, Saved)
-        if saved.tensor is None:
-            self.restore(self)
-        assert saved.tensor is not None
-        return saved.tensor
 
     def _record_call(self, kind: str, inputs: Sequence[Tensor], call: Callable[[], Tensor]) -> Tensor:
         region = _Region(self.num_seen, kind, list(inputs))
@@ -310,7 +304,7 @@ class Tape:
             with (
                 torch.enable_grad(),
                 with_rng(self._rng, self.device),
-                saved_tensors_hooks(self._collect, _refuse),
+                saved_tensors_hooks(weakly(self._collect), _refuse),
                 watched(self._replay_call),
             ):
                 self._forward(*args, **kwargs)
@@ -326,7 +320,6 @@ class Tape:
         assert flat is not None
         return view.see(flat).detach()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _collect(self, tensor: Tensor) -> None:
         number = self.num_seen
         self.num_seen += 1
@@ -373,6 +366,15 @@ class _Other:
     """What another's hook made of a saved tensor."""
 
     handle: Any
+    unpack: Callable[[Any], Tensor]
+
+    def get(self) -> Tensor:
+        return self.unpack(self.handle)
+
+
+def _unpack(saved: "Tensor | Saved | _Other") -> Tensor:
+    """The hook of every tape: what is saved knows where it is, so that autograd's hooks hold no tape."""
+    return saved if isinstance(saved, Tensor) else saved.get()
 
 
 def _view_among(tensor: Tensor, bases: Sequence[Tensor]) -> View | None:

@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from offload.activations import Activations
 from offload.options import OffloadOptions
 from offload.state import MASTER, Fill, Movable, Piece, Read, filling
+from offload.weak import weakly
 from parallel import optimizer as optimizers
 from parallel.collectives import BufferPool, Queue, Steps
 from parallel.cut import cut_units, make_unit, move_without_memory, wrap_blocks
@@ -39,7 +40,7 @@ from parallel.options import OptimizerOptions, ParallelOptions
 from parallel.placement import Placement
 from parallel.transport import Transport
 from parallel.unit import TrainableFlat, Unit
-from parallel.weights import Weights, weakly
+from parallel.weights import Weights
 
 log = logging.getLogger(__name__)
 BUFFER = "buffer"

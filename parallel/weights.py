@@ -6,15 +6,9 @@ saved-tensor hooks turn a saved weight into a `_Handle` that finds the weights a
 need be. A unit is released when its forward ends (but the last one, whose backward follows at once), and again when the
 gradients of all its parameters are there. The root unit (parameters outside all units or shared by several) stays
 gathered from the start of the forward to the end of the backward.
-
-[Note: graphs that are let go of]
-What an operator makes and saves itself (attention, exp, tanh), kept as it is, holds the operator that holds it: through
-C++, where no collector looks. A backward breaks that up; a forward that a peer's death has ended has none, and its
-graph, the handles in it and all the memory that they lead to would stay for good. So hooks keep `tensor.detach()`.
 """
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from offload.weak import weakly
 from parallel.collectives import BufferPool, Lane
 from parallel.offloaded import Offloader
 from parallel.unit import Flat, TrainableFlat, Unit
@@ -48,9 +43,8 @@ class Weights:
         self._lane = Lane(device, overlap=overlap)
         self._owners: dict[int, tuple[Unit, Flat]] = {}  # storage of gathered weights -> whose they are
         self.pack, self.unpack = weakly(self._pack), weakly(self._unpack)
-        """What is to be kept of a weight that autograd saves, and that weight again, its unit gathered. Other tensors
-        are returned unchanged."""
-        self._keep = weakly(self._kept)
+        """What is to be kept of a tensor that autograd saves, itself where it is no weight, and that tensor again, its
+        unit gathered."""
 
     @property
     def size_bytes(self) -> int:
@@ -103,11 +97,13 @@ class Weights:
         """Around a forward: autograd keeps handles of gathered weights."""
         if not any(unit.sharded for unit in self._units):
             return nullcontext()
-        return saved_tensors_hooks(self._keep, self.unpack)
+        return saved_tensors_hooks(weakly(self._keep), self.unpack)
 
-    def _kept(self, tensor: Tensor) -> Tensor | _Handle:
-        packed = self._pack(tensor)
-        return tensor.detach() if packed is tensor else packed  # see [Note: graphs that are let go of]
+    def _keep(self, tensor: Tensor) -> Tensor | _Handle:
+        """As `pack`, for autograd itself: an operator that saves its own result would hold itself by it, and all that
+        comes before it, for good where no backward comes (a peer has died)."""
+        kept = self._pack(tensor)
+        return tensor.detach() if kept is tensor else kept
 
     def _pack(self, tensor: Tensor) -> Tensor | _Handle:
         owner = self._owners.get(tensor.untyped_storage().data_ptr())
@@ -115,7 +111,7 @@ class Weights:
             return tensor
         unit, flat = owner
         if tensor.dtype != flat.dtype:  # other bits of the same memory: a copy is the safe thing to keep
-            return tensor.clone()
+            return tensor.detach().clone()
         unit.packed = True
         return _Handle(unit, flat, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
@@ -125,19 +121,3 @@ class Weights:
         self.use(saved.unit)
         assert saved.flat.full is not None
         return saved.flat.full.as_strided(saved.size, saved.stride, saved.offset)
-
-
-def weakly(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`method`, without keeping its object alive, for what autograd holds: a graph's hooks, and those of the thread,
-    which a collective takes along. A step that a peer's death has ended leaves both unfinished; what holds them the
-    collector cannot see, and they would hold the engine and all its memory for good. Compiled blocks call it as it is,
-    and do not have it compiled for each unit."""
-    found = weakref.WeakMethod(method)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def call(tensor: Any) -> Any:
-        alive = found()
-        assert alive is not None, "a graph is of no use without its engine"
-        return alive(tensor)
-
-    return call  # type: ignore[no-any-return]
