@@ -32,7 +32,7 @@ from cost_model_grid import (  # noqa: E402
 from cost_model_results import CORES, Results  # noqa: E402
 
 from parallel import ParallelOptions, Placement  # noqa: E402
-from parallel.planning.calibrate import Run, calibrate_alike  # noqa: E402
+from parallel.planning.calibrate import Run, calibrate  # noqa: E402
 from parallel.planning.choose import MEASURED, choose  # noqa: E402
 from parallel.planning.cost import estimate, traffic_of  # noqa: E402
 from parallel.planning.machine import Machine  # noqa: E402
@@ -51,7 +51,7 @@ def fit(results: Results) -> dict[float, Machine]:
     }  # fmt: skip
     machines, started = [described(rate, row) for rate, row in results.machines.items()], time.monotonic()
     with ProcessPoolExecutor(len(CORES), multiprocessing.get_context("fork")) as pool:
-        found = calibrate_alike(machines, list(runs.values()), within=8.0, each=pool.map)
+        found = calibrate(machines, list(runs.values()), within=8.0, each=pool.map)
     say(f"fitted in {time.monotonic() - started:.0f} s")
     return dict(zip(results.machines, found, strict=True))
 

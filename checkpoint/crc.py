@@ -1,6 +1,6 @@
 """CRC-32C (Castagnoli), the checksum of every byte in a checkpoint.
 
-By ISA-L where it is there: it frees the GIL meanwhile and makes 10 to 25 GB/s a core (docs/erasure.md). google_crc32c,
+By ISA-L where it is there: it frees the GIL meanwhile and makes 20 GB/s a core (docs/erasure.md). google_crc32c,
 which holds the GIL, is the fallback, the oracle (`isal.load` holds one against the other), and what is called for short
 content, where ctypes costs more than the work.
 """

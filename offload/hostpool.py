@@ -5,8 +5,9 @@ may come from any number of Python threads at once: their work queues first in, 
 starts while the last tasks of the one before still run. So a background Python thread that calls is all it takes to
 overlap with the GPU. A pool belongs to the process that made it and dies in a fork.
 
-Where the C code cannot be built, `native` is False and the callers (`offload/adamw.py`, `offload/arena.py`) do the same
-with torch's operations: the same results bit for bit, about 15 times slower. That is said once, with the reason.
+Where the C code cannot be built, `native` is False and the callers (`offload/adamw.py`, `offload/arena.py`,
+`checkpoint/crc.py`) do the same from Python: the same results bit for bit, the update about 15 times slower. That is
+said once, with the reason.
 """
 
 import ctypes
@@ -54,7 +55,7 @@ class HostPool:
             if not self._handle:
                 number = ctypes.get_errno()
                 raise OSError(number, f"cannot start {self.threads} threads ({os.strerror(number)}); see ulimit -u")
-            self._end = weakref.finalize(self, self._library.atoll_pool_close, self._handle)
+            self._end = weakref.finalize(self, _end_threads, self._library, self._handle, self._process)
             self._end.atexit = False  # a thread of Python may still be in a call then
         self._closed = False
 
@@ -65,9 +66,11 @@ class HostPool:
 
     def call(self, function: str, arguments: ctypes.Structure) -> None:
         """Run the C function ``atoll_<function>(pool, &arguments)`` and wait for it. Needs `native`."""
+        if os.getpid() != self._process:
+            raise RuntimeError("a HostPool does not survive a fork")
         with self._gate:
-            if self._closed or os.getpid() != self._process:
-                raise RuntimeError("this HostPool is closed" if self._closed else "a HostPool does not survive a fork")
+            if self._closed:
+                raise RuntimeError("this HostPool is closed")
             self._running += 1
         try:
             getattr(self._library, f"atoll_{function}")(self._handle, ctypes.byref(arguments))
@@ -77,13 +80,16 @@ class HostPool:
                 self._gate.notify_all()
 
     def close(self) -> None:
-        """Wait for the calls under way, then end the threads. A second time does nothing."""
+        """Wait for the calls under way, then end the threads. A second time does nothing, nor does a fork's child: its
+        calls and threads are the parent's."""
+        if os.getpid() != self._process:
+            return
         with self._gate:
             if self._closed:
                 return
             self._closed = True
             self._gate.wait_for(lambda: self._running == 0)
-        if self._library is not None and os.getpid() == self._process:
+        if self._library is not None:
             self._end()
 
     def __enter__(self) -> "HostPool":
@@ -93,6 +99,12 @@ class HostPool:
         self.close()
 
 
+def _end_threads(library: Any, handle: int, process: int) -> None:
+    """In a fork's child there are no threads to wait for."""
+    if os.getpid() == process:
+        library.atoll_pool_close(handle)
+
+
 @cache
 def _library() -> Any:
     """The C code, or None and one warning that says why not and what that costs."""
@@ -100,8 +112,8 @@ def _library() -> Any:
         library = load_native("host", SOURCES)
     except NativeError as error:
         log.warning(
-            "the CPU optimizer runs on torch's operations, about 15 times slower and on torch's own threads "
-            "(OMP_NUM_THREADS): %s",
+            "host memory is worked on without C: an update there by torch's operations, about 15 times slower and on "
+            "torch's own threads (OMP_NUM_THREADS), checksums of snapshots by threads of Python: %s",
             error,
         )
         return None

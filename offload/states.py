@@ -144,10 +144,6 @@ class AwayStates:
     def nvme_bytes(self) -> int:
         return nvme_bytes(self.shards)
 
-    @property
-    def tier(self) -> NvmeTier | None:
-        return self._tier
-
     def allocate(self) -> None:
         """Take all memory at once, host and NVMe, and give each shard its own. ArenaError or DriveError if there is too
         little."""

@@ -103,6 +103,7 @@ class SequenceParallel:
             yield
         finally:
             F.scaled_dot_product_attention = self._kernel
+            _stand_in.spread = None  # or the group, and its connections, would outlive `dist.destroy_process_group`
 
     def attend_within(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`attend`, within `attention`."""

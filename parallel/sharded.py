@@ -76,6 +76,7 @@ class ShardedModel:
         self._reductions = Queue(device, depth=2, overlap=options.overlap)
         self.transport = Transport.of(options, mesh, placement)
         self._first = self._last = True
+        self._begins_backward = weakly(self._before_backward)
 
         _create_groups(mesh, placement)
         move_without_memory(model, dtype, device)
@@ -306,8 +307,8 @@ class ShardedModel:
             self.weights.release(unit)
         elif unit is not self.root:
             if outputs := [tensor for tensor in _tensors(output) if tensor.requires_grad]:
-                before_backward = weakly(self._before_backward)
-                register_multi_grad_hook(outputs, lambda _: before_backward(position), mode="any")
+                begins = self._begins_backward
+                register_multi_grad_hook(outputs, lambda _: begins(position), mode="any")
             if position < len(self.units) - 1:
                 self.weights.release(unit)
 

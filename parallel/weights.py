@@ -47,11 +47,6 @@ class Weights:
         unit gathered."""
 
     @property
-    def gathered(self) -> list[Unit]:
-        """The units whose weights are in a buffer, or on their way there."""
-        return list({id(unit): unit for unit, _ in self._owners.values()}.values())
-
-    @property
     def size_bytes(self) -> int:
         """Of the buffers, and of what gathers and refreshes need between their steps."""
         return self._slots.size_bytes + self._lane.scratch.size_bytes

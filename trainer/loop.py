@@ -246,7 +246,6 @@ class Trainer:
         """Seconds a step of the slowest rank with these options, of the first half of `auto_steps` and of the second;
         the model is then thrown away. Collective."""
         settled, self.job = self.job, replace(self.job, parallel=parallel)
-        self.snapshots = NoSnapshots()
         with ExitStack() as cleanup:
             self._make_engine(cleanup)
             seconds = trial.timed(self.train_step, settled.parallel.auto_steps, settled.train.steps)

@@ -15,7 +15,6 @@ Source: see checkpoint/erasure/galois.py, [Note: the matrix].
 
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -54,26 +53,23 @@ class _Plan:
 
 
 class ReedSolomon:
-    """RS(k + m). Safe to use from several threads; `close` ends its own.
+    """RS(k + m). Safe to use from several threads.
 
     `backend`: ``auto`` takes ISA-L and falls back to numpy with a warning, ``isal`` raises RuntimeError where it is not
-    there, ``numpy`` is the oracle (50 to 100 times slower). `threads` of its own share the work of one call.
+    there, ``numpy`` is the oracle (50 to 100 times slower).
     """
 
-    def __init__(self, k: int, m: int, *, threads: int = 1, backend: str = "auto") -> None:
+    def __init__(self, k: int, m: int, *, backend: str = "auto") -> None:
         if k < 1 or m < 0 or k + m > MAX_ELEMENTS:
             raise ValueError(
                 f"RS({k}+{m}): at least 1 data element, 0 parities and at most {MAX_ELEMENTS} elements in all; "
                 "set checkpoint.parity and the group size accordingly"
             )
-        if threads < 1:
-            raise ValueError(f"threads={threads}: at least 1")
         if backend not in ("auto", "isal", "numpy"):
             raise ValueError(f"backend={backend!r}: must be auto, isal or numpy")
-        self.k, self.m, self.threads = k, m, threads
+        self.k, self.m = k, m
         self._isal, self.backend = _choose(backend)
         self._generator = np.concatenate([np.eye(k, dtype=np.uint8), galois.parity_matrix(k, m)])
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="erasure") if threads > 1 else None
         self._plan = lru_cache(maxsize=256)(self._make_plan)
         self._zeros, self._waste = isal.aligned_empty(_ONE_PASS_BYTES), isal.aligned_empty(_ONE_PASS_BYTES)
         self._zeros[:] = 0
@@ -81,10 +77,6 @@ class ReedSolomon:
 
     backend: str
     """What computes, and why, for logs: ``ISA-L 2.31.1 (pyeclib's wheel)``, ``numpy: …``."""
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
 
     def encode(self, data: Sequence[Bytes], parity: Sequence[Bytes]) -> None:
         """Fill the m arrays of `parity` from the k of `data`; see [Note: the padding rule] for sizes."""
@@ -139,20 +131,8 @@ class ReedSolomon:
         if not aligned and plan.kind != "general" and not self._warned:
             self._warned = True  # correct all the same, by ec_encode_data
             _log.warning("erasure code: buffers not aligned to %d bytes are slower", isal.ALIGNMENT_BYTES)
-        blocks = list(_blocks([len(array) for array in arrays], size, self._block_bytes(plan, size)))
-        if self._pool is None or len(blocks) < 2:
-            self._work(plan, sources, outputs, blocks, aligned)
-            return
-        futures = [
-            self._pool.submit(self._work, plan, sources, outputs, blocks[first :: self.threads], aligned)
-            for first in range(min(self.threads, len(blocks)))
-        ]
-        for future in futures:
-            future.result()
-
-    def _block_bytes(self, plan: _Plan, size: int) -> int:
-        share = -(-size // (4 * self.threads * _PAGE)) * _PAGE  # four blocks a thread even out their speeds
-        return plan.block_bytes if self.threads == 1 else max(_MANY_PASSES_BYTES, min(plan.block_bytes, share))
+        blocks = _blocks([len(array) for array in arrays], size, plan.block_bytes)
+        self._work(plan, sources, outputs, blocks, aligned)
 
     def _work(
         self,

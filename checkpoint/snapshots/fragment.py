@@ -94,15 +94,6 @@ class FragmentHeader:
         found = piece_crcs(payload, self.piece_bytes, threads)
         return [number for number, (one, other) in enumerate(zip(found, self.crcs, strict=True)) if one != other]
 
-    def check(self, payload: Bytes, threads: int = 1) -> None:
-        """Raises FragmentDamaged where `payload` is not what was sealed."""
-        bad = self.bad_pieces(payload, threads)
-        if bad:
-            raise FragmentDamaged(
-                f"element {self.id.element} of stripe {self.id.stripe}, group {self.id.group}, version "
-                f"{self.id.version}: wrong CRC-32C in pieces {bad} of {len(self.crcs)}"
-            )
-
 
 def seal(id: FragmentId, payload: Bytes, *, piece_bytes: int = PIECE_BYTES, threads: int = 1) -> FragmentHeader:
     """The header of `payload`, a 1-D uint8 array, as it is now."""

@@ -20,8 +20,6 @@ class Stats:
     state_bytes: int = 0
     copied_bytes: int = 0
     """Of the last one: what had to be copied in host memory or from the device. The rest lay in the segment."""
-    segment_bytes: int = 0
-    """Shared memory of the node, for all versions of all its ranks."""
     stall_s: list[float] = field(default_factory=list)
     """Of each: how long the training thread waited in `save` and `wait_copied`, and for the next one's place."""
     copy_s: list[float] = field(default_factory=list)

@@ -171,7 +171,6 @@ class Snapshots:
         self._segment = Segment.open(answer["paths"][node])
         self._generation = int(answer["generation"])
         self._last = self._generation - 1
-        self.stats.segment_bytes = os.stat(self._segment.path).st_size
         self._slots = [self._segment.slot_memory(slot) for slot in range(self._segment.num_slots)]
         self._pinned = [slot for slot in self._slots if torch.cuda.is_available() and self._pin(slot)]
         if movable and extents:

@@ -13,7 +13,6 @@ the record, seeded with the run and the slot. A version is there if and only if 
 SIGKILL may come between any two stores, within the record's too: what is left is then either no record, half a record,
 whose CRC is wrong, or the whole. Memory written by a process that was killed stays written. There is no power cut to
 survive: /dev/shm does not either. Versions rise and are never used twice, so a record is never taken for another's.
-A reader beside a living writer copies, then asks `intact` whether the version is still the same.
 
 A second writer is refused by a lock of its own. Who owns a segment, and what is left of dead owners:
 `checkpoint/snapshots/segment_files.py`, [Note: owners and leftovers]. Nothing is unpickled.
@@ -33,7 +32,7 @@ import numpy as np
 from checkpoint.crc import Bytes, crc32c
 from checkpoint.erasure.protocol import slot_for
 from checkpoint.snapshots.format import FORMAT
-from checkpoint.snapshots.segment_files import FOLDER, NAME, SegmentError, create_locked, is_at, open_private, try_lock
+from checkpoint.snapshots.segment_files import FOLDER, NAME, SegmentError, create_locked, open_private
 
 PAGE_BYTES = 4096
 STRIDE_BYTES = 1 << 16
@@ -41,9 +40,6 @@ STRIDE_BYTES = 1 << 16
 
 _SUPER = struct.Struct("<8sI16sIQQ")
 _SUPER_MAGIC = b"ATOLLSEG"
-_PID = struct.Struct("<Q")
-_PID_OFFSET = 2048
-"""Outside of what the CRC covers: an adoption that is cut short must not cost the segment."""
 _RECORD = struct.Struct("<8sQQQQI")
 _RECORD_MAGIC = b"ATOLLREC"
 _CRC = struct.Struct("<I")
@@ -60,7 +56,7 @@ class _Record:
 
 
 class Segment:
-    """One mapped segment. Make it with `create`, `adopt` (by its owner) or `open` (by a worker or a reader)."""
+    """One mapped segment. Make it with `create` (by its owner) or `open` (by a worker or a reader)."""
 
     def __init__(self, path: Path, fd: int, *, owner: bool) -> None:
         self.path = path
@@ -103,7 +99,6 @@ class Segment:
         try:
             os.posix_fallocate(fd, 0, size)
             head = _SUPER.pack(_SUPER_MAGIC, FORMAT, run, num_slots, payload_bytes, meta_bytes)
-            os.pwrite(fd, _PID.pack(os.getpid()), _PID_OFFSET)
             os.pwrite(fd, head + _CRC.pack(crc32c(head)), 0)
             return cls(path, fd, owner=True)
         except BaseException as error:
@@ -116,31 +111,12 @@ class Segment:
     @classmethod
     def open(cls, path: str | Path) -> "Segment":
         """An existing segment, to write or to read."""
-        return cls._mapped(Path(path), open_private(Path(path)), owner=False)
-
-    @classmethod
-    def adopt(cls, path: str | Path) -> "Segment":
-        """Become the owner of a segment whose owner is dead. SegmentError where it is alive."""
         fd = open_private(Path(path))
-        if not try_lock(fd) or not is_at(fd, Path(path)):
-            os.close(fd)
-            raise SegmentError(f"{path}: its owner is alive, or it was just removed")
-        segment = cls._mapped(Path(path), fd, owner=True)
-        os.pwrite(fd, _PID.pack(os.getpid()), _PID_OFFSET)
-        return segment
-
-    @classmethod
-    def _mapped(cls, path: Path, fd: int, *, owner: bool) -> "Segment":
         try:
-            return cls(path, fd, owner=owner)
+            return cls(Path(path), fd, owner=False)
         except BaseException:
             os.close(fd)
             raise
-
-    @property
-    def owner_pid(self) -> int:
-        """For people to read: of the process that made or adopted it, in its own pid namespace."""
-        return int.from_bytes(self._map[_PID_OFFSET : _PID_OFFSET + _PID.size], "little")
 
     def begin(self, version: int, step: int, keep: Collection[int] = ()) -> "Draft":
         """Start to write `version`; never over a version in `keep`. A draft that is not committed leaves nothing.
@@ -281,12 +257,8 @@ class Version:
 
     @property
     def payload(self) -> Bytes:
-        """The memory itself, page-aligned; a writer may reuse it, see `intact`."""
+        """The memory itself, page-aligned; a writer may reuse it."""
         return self.segment._payload(self.slot, self._record.payload_bytes)
-
-    def intact(self) -> bool:
-        """Whether the slot still holds this version: what was read from it before was not overwritten meanwhile."""
-        return self.segment._record(self.slot) == self._record
 
 
 def _writer_lock(kind: int) -> bytes:

@@ -2,9 +2,8 @@
 
 [Note: owners and leftovers]
 The owner holds an flock on the file; the kernel releases it at death, whatever the cause, so a segment whose lock is
-free is a leftover. (A pid would not do: pids are reused, and mean nothing in another container. It is recorded for
-people to read.) Creating and sweeping may race: each locks, then looks whether the name still means the file it has
-locked.
+free is a leftover. (A pid would not do: pids are reused, and mean nothing in another container.) Creating and sweeping
+may race: each locks, then looks whether the name still means the file it has locked.
 A child that is forked without exec shares its parent's locks until it ends, so owners do not fork.
 
 Mode 0600; opened without following links; a file of another user or mode is refused.
@@ -14,8 +13,6 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint.errors import CheckpointError
@@ -28,30 +25,11 @@ class SegmentError(CheckpointError):
     """A segment cannot be made, opened or written."""
 
 
-@dataclass(frozen=True)
-class Leftover:
-    """A segment that a dead owner left behind."""
-
-    path: Path
-    run: bytes
-    size_bytes: int
-
-
-def leftovers(folder: str = FOLDER) -> list[Leftover]:
-    """This user's segments without a living owner, found by name."""
-    return _sweep(folder, remove=False, keep_runs=())
-
-
-def remove_leftovers(folder: str = FOLDER, keep_runs: Collection[bytes] = ()) -> list[Leftover]:
-    """Delete them, except those of the runs in `keep_runs`; returns what was deleted."""
-    return _sweep(folder, remove=True, keep_runs=keep_runs)
-
-
-def _sweep(folder: str, *, remove: bool, keep_runs: Collection[bytes]) -> list[Leftover]:
+def remove_leftovers(folder: str = FOLDER) -> list[Path]:
+    """Delete this user's segments without a living owner, found by name; returns what was deleted."""
     found = []
     for path in sorted(Path(folder).iterdir()):
-        match = NAME.fullmatch(path.name)
-        if not match or bytes.fromhex(match[1]) in keep_runs:
+        if not NAME.fullmatch(path.name):
             continue
         try:
             fd = open_private(path)
@@ -59,9 +37,8 @@ def _sweep(folder: str, *, remove: bool, keep_runs: Collection[bytes]) -> list[L
             continue  # another user's, or gone meanwhile
         try:
             if try_lock(fd) and is_at(fd, path):
-                found.append(Leftover(path, bytes.fromhex(match[1]), os.fstat(fd).st_size))
-                if remove:
-                    path.unlink()
+                path.unlink()
+                found.append(path)
         finally:
             os.close(fd)
     return found

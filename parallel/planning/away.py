@@ -100,10 +100,6 @@ class AwayPlan:
         """Whether links between ranks are most of a step."""
         return self.waits_s > self.prediction.step_s
 
-    @property
-    def fits(self) -> bool:
-        return not any(over > 0 for _, _, _, over in self._tiers())
-
     def _tiers(self) -> list[tuple[str, float, float, float]]:
         """Name, needed, there, too much."""
         held = self.prediction

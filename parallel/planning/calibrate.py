@@ -37,15 +37,6 @@ def errors(machine: Machine, runs: Sequence[Run]) -> list[float]:
     return [math.log(simulate(run.work, run.plan, machine).step_s / run.step_s) for run in runs]
 
 
-def calibrate(machine: Machine, runs: Sequence[Run], *, rounds: int = 12, within: float = 8.0) -> Machine:
-    """`machine` with the rates that fit `runs` best: a factor of 1/within to `within` on each.
-
-    Least absolute errors of the logarithms, by damped Gauss-Newton steps of reweighted least squares. Deterministic;
-    ``rounds * 28 * len(runs)`` simulations at most. ValueError without runs.
-    """
-    return calibrate_alike([machine], [runs], rounds=rounds, within=within)[0]
-
-
 @dataclass(frozen=True)
 class _Off:
     """The errors of all runs with the factors ``exp(logs)``; plain data, so that another process can do it."""
@@ -63,7 +54,7 @@ class _Off:
         return [error for some in found for error in some]
 
 
-def calibrate_alike(
+def calibrate(
     machines: Sequence[Machine],
     runs: Sequence[Sequence[Run]],
     *,
@@ -71,10 +62,12 @@ def calibrate_alike(
     within: float = 8.0,
     each: Callable[..., Iterable[list[float]]] = map,
 ) -> list[Machine]:
-    """As `calibrate`, for machines of the same links' names, by the runs of each: one factor on a rate for all.
+    """`machines`, of the same links' names, with the rates that fit the runs of each best: one factor of 1/within to
+    `within` on a rate, for all of them.
 
     What differs between them is what they were described with: the same computers behind a link of another rate.
-    each: applies a function to a list, in order, perhaps in other processes.
+    Least absolute errors of the logarithms, by damped Gauss-Newton steps of reweighted least squares. Deterministic.
+    each: applies a function to a list, in order, perhaps in other processes. ValueError without runs.
     """
     if not any(runs):
         raise ValueError("calibrate needs at least one measured step")

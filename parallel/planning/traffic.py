@@ -68,10 +68,6 @@ class UnitTraffic:
     reduce: tuple[Chain, ...]
     reduce_last: tuple[Chain, ...]
     refresh: tuple[Chain, ...]
-    num_flats: int
-    """Trained flat buffers: each is collected, reduced and updated by itself."""
-    num_gathered: int
-    """Flat buffers that are gathered."""
     elements: int
     """Trained elements with the padding: what gradients are collected into."""
     gather_backward: tuple[Chain, ...] | None = None
@@ -251,9 +247,7 @@ class Traffic:
             "sequence": (self._exchange(unit),),
         }
         kept = {name: made if any(made) else () for name, made in chains.items()}
-        return UnitTraffic(
-            **kept, num_flats=len(trained), num_gathered=len(gathered), elements=sum(numel for numel, _ in trained)
-        )
+        return UnitTraffic(**kept, elements=sum(numel for numel, _ in trained))
 
     def _exchange(self, unit: UnitCost) -> Chain:
         """`SequenceParallel.attend`, or `SpreadAttention`: its collectives, all of them as large as their mean."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from offload.activations import Activations
@@ -160,6 +160,18 @@ def test_a_graph_that_is_dropped_gives_its_memory_back() -> None:
         swap._give_back()
     assert len(swap.pools._slots.free) == swap.pools._slots.num == LAYERS - 2
     assert_equal(gradients(model, *batch()), expected)
+
+
+def test_a_graph_that_is_dropped_holds_nothing_however_small() -> None:
+    """What its operators have made and saved themselves would hold it, and all that it leads to."""
+    block = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    leave = Activations(ActivationOptions(mode="recompute", keep_last=0), CPU)
+    leave.wrap([block])
+    block(torch.ones(1, 2))
+    left = weakref.ref(block[0].weight)
+    del block, leave
+    gc.collect()
+    assert left() is None
 
 
 def test_lengths_may_vary_and_only_longer_ones_take_more() -> None:

@@ -1,6 +1,7 @@
 import ctypes
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -171,6 +172,22 @@ def test_a_pool_does_not_survive_a_fork(pool: HostPool) -> None:
         except RuntimeError:
             os._exit(7)
         os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_pool_that_a_fork_lets_go_of_or_closes_is_not_waited_for() -> None:
+    """Its threads, and whoever called it then, are in the parent alone."""
+    mine, lost = HostPool(2), [HostPool(2)]
+    mine._running = 1  # as while another thread of the parent is in a call
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)  # one that waits for threads that are not there waits for good
+        lost.clear()
+        mine.close()
+        os._exit(7)
+    mine._running = 0
+    mine.close()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 

@@ -67,7 +67,8 @@ def main() -> None:
         print("raised")
     dist.destroy_process_group()
     gc.collect()
-    print("freed" if not any(ref() for ref in left) else [type(ref()) for ref in left])
+    kept = [type(ref()) for ref in left if ref() is not None]
+    print("freed" if left and not kept else kept)
 
 
 def train(rank: int, left: "list[weakref.ref[object]]") -> None:
@@ -75,7 +76,9 @@ def train(rank: int, left: "list[weakref.ref[object]]") -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
     model = Mean(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
     engine = build(model, Mesh.of({}, rank=rank, world=2), ParallelOptions(), sys.argv[3])
-    left += map(weakref.ref, (engine, engine.activations, model, engine.units[0].trainable[0].master))
+    masters = [unit.trainable[0].master for unit in engine.units]
+    left += map(weakref.ref, (engine, engine.activations, model, *masters))
+    del masters
     if rank == 1 and sys.argv[2] == "backward":
         model[2].register_full_backward_hook(die)
     elif rank == 1:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -96,6 +97,16 @@ def test_one_rank_alone_is_plain_attention() -> None:
     with SequenceParallel.of(Mesh({"node": 1}), "node").attention(9):
         found = F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
     assert torch.equal(found, F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True))
+
+
+def test_attention_that_has_ended_keeps_no_group() -> None:
+    """One that is kept keeps its connections, whatever `dist.destroy_process_group` does."""
+    sequence = SequenceParallel.pretended(2)
+    with sequence.attention(8):
+        assert F.scaled_dot_product_attention is _stand_in
+    kept = weakref.ref(sequence)
+    del sequence
+    assert kept() is None
 
 
 def test_a_level_that_the_mesh_lacks_is_named() -> None:

@@ -162,13 +162,18 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
 
 
+def with_weights(engine) -> set:
+    """The units whose weights are in a buffer, or on their way there."""
+    return {unit for unit, _ in engine.weights._owners.values()}
+
+
 def watch_gathered(engine) -> list[int]:
     """Each time after a gather began: how many units, the root aside, have gathered weights."""
     counts, start = [], engine.weights.start_gather
 
     def counted(unit) -> None:
         start(unit)
-        counts.append(sum(owner is not engine.root for owner in engine.weights.gathered))
+        counts.append(sum(owner is not engine.root for owner in with_weights(engine)))
 
     engine.weights.start_gather = counted
     return counts
@@ -183,7 +188,7 @@ def equality(case: dict) -> dict:
     worst = max(differences, key=lambda name: differences[name])
     return {
         "worst": worst, "difference": differences[worst], "norms": distance(torch.stack(norms), reference["norms"]),
-        "alive": len(engine.weights.gathered), "most_alive": max(counts, default=0),
+        "alive": len(with_weights(engine)), "most_alive": max(counts, default=0),
         "state_bytes": engine.state_bytes(),
     }  # fmt: skip
 
@@ -250,7 +255,7 @@ def quantized(case: dict) -> dict:
         "difference": max(distance(state[n, MASTER], reference[n]) for n in reference if n != "norms"),
         "norms": distance(torch.stack(norms), reference["norms"]),
         "residuals": engine.state_bytes()["residuals"],
-        "alive": len(engine.weights.gathered),
+        "alive": len(with_weights(engine)),
     }
 
 
