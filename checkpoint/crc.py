@@ -52,11 +52,9 @@ def piece_crcs(payload: Bytes, piece_bytes: int, threads: int = 1, niceness: int
     if len(payload) <= piece_bytes or (threads == 1 and not niceness):
         return _some(library, payload, piece_bytes)
     pool = _pool(threads, niceness, os.getpid())
-    return (
-        _in_c(pool, library, payload, piece_bytes)
-        if pool.native
-        else _in_python(library, payload, piece_bytes, threads, niceness)
-    )
+    if pool.native:
+        return _in_c(pool, library, payload, piece_bytes)
+    return _in_python(library, payload, piece_bytes, threads, niceness)
 
 
 def _some(library: isal.Isal, payload: Bytes, piece_bytes: int) -> list[int]:

@@ -85,6 +85,7 @@ class Activations:
         reads it."""
         self.options, self.device, self._say = options, device, say
         self._hooks = {"pack": pack, "unpack": unpack}
+        self._begins_backward, self._restores = weakly(self._before_backward), weakly(self._restore)
         self.most_tokens = most_tokens
         """Changed by `make_for`."""
         self.pools = Pools(
@@ -238,8 +239,8 @@ class Activations:
                 self._depart(position, tape)
             self._tapes.append(weakref.ref(tape))
         if outputs := [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]:
-            before_backward = weakly(self._before_backward)
-            register_multi_grad_hook(outputs, lambda _: before_backward(previous), mode="any")
+            begins = self._begins_backward
+            register_multi_grad_hook(outputs, lambda _: begins(previous), mode="any")
         return out
 
     def _place(self, position: int, x: Tensor, *_: Any) -> Place:
@@ -270,7 +271,7 @@ class Activations:
         self._leaving.append((self._clock, left, flats))
         self._leases[tape] = lease
         weakref.finalize(tape, self._ended.append, lease).atexit = False
-        tape.restore = weakly(self._restore)
+        tape.restore = self._restores
 
     def _growth(self, tape: Tape) -> float:
         """How many times its tokens may still come at once, see [Note: made for the longest]."""

@@ -1,9 +1,6 @@
 """A sequence over 2 and 4 ranks: loss and gradients are those of one rank with the whole sequence."""
 
 import json
-import os
-import subprocess
-import sys
 import weakref
 from functools import cache
 from pathlib import Path
@@ -18,10 +15,10 @@ from offload.options import ActivationOptions
 from parallel import Mesh
 from parallel.sequence import SequenceParallel, _stand_in
 from tests.offload.leaving import llama_of, one_thread
+from tests.scripts import lines_of
 from trainer.options import LlamaOptions
 
 __all__ = ["one_thread"]
-ROOT = Path(__file__).parents[2]
 CASES = {
     "even": {"heads": 8, "kv": 8, "tokens": 32, "batch": 1},
     "uneven, several sequences": {"heads": 8, "kv": 4, "tokens": 37, "batch": 3},
@@ -49,17 +46,9 @@ CASES = {
 
 @cache
 def answers(world: int) -> dict[str, float | str]:
-    done = subprocess.run(
-        [sys.executable, "tests/parallel/sequence_world.py", str(world)],
-        cwd=ROOT,
-        input=json.dumps(list(CASES.values())),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+    cases = json.dumps(list(CASES.values()))
+    lines = lines_of("tests/parallel/sequence_world.py", str(world), timeout_s=100, given=cases)
+    return dict(zip(CASES, map(json.loads, lines), strict=True))
 
 
 @pytest.mark.slow

@@ -1,11 +1,7 @@
 """What activations take by a block under fake tensors is what a step takes that is recorded whole."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,12 +14,12 @@ from offload.options import ActivationOptions, OffloadOptions
 from offload.plan import Recorder, load_bytes
 from parallel.options import ParallelOptions
 from parallel.sequence import SequenceParallel
+from tests.scripts import lines_of
 from trainer.footprint import Footprint, alternatives, footprint
 from trainer.job import Job
 from trainer.models.llama import Llama
 from trainer.options import HFOptions, LlamaOptions, TrainOptions
 
-ROOT = Path(__file__).parents[2]
 CPU, ALONE = torch.device("cpu"), SequenceParallel(None)
 LAYERS, TOKENS = 6, 128
 MODEL = LlamaOptions(
@@ -89,16 +85,8 @@ def test_what_tiles_take_is_what_a_step_takes(mode: str) -> None:
 def test_what_ranks_that_share_sequences_hold_is_what_a_step_takes(world: int) -> None:
     """And what is more than such a part of a sequence takes alone, to the byte: attention's result before it is sent
     and after, what is sent, and for 4 ranks each key-value head twice."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.trainer.footprint_world", str(world)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    rows = {mode: sizes for mode, *sizes in map(json.loads, done.stdout.splitlines())}
+    lines = lines_of("-m", "tests.trainer.footprint_world", str(world), timeout_s=110)
+    rows = {mode: sizes for mode, *sizes in map(json.loads, lines)}
     assert len(rows) == 8
     for mode, (by_plan, real, part_by_plan, part_real) in rows.items():
         weights = 1.4 * WEIGHTS if "stream" in mode else WEIGHTS

@@ -1,31 +1,20 @@
 """A run that shares sequences over two ranks, of uneven parts, with activations that leave."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.scripts import lines_of
 
 
 @pytest.mark.slow
 def test_losses_are_those_of_one_rank_and_swapping_changes_no_bit() -> None:
     """Of two micro-batches a step; by tiles to rounding, and both ways of that alike. Steps of states that are away are
     predicted, with what attention sends."""
-    done = subprocess.run(
-        [sys.executable, "tests/trainer/sequence_run.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    lines = [
+        json.loads(line) for line in lines_of("tests/trainer/sequence_run.py", timeout_s=110) if line.startswith("[")
+    ]
     found, told = ({line[0]: line[part] for line in lines} for part in (1, 2))
     away = ["states away", "predicted", "states auto"]
     assert list(found) == ["alone", "keep", "swap 1", "swap 0", "stream", "stream_input", "auto", *away]
