@@ -267,6 +267,16 @@ def sweep(spec: Spec) -> None:
 # ---------------------------------------------------------------------------------------------------- varying lengths
 
 
+def reserved_by_stream() -> list[Spec]:
+    """What each stream's pool holds now: memory that one stream has freed serves no other."""
+    found: dict[int, Spec] = {}
+    for segment in torch.cuda.memory_snapshot():
+        row = found.setdefault(segment["stream"], {"reserved_GiB": 0.0, "allocated_GiB": 0.0})
+        row["reserved_GiB"] += segment["total_size"] / 2**30
+        row["allocated_GiB"] += segment["allocated_size"] / 2**30
+    return [{key: round(value, 3) for key, value in row.items()} for row in found.values()]
+
+
 def vary(spec: Spec) -> None:
     deadline = time.perf_counter() + spec["budget_s"]
     engine, _, device = open_engine(spec, spec["to"], spec["to"] if spec.get("longest_first") else 1)
@@ -294,6 +304,7 @@ def vary(spec: Spec) -> None:
             ),
             "retries": stats["num_alloc_retries"],
             "segments": stats["segment.all.current"],
+            "by_stream": reserved_by_stream(),
         }
     result(found)
 
