@@ -98,6 +98,7 @@ def ours(spec: dict) -> None:
 
     from offload.activations import describe
     from offload.choose import overrides
+    from parallel.sequence import SequenceParallel
     from trainer.build import Rank, build_engine
     from trainer.forecast import settle
     from trainer.models import build_model
@@ -113,7 +114,8 @@ def ours(spec: dict) -> None:
     tokens = spec["batch"] * spec["accumulation"] * seq_len
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        job, forecast = settle(job, llama, where, torch.bfloat16, Path(folder), print)
+        alone = SequenceParallel(None)
+        job, forecast = settle(job, llama, where, torch.bfloat16, Path(folder), print, sequence=alone)
     torch.cuda.reset_peak_memory_stats()
     print(f"measured and predicted in {time.perf_counter() - start:.1f} s", flush=True)
     start = time.perf_counter()
