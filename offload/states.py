@@ -5,7 +5,7 @@ device. Beside them it has a *slot* in host memory, one element a parameter: the
 brings it, the update overwrites it with the new weight, and from there the weight goes back. `AwayStates` owns the
 memory (one arena, cut once), the drives, the threads, and the order of things:
 
-    take(shard, grad)       gradient -> slot, on a stream of its own; the device's memory is free at once
+    take(shard, grad)       gradient -> slot, on a stream of its own
     update([...], scale)    from then on, shard by shard in the order given: load · AdamW · store · weight -> device
     Update.finish()         the caller's stream sees the new weights of a shard; the host waits only if it must
 
@@ -26,6 +26,11 @@ an update reads the states where they are and writes them there, which takes the
 copy is made later. The version before is not touched from then on: it is the snapshot. Where there is no room, as no
 snapshot is due or its slot is not to be had, states go home, to the arena. What is speculated goes there if the room is
 known by then, and nobody waits for it. States on NVMe stay.
+
+[Note: gradients on their way] A gradient's memory on the device is wanted again at once, and the host is ahead of the
+device: it cannot see when a copy is over. So whoever makes gradients waits, on its stream, until no more than `LEAVING`
+are on their way. Were memory given back as the host sees copies end, there would be gradients of as many layers as the
+host is ahead (of 1b with short sequences five), which no plan counts.
 
 [Note: NVMe] A shard's states lie in chunks of ``[master | exp_avg | exp_avg_sq]``. A ring of buffers in the arena is
 read ahead across shards and written behind; the tier answers loads as if in the order asked, so that a chunk may be
@@ -57,6 +62,8 @@ from offload.space import round_up
 from offload.state import MASTER, Destination, Movable
 
 KINDS = (MASTER, "exp_avg", "exp_avg_sq")
+LEAVING = 2
+"""Gradients on their way to host memory, beside the one that is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +112,8 @@ class AwayStates:
         self._known: torch.cuda.Event | None = None
         self.guesses = self.hits = 0
         """Updates of shards made before the factor was known, and how many of them stood."""
+        self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        """See [Note: gradients on their way]."""
         self._outgoing: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self.shards: list[Shard] = []
         self._extra_bytes = 0
@@ -113,6 +122,8 @@ class AwayStates:
         self._cuda = device.type == "cuda"
         self._out = torch.cuda.Stream(device) if self._cuda else None
         self._in = torch.cuda.Stream(device) if self._cuda else None
+        self._compute = torch.cuda.current_stream(device) if self._cuda else None
+        """Whose memory gradients are in, if not the caller's of `take`."""
         self._batches: queue.SimpleQueue[_Batch | _Guess | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._under_way: list[Update] = []
@@ -188,20 +199,24 @@ class AwayStates:
         self._movable.room(False)
 
     def take(self, shard: Shard, grad: Tensor) -> None:
-        """Start moving a gradient (numel, on the device) into the shard's slot; the caller may let go of it.
-
-        The shard's last update has been finished.
-        """
+        """Start moving a gradient (numel, on the device) into the shard's slot; the caller lets go of it. The shard's
+        last update has been finished. See [Note: gradients on their way]."""
         if self._out is None:
             shard.slot.copy_(grad)
             return
-        self._out.wait_stream(torch.cuda.current_stream())
+        assert self._compute is not None
+        current = torch.cuda.current_stream()
+        while len(self._leaving) >= LEAVING:
+            _, arrived = self._leaving.popleft()
+            current.wait_event(arrived)
+            self._compute.wait_event(arrived)
+        self._out.wait_stream(current)
         with torch.cuda.stream(self._out):
             if shard.left is not None:
                 self._out.wait_event(shard.left)
             shard.slot.copy_(grad, non_blocking=True)
             shard.arrived = self._out.record_event()
-        grad.record_stream(self._out)
+        self._leaving.append((grad, shard.arrived))
 
     def guess(self, shard: Shard, terms: Terms) -> None:
         """Start making the next version from the gradient just taken, see [Note: speculation], where that is due."""
@@ -218,6 +233,10 @@ class AwayStates:
         """
         if not work:  # all of it stays on the device
             return []
+        for grad, _ in self._leaving:  # the next are long to come: nobody waits for these
+            assert self._out is not None
+            grad.record_stream(self._out)
+        self._leaving.clear()
         known, room = None, self._movable.room(True)
         if scale is not None and self._cuda:
             host = torch.empty((), dtype=scale.dtype, pin_memory=True)
@@ -244,6 +263,7 @@ class AwayStates:
         if thread is not None:
             self._batches.put(None)
             thread.join()
+        self._leaving.clear()
         if self._tier is not None:
             self._tier.close()
         if self.arena is not None:

@@ -3,11 +3,17 @@
 [Note: the side stream]
 GPU state is copied by a stream of its own, which first waits for what the training stream had been given when the
 snapshot was asked for (the update). It writes into the segment, page-locked once at the start, in the order of the
-area; an event after every `RUN_BYTES` lets threads checksum what has arrived while the rest is on its way. The last
-event is what the next update waits for, on the GPU: nobody sleeps.
+area; an event after every run lets threads checksum what has arrived while the rest is on its way. The last event is
+what the next update waits for, on the GPU: nobody sleeps.
+
+[Note: a few runs ahead]
+A stream's queue is finite, and a copy that finds it full waits in the driver, with the lock that the training thread
+needs for every kernel it launches: 36 GB handed over at once left gaps of a copy's 7 ms between kernels, 170 ms of
+them (one H100). So no more than `AHEAD` runs are on their way: the stream does not run dry while one is checksummed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -23,10 +29,17 @@ from offload.state import Piece
 
 RUN_BYTES = 256 << 20
 """Copied between two events."""
+RUN_PIECES = 32
+"""The most of them between two events."""
+AHEAD = 8
+"""Runs on their way at a time."""
 PART_BYTES = 16 << 20
 """Of host memory, copied by a thread at a time."""
 NICENESS = 10
 """Checksums take the cores that training leaves idle."""
+
+Places = Sequence[tuple[Bytes, Tensor]]
+"""Where to, and what."""
 
 
 @dataclass(frozen=True)
@@ -44,33 +57,35 @@ class Copier:
         self._stream: torch.cuda.Stream | None = None
 
     def copy(
-        self, pieces: Sequence[Piece], index: Index, area: Bytes, after: torch.cuda.Event | None
-    ) -> tuple[list[Mark], int]:
-        """Copy what lies in host memory; a GPU's pieces are on their way, on the side stream once `after` is over. Also
-        returns how many bytes were not in the area already."""
+        self,
+        pieces: Sequence[Piece],
+        index: Index,
+        area: Bytes,
+        after: torch.cuda.Event | None,
+        issued: Callable[[Mark, int], None],
+    ) -> Iterator[Mark]:
+        """Copy what lies in host memory; a GPU's pieces follow on the side stream, once `after` is over, as the marks
+        are asked for. `issued` gets the last mark once all is on its way, and how many bytes were not in the area
+        already."""
         places = list(to_copy(pieces, index, area))
         end = array_offsets(index)[1]
+        size_bytes = sum(len(target) for target, _ in places)
         away = sorted((p for p in places if p[1].is_cuda), key=lambda place: place[0].ctypes.data)
-        marks = self._issue(away, area, after, end) if away else [Mark(end, None)]
         _copy_in_host_memory([place for place in places if not place[1].is_cuda])
-        return marks, sum(len(target) for target, _ in places)
-
-    def _issue(
-        self, places: Sequence[tuple[Bytes, Tensor]], area: Bytes, after: torch.cuda.Event | None, end: int
-    ) -> list[Mark]:
+        if not away:
+            issued(Mark(end, None), size_bytes)
+            yield Mark(end, None)
+            return
         assert after is not None
-        stream = self._side_stream(places[0][1].device)
+        stream = self._side_stream(away[0][1].device)
         stream.wait_event(after)
-        marks: list[Mark] = []
-        run = 0
-        with torch.cuda.stream(stream):
-            for target, source in places:
-                torch.from_numpy(target).copy_(source, non_blocking=True)
-                run += len(target)
-                if run >= RUN_BYTES:
-                    marks.append(Mark(target.ctypes.data + len(target) - area.ctypes.data, _event(stream)))
-                    run = 0
-        return [*marks, Mark(end, _event(stream))]
+        runs, marks = deque(_runs(away)), deque[Mark]()
+        while runs or marks:
+            while runs and sum(not mark.event.query() for mark in marks if mark.event is not None) < AHEAD:
+                marks.append(_issue(runs.popleft(), area, stream, None if runs else end))
+                if not runs:
+                    issued(marks[-1], size_bytes)
+            yield marks.popleft()
 
     def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
         if self._stream is None:
@@ -78,23 +93,47 @@ class Copier:
         return self._stream
 
 
-def copy_here(pieces: Iterable[Piece], index: Index, area: Bytes) -> tuple[list[Mark], int]:
-    """In the training thread, which has nothing else to do: with all of torch's threads, one piece at a time."""
+def _runs(places: Places) -> Iterator[Places]:
+    """In their order, of `RUN_BYTES` and `RUN_PIECES` at the most; a larger piece is a run of its own."""
+    run: list[tuple[Bytes, Tensor]] = []
+    for place in places:
+        if run and (len(run) == RUN_PIECES or sum(len(target) for target, _ in [*run, place]) > RUN_BYTES):
+            yield run
+            run = []
+        run.append(place)
+    yield run
+
+
+def _issue(run: Places, area: Bytes, stream: torch.cuda.Stream, end: int | None) -> Mark:
+    """end: of the area's content, with the last run."""
+    with torch.cuda.stream(stream):
+        for target, source in run:
+            torch.from_numpy(target).copy_(source, non_blocking=True)
+    last = run[-1][0]
+    done = torch.cuda.Event(blocking=True, enable_timing=True)  # whoever waits for it leaves the core to others
+    done.record(stream)
+    return Mark(last.ctypes.data + len(last) - area.ctypes.data if end is None else end, done)
+
+
+def copy_here(pieces: Iterable[Piece], index: Index, area: Bytes) -> tuple[Mark, int]:
+    """In the training thread, which has nothing else to do: with all of torch's threads, one piece at a time. As
+    `Copier.copy` tells it."""
     copied = 0
     for target, source in to_copy(pieces, index, area):
         torch.from_numpy(target).copy_(source)
         copied += len(target)
-    return [Mark(array_offsets(index)[1], None)], copied
+    return Mark(array_offsets(index)[1], None), copied
 
 
-def seal(area: Bytes, marks: Sequence[Mark]) -> list[int]:
-    """CRC-32C of every piece up to the last mark, each once it is there; the last piece may be short."""
+def seal(area: Bytes, marks: Iterable[Mark], size_bytes: int) -> list[int]:
+    """CRC-32C of every piece of the area's first `size_bytes`, where the last mark is, each once it is there; the last
+    piece may be short."""
     crcs: list[int] = []
     for mark in marks:
         if mark.event is not None:
             mark.event.synchronize()
         start = len(crcs) * PIECE_BYTES
-        end = mark.end if mark is marks[-1] else mark.end // PIECE_BYTES * PIECE_BYTES
+        end = mark.end if mark.end == size_bytes else mark.end // PIECE_BYTES * PIECE_BYTES
         if end > start:
             crcs += piece_crcs(area[start:end], PIECE_BYTES, _spare_threads(), NICENESS)
     return crcs
@@ -117,9 +156,3 @@ def _spare_threads() -> int:
     training computes on them, and the copy takes what is left idle."""
     idle = idle_threads()
     return max(idle, torch.get_num_threads() // 2) if torch.cuda.is_initialized() else idle
-
-
-def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    event = torch.cuda.Event(blocking=True)  # whoever waits for it leaves the core to others
-    event.record(stream)
-    return event

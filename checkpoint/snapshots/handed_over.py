@@ -21,11 +21,23 @@ class Stats:
     copied_bytes: int = 0
     """Of the last one: what had to be copied in host memory or from the device. The rest lay in the segment."""
     stall_s: list[float] = field(default_factory=list)
-    """Of each: how long the training thread waited in `save` and `wait_copied`, and for the next one's place."""
+    """Of each: how long the training thread waited in `save` and for the next one's place; and before an update for the
+    copy that thread, or with state on a GPU its stream, since the thread is ahead of it and may wait for nothing."""
     copy_s: list[float] = field(default_factory=list)
     """Of each, in the background: until all was in the segment, and its checksums were made."""
     node_s: dict[str, float] = field(default_factory=dict)
     """Of the last one, in the node's process: seal, encode, prepare, and CPU time of all."""
+    _waits: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def waits(self, reached: torch.cuda.Event, copied: torch.cuda.Event) -> None:
+        """The training stream, which has `reached` the update, goes on once the last snapshot is `copied`."""
+        self._waits.append((len(self.stall_s) - 1, reached, copied))
+
+    def count(self) -> None:
+        """Have in `stall_s` what streams have waited by now."""
+        while self._waits and self._waits[0][1].query() and self._waits[0][2].query():
+            number, reached, copied = self._waits.pop(0)
+            self.stall_s[number] += max(0.0, reached.elapsed_time(copied)) / 1e3
 
 
 @dataclass(eq=False)
@@ -41,6 +53,12 @@ class HandedOver:
     """Where to, where the training thread copies itself."""
     begun: threading.Event = field(default_factory=threading.Event)
     issued: threading.Event = field(default_factory=threading.Event)
-    """All copies are done, or on the side stream with their marks behind them."""
-    marks: list[Mark] = field(default_factory=list)
+    """All copies are done, or on the side stream with `last` behind them; or there are none."""
+    last: Mark | None = None
+    """Of the copies, once they are issued."""
     copied_bytes: int = 0
+
+    def goes(self, last: Mark, copied_bytes: int) -> None:
+        """All is issued."""
+        self.last, self.copied_bytes = last, copied_bytes
+        self.issued.set()

@@ -224,6 +224,7 @@ class Snapshots:
         it, and then the one before stays the newest. Waits while the snapshot before is being made.
         """
         begun = time.perf_counter()
+        self.stats.count()
         if background and not callable(pieces):
             pieces = list(pieces)
         assert self._index is not None, "start() first"
@@ -251,7 +252,7 @@ class Snapshots:
             job.begun.wait()
             if job.area is not None:
                 assert not callable(job.pieces)
-                job.marks, job.copied_bytes = copy_here(job.pieces, job.index, job.area)
+                job.goes(*copy_here(job.pieces, job.index, job.area))
             job.issued.set()
         self.stats.stall_s.append(time.perf_counter() - begun)
 
@@ -261,10 +262,13 @@ class Snapshots:
         if job is None:
             return
         begun = time.perf_counter()
+        reached = job.after and torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
         job.issued.wait()
-        if job.marks and (done := job.marks[-1].event) is not None:
-            torch.cuda.current_stream().wait_event(done)
-        self.stats.stall_s[-1] += time.perf_counter() - begun
+        if reached and job.last and job.last.event:
+            torch.cuda.current_stream().wait_event(job.last.event)
+            self.stats.waits(reached, job.last.event)
+        else:
+            self.stats.stall_s[-1] += time.perf_counter() - begun
 
     def wait(self) -> None:
         """Return once the last snapshot is committed or given up. Which, is in `error`."""
@@ -440,15 +444,15 @@ class Snapshots:
         area = self._area(slot)
         if callable(job.pieces) or isinstance(job.pieces, list):
             pieces = list(job.pieces()) if callable(job.pieces) else job.pieces
-            job.marks, job.copied_bytes = self._copier.copy(pieces, job.index, area, job.after)
-            job.issued.set()
+            marks = self._copier.copy(pieces, job.index, area, job.after, job.goes)
         else:
             job.area = area
             job.begun.set()
             job.issued.wait()
-        crcs = seal(area, job.marks)
+            marks = filter(None, [job.last])
+        data_bytes = array_offsets(job.index)[1]
+        crcs = seal(area, marks, data_bytes)
         self.stats.copy_s.append(time.perf_counter() - begun)
-        data_bytes = job.marks[-1].end
         blob = Blob(index=job.index.dumps(), rank_state=job.rank_state, meta=job.meta, crcs=crcs).dumps()
         if data_bytes + len(blob) > len(area):
             raise CheckpointError(f"the description of the state has {len(blob)} bytes, more than there is room for")
