@@ -124,11 +124,9 @@ class AwayStates:
         self._in = torch.cuda.Stream(device) if self._cuda else None
         self._compute = torch.cuda.current_stream(device) if self._cuda else None
         """Whose memory gradients are in, if not the caller's of `take`."""
-        self._batches: queue.SimpleQueue[_Batch | _Guess | None] = queue.SimpleQueue()
+        self._batches: queue.Queue[_Batch | _Guess | None] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._under_way: list[Update] = []
-        self._idle = threading.Event()
-        self._idle.set()
         self.update_s = 0.0
         """Seconds that the last updates took, from when their gradients and the factor were known."""
         self._ring: deque[Tensor] = deque()
@@ -245,7 +243,6 @@ class AwayStates:
         answers = [Update() for _ in work]
         batch = [(shard, terms, answer) for (shard, terms), answer in zip(work, answers, strict=True)]
         self._under_way = answers
-        self._idle.clear()
         self._known, self._submitted = known, True
         self._batches.put(_Batch(work=batch, scale=scale, known=known, room=room))
         return answers
@@ -255,7 +252,7 @@ class AwayStates:
         for update in self._under_way:
             update.answer.result()
         self._under_way = []
-        self._idle.wait()
+        self._batches.join()
 
     def close(self) -> None:
         """Let go of threads, drives and memory. A second time does nothing."""
@@ -279,6 +276,7 @@ class AwayStates:
                     self._guess(item.shard, item.terms)
                 except BaseException as error:
                     failed = error
+                self._batches.task_done()
                 continue
             answers = deque(answer for *_, answer in item.work)
             try:
@@ -289,7 +287,7 @@ class AwayStates:
             except BaseException as error:
                 for answer in answers:
                     answer.answer.set_exception(error)
-            self._idle.set()
+            self._batches.task_done()  # what was stored is there, and the ring whole, which a walk needs
 
     def _guess(self, shard: Shard, terms: Terms) -> None:
         if self._submitted and (self._known is None or self._known.query()):

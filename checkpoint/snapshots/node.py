@@ -160,7 +160,10 @@ class SnapshotNode:
             return self._inventory()
         if what == "configure":
             with self._starting:
-                return self._configure(message)
+                try:
+                    return self._configure(message)
+                finally:
+                    self._last_rank = time.monotonic()  # memory has been made, for which the ranks have waited
         if what == "retire":
             with self._starting:
                 return self._retire()

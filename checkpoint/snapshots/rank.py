@@ -172,13 +172,14 @@ class Snapshots:
         self._generation = int(answer["generation"])
         self._last = self._generation - 1
         self._slots = [self._segment.slot_memory(slot) for slot in range(self._segment.num_slots)]
+        # attached first, or the process takes itself for left alone: page-locking may take minutes
+        self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
+        self._thread.start()
         self._pinned = [slot for slot in self._slots if torch.cuda.is_available() and self._pin(slot)]
         if movable and extents:
             self._berths = [berths(extents, index, self._area(slot)) for slot in range(len(self._slots))]
             self._movable = movable
             movable.room = self._room
-        self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
-        self._thread.start()
 
     def due(self, step: int) -> bool:
         """Whether to take a snapshot after `step` steps. Every rank calls it after every step: the ranks agree on it
