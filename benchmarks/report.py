@@ -2,6 +2,7 @@
 
 import json
 import platform
+import os
 import statistics
 import subprocess
 import sys
@@ -28,11 +29,12 @@ def write_report(path: str, hardware: str, rows: list[dict[str, Any]]) -> None:
 
 @contextmanager
 def gpu_watched() -> Iterator[dict[str, float]]:
-    """A dict that has, when the context ends, the clock and the power of GPU 0 while it was busy: medians of a sample a
-    second by nvidia-smi. A GPU that is hot or short of power slows down by itself, and figures are to say so. Empty
+    """A dict that has, when the context ends, the clock and the power of the first GPU that this process may use while
+    it was busy: medians of a sample a second by nvidia-smi. A GPU that is hot or short of power slows down by itself, and figures are to say so. Empty
     where there is no nvidia-smi."""
     found: dict[str, float] = {}
-    query = ["nvidia-smi", "-i", "0", "--query-gpu=utilization.gpu,clocks.sm,power.draw"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    query = ["nvidia-smi", "-i", first, "--query-gpu=utilization.gpu,clocks.sm,power.draw"]
     try:
         watch = subprocess.Popen(
             [*query, "--format=csv,noheader,nounits", "-lms", "1000"], stdout=subprocess.PIPE, text=True

@@ -12,8 +12,8 @@ Rule: whoever gives memory back says after which event nobody uses it any more, 
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,14 +122,6 @@ class Pools:
             memory.data.fill_(POISON)
         memory.free = mark(self.device, None)
         self._buffers.append(memory)
-
-    @contextmanager
-    def made_anew(self) -> Iterator[None]:
-        """Around a change of the device's memory, nothing under way: there are no free buffers, and as many after."""
-        sizes = [memory.data.numel() for memory in self._buffers]
-        self._buffers.clear()
-        yield
-        self._buffers += [Memory(torch.empty(size, dtype=torch.uint8, device=self.device)) for size in sizes]
 
     def take_slot(self, size_bytes: int, num: int, longest_bytes: int = 0) -> Memory:
         """One of `num` or more, new ones of at least `longest_bytes`. ValueError where they are more than `host_bytes`

@@ -13,8 +13,7 @@ generator that yields wherever it would wait. A `Lane` runs it:
 """
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 
 import torch
 import torch.distributed as dist
@@ -171,13 +170,3 @@ class BufferPool:
     def give(self, buffer: Tensor, reader: Chain | None = None) -> None:
         """Give a buffer back that `take` made. reader: a chain under way that still reads it."""
         self._free[buffer.numel(), buffer.dtype].append((buffer, reader))
-
-    @contextmanager
-    def made_anew(self) -> Iterator[None]:
-        """Around a change of the device's memory, nothing under way: there are no free buffers, and as many after."""
-        free = {key: len(buffers) for key, buffers in self._free.items()}
-        self._free.clear()
-        yield
-        for (numel, dtype), count in free.items():
-            for _ in range(count):
-                self.give(torch.empty(numel, dtype=dtype, device=self._device))

@@ -12,12 +12,6 @@ So nothing crosses the levels outside G until the last micro-batch.
 Ranks must issue the collectives of a group in one order, but a rank may miss the gradient of a parameter that another
 has. So units are reduced strictly in the reverse order of `units`; one that waits for a gradient which never comes
 holds back those behind it until the backward ends.
-
-[Note: buffers that stay lie together]
-Buffers for gathered weights, gradients and activations that come back are made where the first step wants them, between
-tensors that it frees: on a GPU what stays would cut the allocator's memory into holes, which the tensors of another
-length do not fill. So after the first step those buffers are made once more, one behind the other, and what comes and
-goes has one piece of memory.
 """
 
 import logging
@@ -81,8 +75,6 @@ class ShardedModel:
         self._staging = BufferPool(device)
         self._reductions = Queue(device, depth=2, overlap=options.overlap)
         self.transport = Transport.of(options, mesh, placement)
-        self._scattered = device.type == "cuda"
-        """See [Note: buffers that stay lie together]."""
         self._first = self._last = True
         self._begins_backward = weakly(self._before_backward)
 
@@ -166,16 +158,7 @@ class ShardedModel:
             self.weights.start_refresh(flat)
         self._forget_gradients()
         self._share_buffers()
-        if self._scattered:
-            self._lay_together()
         return norm
-
-    def _lay_together(self) -> None:
-        """See [Note: buffers that stay lie together]."""
-        torch.cuda.synchronize()
-        with self.weights.made_anew(), self._staging.made_anew(), self.activations.pools.made_anew():
-            torch.cuda.empty_cache()
-        self._scattered = False
 
     def _forget_gradients(self) -> None:
         for flat in self._trainable:

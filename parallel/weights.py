@@ -51,10 +51,6 @@ class Weights:
         """Of the buffers, and of what gathers and refreshes need between their steps."""
         return self._slots.size_bytes + self._lane.scratch.size_bytes
 
-    def made_anew(self) -> AbstractContextManager[None]:
-        """As `BufferPool.made_anew`."""
-        return self._slots.made_anew()
-
     def use(self, unit: Unit) -> None:
         """Have the unit's weights in place for what this thread or stream does next."""
         self.start_gather(unit)
