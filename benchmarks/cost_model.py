@@ -74,6 +74,8 @@ from trainer import trial  # noqa: E402
 
 SECONDS, MOST_STEPS = 0.2, 8
 """Of a round and a point: about so long, one step at least; one more before them is not counted."""
+TRIAL_STEPS = 5
+"""``auto_steps`` of conf/parallel/auto.yaml."""
 FRESH = 2
 """Builds that a set of ranks serves: ranks age, after thirty builds the same step takes 1.3 to 1.7 times as long."""
 HEADER = 66
@@ -126,20 +128,22 @@ class Bench:
         for point in points:
             network.set_rates({"node": point.rate})
             row = self.results.rows.setdefault(point, {**vars(point), "rounds": []})
-            row.setdefault(kind, []).append(self._round(world, point))
+            row.setdefault(kind, []).append(self._round(world, point, 1 + self.num_steps(point, kind)))
             if kind == "rounds":
                 row |= over_rounds(row["rounds"])
         world.do(60, do="drop")
         self.results.keep()
 
-    def num_steps(self, point: Point) -> int:
+    def num_steps(self, point: Point, kind: str) -> int:
         """By what the machine as described leads to expect."""
         expected_s = simulate(*problem(point), described(point.rate, self.results.machines[point.rate])).step_s
+        if kind == "trials":
+            return max(TRIAL_STEPS, math.ceil(trial.SECONDS / expected_s))
         return min(MOST_STEPS, max(1, round(SECONDS / expected_s)))
 
-    def _round(self, world: World, point: Point) -> Row:
-        """Seconds of steps, bytes of payload a rank and step by level, and the part of the cores that others took."""
-        count = 1 + self.num_steps(point)
+    def _round(self, world: World, point: Point, count: int) -> Row:
+        """Seconds of steps but the first of `count`, bytes of payload a rank and step by level, and the part of the
+        cores that others took."""
         sent, own, all_, start = payload(world.network), user_s(world.pids), busy_s(), time.monotonic()
         answers = world.do(120, do="time", accumulation=point.accumulation, steps=count)
         wall = time.monotonic() - start

@@ -243,21 +243,18 @@ class Trainer:
         return model
 
     def _time_steps(self, parallel: ParallelOptions) -> list[float]:
-        """Seconds a step of the slowest rank with these options, of the first half of `auto_steps` and of the second;
-        the model is then thrown away. Collective."""
+        """Seconds a step of the slowest rank with these options, as `trial.timed`; the model is then thrown away.
+        Collective."""
         settled, self.job = self.job, replace(self.job, parallel=parallel)
         with ExitStack() as cleanup:
             self._make_engine(cleanup)
-            seconds = trial.timed(self.train_step, settled.parallel.auto_steps, settled.train.steps)
-            taken = torch.tensor(seconds, device=self.where.device)
-        if self.where.world > 1:
-            dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+            seconds = trial.timed(self.train_step, settled.parallel.auto_steps, settled.train.steps, self.where)
         self.job = settled
         del self.engine
         gc.collect()
         if self.where.device.type == "cuda":
             torch.cuda.empty_cache()
-        return taken.tolist()
+        return seconds
 
     def _resume(self, cleanup: ExitStack) -> None:
         """Load what ``run.resume`` names, if there is any, from memory or storage."""

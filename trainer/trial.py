@@ -7,6 +7,7 @@ on with the same placement, and bit by bit.
 """
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ ROUNDS = 3
 """Trials that a candidate has at the most."""
 ALIKE = 0.05
 """A difference that is worth no further trial."""
+SECONDS = 0.5
+"""That a trial trains at the least: rounds of a few short steps lie further apart than candidates."""
 
 
 def settle(
@@ -44,7 +47,7 @@ def settle(
     if chosen is None:
         chosen, times = fastest(names, lambda name: time_steps(job.parallel.candidate(name)))
         shown = ", ".join(f"{name} {1e3 * seconds:.4g} ms" for name, seconds in times.items())
-        say(f"parallel.candidates, {job.parallel.auto_steps} steps of each: {shown}; taken: {chosen}")
+        say(f"parallel.candidates, {job.parallel.auto_steps} steps of each or more: {shown}; taken: {chosen}")
         if where.rank == 0:
             found = asked | {"step_s": times, "chosen": chosen}
             replace_file(folder / FILE, json.dumps(found, indent=1) + "\n")
@@ -74,20 +77,25 @@ def fastest(names: Sequence[str], trial: Callable[[str], list[float]]) -> tuple[
     return best, medians
 
 
-def timed(train_step: Callable[[int], Running], count: int, total: int) -> list[float]:
-    """Seconds a step, of the first half of `count` steps and of the second, after two that are not counted: they
-    compile, allocate and connect. total: steps that there are, to be gone through again and again."""
-    for step in range(2):
-        train_step(step % total).wait()
-    steps, seconds = range(2, 2 + count), []
-    for half in (steps[: (count + 1) // 2], steps[(count + 1) // 2 :]):
+def timed(train_step: Callable[[int], Running], least: int, total: int, where: Rank) -> list[float]:
+    """Seconds a step of the slowest rank, of the first half of the steps and of the second: `least` steps, or as many
+    as take `SECONDS`, after two that are not counted: they compile, allocate and connect. Collective.
+
+    total: steps that there are, to be gone through again and again.
+    """
+
+    def seconds(steps: range) -> float:
         start = time.perf_counter()
-        for step in half:
+        for step in steps:
             last = train_step(step % total)
-        if half:
-            last.wait()
-            seconds.append((time.perf_counter() - start) / len(half))
-    return seconds
+        last.wait()
+        slowest: float = max(where.gather((time.perf_counter() - start) / len(steps)))
+        return slowest
+
+    seconds(range(1))
+    count = max(least, math.ceil(SECONDS / seconds(range(1, 2))))
+    middle, stop = 2 + (count + 1) // 2, 2 + count
+    return [seconds(half) for half in (range(2, middle), range(middle, stop)) if half]
 
 
 def _kept(file: Path, asked: dict[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ what the next update waits for, on the GPU: nobody sleeps.
 [Note: a few runs ahead]
 A stream's queue is finite, and a copy that finds it full waits in the driver, with the lock that the training thread
 needs for every kernel it launches: 36 GB handed over at once left gaps of a copy's 7 ms between kernels, 160 ms of
-them (docs/recovery.md). So no more than `AHEAD` runs are on their way: the stream does not run dry while one is checked.
+them (docs/recovery.md). So `AHEAD` runs are on their way at the most: the stream does not run dry while one is checked.
 """
 
 from collections import deque

@@ -1,18 +1,21 @@
 """Placements that are tried at the start: the fastest is taken, nothing of the trial stays, a resumed run keeps it."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from checkpoint.options import CheckpointOptions
 from parallel.options import ParallelOptions
+from trainer import trial
 from trainer.build import Rank
 from trainer.job import Job
 from trainer.loop import Trainer
 from trainer.options import LlamaOptions, LoggerOptions, RunOptions, TrainOptions
-from trainer.trial import FILE, fastest, settle
+from trainer.trial import FILE, fastest, settle, timed
 
 SMALL = LlamaOptions(dim=32, ffn_dim=64, num_layers=1, num_heads=2, compile=False)
 TRAIN = TrainOptions(
@@ -46,6 +49,34 @@ def test_what_was_tried_leaves_no_trace_but_the_choice(tmp_path: Path) -> None:
     assert any(f"taken: {kept['chosen']}" in line for line in said)
     plain, _ = trained(job(tmp_path, "plain", ParallelOptions(placement=kept["chosen"])))
     assert losses == plain and len(losses) == 4
+
+
+class _Asleep:
+    """A step of a hundredth of a second, which begins when it is asked for and is waited for."""
+
+    def __init__(self) -> None:
+        self._until = time.perf_counter() + 0.01
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self._until - time.perf_counter()))
+
+
+@pytest.mark.parametrize(("least", "seconds", "fewest", "most"), [(3, 0.2, 12, 22), (30, 0.1, 32, 32), (1, 0.0, 3, 3)])
+def test_short_steps_are_tried_for_a_while(
+    least: int, seconds: float, fewest: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "SECONDS", seconds)
+    steps: list[int] = []
+
+    def train_step(step: int) -> _Asleep:
+        steps.append(step)
+        begun = _Asleep()
+        begun.wait()
+        return begun
+
+    found = timed(train_step, least, 4, Rank(0, 1, torch.device("cpu")))
+    assert fewest <= len(steps) <= most and steps == [step % 4 for step in range(len(steps))]
+    assert len(found) == (2 if least > 1 else 1) and all(0.01 <= each < 0.02 for each in found)
 
 
 def rates(**seconds: float):
