@@ -7,14 +7,16 @@ is taken, and of these the one that needs the least host memory.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from offload.cost import Layer, Prediction, Rates, predict, seconds
 from offload.options import OffloadOptions
 from offload.placing import Part, place
+from offload.shard import LEAVING
 
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Of what is away, how much is speculated on; 0: all is updated just in time."""
-HEADROOM = 0.94
+HEADROOM = 0.96
 """The part of the device's memory that is planned with: the rest is the allocator's and the driver's."""
 GIB = 2**30
 
@@ -42,24 +44,35 @@ class Chosen:
 def device_bytes(
     layers: Sequence[Layer], options: OffloadOptions, *, micro_batches: int, activation_bytes: float
 ) -> int:
-    """Device memory at a step's peak. activation_bytes: all that is neither weights, gradients nor states."""
+    """Device memory at a step's peak. activation_bytes: all that is neither weights, gradients nor states, nor known of
+    a layer (`Layer.held_bytes`)."""
     parts = [part for layer in layers for part in layer.parts]
+    placed = iter(place(parts, options))
     streams = options.states != "none" and options.weights == "host"
     largest = max((layer.gathered_bytes for layer in layers), default=0)
     needed = activation_bytes + largest  # one layer's gradients, as the backward makes them
     needed += 3 * largest if streams else sum(layer.frozen_bytes for layer in layers)
-    leaving = 0
-    for part, shard in zip(parts, place(parts, options), strict=True):
+    leaving, made = 0, [0] * len(layers)
+    for number, part in ((number, part) for number, layer in enumerate(layers) for part in layer.parts):
         gradient = part.numel * (part.slot_dtype.itemsize if micro_batches == 1 else 4)
-        if shard is None:
+        if next(placed) is None:
             apart = 4 if part.slot_dtype.itemsize != 4 else 0  # fp32 weights are the master weights
-            needed += part.weight_bytes + (8 + apart) * part.numel + gradient
+            needed += part.weight_bytes + (8 + apart) * part.numel
+            made[number] += gradient
         else:
             needed += 0 if streams else part.weight_bytes
-            if micro_batches > 1:
-                needed += gradient
-            leaving = max(leaving, gradient)
-    return int(needed + leaving)
+            leaving = max(leaving, LEAVING * part.numel * part.slot_dtype.itemsize)
+            made[number] += gradient if micro_batches > 1 else 0
+    return int(needed + leaving + _most_at_a_time([layer.held_bytes for layer in layers], made, micro_batches))
+
+
+def _most_at_a_time(held: Sequence[int], made: Sequence[int], micro_batches: int) -> int:
+    """Of what layers hold from forward to backward, and the gradients that stay once they are made: in one micro-batch
+    the first have gone where the last come. The first layer's gradients, the root's, may come at any time."""
+    if micro_batches > 1 or not held:
+        return sum(held) + sum(made)
+    before, behind = list(accumulate(held)), [0, *accumulate(reversed(made[1:]))][::-1]
+    return made[0] + max(still + new for still, new in zip(before, behind, strict=True))
 
 
 def choose(

@@ -61,6 +61,8 @@ class Layer:
     """Of weights that do not train, as this rank keeps them."""
     gathered_bytes: int = 0
     """Of all its weights, as they are computed with."""
+    held_bytes: int = 0
+    """Of activations, from its forward to its backward, where that is known of each layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,8 @@ from offload.space import round_up
 
 CHUNK = (4 << 20) + 1184
 """Parameters in a chunk on NVMe: its arrays begin 4736 bytes apart modulo 64 KiB, see `offload/arena.py`."""
+LEAVING = 2
+"""Gradients on their way to host memory, beside the one that is made."""
 RING = 5
 """Buffers of a chunk each, between the drives and the update."""
 OUTGOING = 3

@@ -57,13 +57,22 @@ from offload.arena import ALIGN, Arena
 from offload.drive import BLOCK
 from offload.hostpool import HostPool
 from offload.nvme import NvmeTier
-from offload.shard import OUTGOING, RING, Shard, Terms, Update, chunk_bytes, host_bytes, largest_chunk, nvme_bytes
+from offload.shard import (
+    LEAVING,
+    OUTGOING,
+    RING,
+    Shard,
+    Terms,
+    Update,
+    chunk_bytes,
+    host_bytes,
+    largest_chunk,
+    nvme_bytes,
+)
 from offload.space import round_up
 from offload.state import MASTER, Destination, Movable
 
 KINDS = (MASTER, "exp_avg", "exp_avg_sq")
-LEAVING = 2
-"""Gradients on their way to host memory, beside the one that is made."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -246,15 +246,17 @@ class _Reckoning:
         return predict(layers, options, profile.rates, micro_batches=self.work.micro_batches)
 
     def choose(self, profile: Profile) -> Chosen:
-        sizes = memory(self.work, self._traffic)
-        kept = sizes["activations"]
-        measured = profile.probed.block_bytes is not None and profile.probed.rest_bytes is not None
-        if measured and self.work.activation_bytes is None:
-            assert profile.probed.rest_bytes is not None and profile.probed.block_bytes is not None
-            kept = profile.probed.rest_bytes + self._num_blocks * profile.probed.block_bytes
+        sizes, probed = memory(self.work, self._traffic), profile.probed
+        layers, rest = self._layers(self._times(probed)), sizes["activations"]
+        if probed.block_bytes is not None and probed.rest_bytes is not None and self.work.activation_bytes is None:
+            rest = probed.rest_bytes
+            layers = [
+                replace(layer, held_bytes=int(probed.block_bytes)) if unit.name in self._blocks else layer
+                for layer, unit in zip(layers, self.work.all, strict=True)
+            ]
         return choose(
-            self._layers(self._times(profile.probed)), self._job.offload, profile.rates, profile.room,
-            micro_batches=self.work.micro_batches, activation_bytes=kept + sizes["communication buffers"],
+            layers, self._job.offload, profile.rates, profile.room,
+            micro_batches=self.work.micro_batches, activation_bytes=rest + sizes["communication buffers"],
         )  # fmt: skip
 
     def _layers(self, times: Seconds) -> list[Layer]:

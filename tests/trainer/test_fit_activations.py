@@ -129,7 +129,7 @@ def test_a_run_that_fits_stays_as_it_was(tmp_path: Path, data: Path) -> None:
 
 def test_states_are_chosen_for_what_was_chosen_of_activations(tmp_path: Path, data: Path) -> None:
     """With ``offload.states=auto`` too; what measures it runs as the job does."""
-    _, text = auto(tmp_path, data, 1_950_000, offload={"states": "auto", "threads": 1})
+    _, text = auto(tmp_path, data, 2_050_000, offload={"states": "auto", "threads": 1})
     assert "offload.activations=auto: offload.activations=stream" in text
     assert "offload.states=auto: offload.states=host" in text and "predicted: " in text
 
