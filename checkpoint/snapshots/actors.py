@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import ray
@@ -16,7 +17,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from checkpoint.snapshots.format import FORMAT, OTHER_VERSION
-from checkpoint.snapshots.process import LOOPBACK, drop_node
+from checkpoint.snapshots.process import KILLED, LOOPBACK, drop_node
 from checkpoint.snapshots.roster import Roster
 from checkpoint.snapshots.wire import NodeAddress
 
@@ -25,6 +26,8 @@ _RETRY_S = 0.2
 _LOOK_S = 0.5
 END_S = 5.0
 """After which a process ends itself where Ray does not end it."""
+SILENT_S = 30.0
+"""After which a process that does not say what it is counts as hung."""
 
 
 def start_snapshot_processes(
@@ -40,8 +43,9 @@ def start_snapshot_processes(
     """A process on each of `nodes` (Ray's node ids): the one from before, with what it holds, else a new one.
 
     run: `trainer.run.run_id`. rank_nodes: by rank, which of `nodes` it runs on. go_on: asked while it takes its time;
-    None is returned once it says no. One of another version of Atoll is ended, and `say` is told. Call it again after a
-    loss, with the nodes that there are then. ValueError where one does not start in time.
+    None is returned once it says no. One of another version of Atoll is ended, one that does not answer is killed, and
+    `say` is told. Call it again after a loss, with the nodes that there are then. ValueError where one does not start
+    in time.
     """
     deadline = time.monotonic() + timeout_s
     told: dict[str, dict[str, Any]] = {}
@@ -54,7 +58,7 @@ def start_snapshot_processes(
         if gone := [node for node in missing if node not in addresses]:
             raise ValueError(f"snapshots: nodes {', '.join(gone)} are not in the Ray cluster any more")
         found = {node: actor for node in missing if (actor := _find(run, node)) is not None}
-        told |= _ask(found, deadline, go_on)
+        told |= _ask(found, min(deadline, time.monotonic() + SILENT_S), go_on, partial(_kill, say))
         for node in [node for node in missing if node in told and told[node].get("format", 0) != FORMAT]:
             _end(told.pop(node), ended, say)
         token = next((bytes.fromhex(said["token"]) for said in told.values()), token)
@@ -114,13 +118,27 @@ def _end(told: dict[str, Any], ended: set[str], say: Callable[[str], None]) -> N
     drop_node(NodeAddress(told["label"], told["host"], told["port"]), bytes.fromhex(told["token"]))
 
 
-def _ask(actors: dict[str, Any], deadline: float, go_on: Callable[[], bool]) -> dict[str, dict[str, Any]]:
-    """By node what each says of itself; those that are dead or do not answer are left out."""
+def _kill(say: Callable[[str], None], node: str, actor: Any) -> None:
+    say(f"the snapshot process of node {node[:12]} has said nothing for {SILENT_S:g} s; {KILLED}")
+    with suppress(RayError):
+        ray.kill(actor)
+
+
+def _ask(
+    actors: dict[str, Any],
+    deadline: float,
+    go_on: Callable[[], bool],
+    silent: Callable[[str, Any], None] = lambda node, actor: None,
+) -> dict[str, dict[str, Any]]:
+    """By node what each says of itself; those that are dead are left out, and those that do not answer, of which
+    `silent` is told."""
     calls = {node: actor.describe.remote() for node, actor in actors.items()}
     pending = list(calls.values())
     while pending and go_on():
         _, pending = ray.wait(pending, num_returns=len(pending), timeout=_LOOK_S)
         if time.monotonic() > deadline:
+            for node in [node for node, call in calls.items() if call in pending]:
+                silent(node, actors[node])
             break
     found = {}
     for node, call in calls.items():

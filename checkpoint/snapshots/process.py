@@ -30,6 +30,7 @@ LOOPBACK = "127.0.0.1"
 START_S = 60.0
 END_S = 10.0
 """Longest wait for a process to give its memory back."""
+KILLED = "it is killed, and what it held is lost"
 NICENESS = 10
 """Encoding and sealing take the cores that training leaves idle."""
 
@@ -40,17 +41,27 @@ class Door(NamedTuple):
     address: NodeAddress
     token: bytes
     format: int
+    pid: int = 0
+    """0: it is of a version that did not say."""
 
 
 def local_roster(
     run: bytes, world: int, *, hold_s: float, say: Callable[[str], None], log: str | Path = os.devnull
 ) -> Roster:
     """All ranks on this machine: the process that is there from an earlier start of this run, else a new one. One of
-    another version of Atoll is ended, and `say` is told. CheckpointError where it does not end, or none starts."""
+    another version of Atoll is ended, one that does not answer is killed, and `say` is told. CheckpointError where it
+    does not end, or none starts."""
     found = find_process(run, "local")
     if found is not None and found.format != FORMAT:
         say(OTHER_VERSION)
-        _end(run, found)
+        drop_node(found.address, found.token)
+        _await_end(run, found)
+        found = None
+    elif found is not None and (problem := _silence(found)):
+        say(f"{problem}; {KILLED}")
+        with suppress(ProcessLookupError):
+            os.kill(found.pid, signal.SIGKILL)
+        _await_end(run, found)
         found = None
     if found is None:
         token = secrets.token_bytes(32)
@@ -58,15 +69,25 @@ def local_roster(
     return Roster(run=run, token=found.token, nodes=(found.address,), rank_nodes=(0,) * world)
 
 
-def _end(run: bytes, door: Door) -> None:
-    """End a process, of whatever version, and return once its memory is given back."""
-    drop_node(door.address, door.token)
+def _silence(door: Door) -> str:
+    """Why a process cannot be talked to; empty where it can. It is given the time that a busy machine needs."""
+    try:
+        with Wire.connect(door.address, door.token):
+            return ""
+    except CheckpointError as error:
+        if not door.pid:
+            raise
+        return str(error)
+
+
+def _await_end(run: bytes, door: Door) -> None:
+    """Return once a process that was told to end has, and its memory is given back."""
     deadline = time.monotonic() + END_S
     while find_process(run, door.address.label) is not None:
         if time.monotonic() > deadline:
             raise CheckpointError(
-                f"the snapshot process of another version of Atoll, at port {door.address.port} of this machine, has "
-                f"not ended within {END_S:g} s of being told to; end it, or set checkpoint.snapshot_every_steps=0"
+                f"the snapshot process of an earlier start, at port {door.address.port} of this machine, has not ended "
+                f"within {END_S:g} s of being told to; end it, or set checkpoint.snapshot_every_steps=0"
             )
         time.sleep(0.05)
 
@@ -119,7 +140,8 @@ def find_process(run: bytes, label: str, *, folder: str = FOLDER) -> Door | None
         os.close(fd)
     tree = json.loads(content)
     address = NodeAddress(label, tree["host"], int(tree["port"]))
-    return Door(address, bytes.fromhex(tree["token"]), int(tree.get("format", 0)))  # the first said none
+    # the first said neither format nor pid
+    return Door(address, bytes.fromhex(tree["token"]), int(tree.get("format", 0)), int(tree.get("pid", 0)))
 
 
 def drop(roster: Roster) -> None:
@@ -156,7 +178,7 @@ def main() -> None:
     path = _door(run, label, settings["folder"])
     door = create_locked(path)
     try:
-        tree = {"host": settings["host"], "port": node.port, "token": token.hex(), "format": FORMAT}
+        tree = {"host": settings["host"], "port": node.port, "token": token.hex(), "format": FORMAT, "pid": os.getpid()}
         os.write(door, json.dumps(tree).encode())
         os.write(1, json.dumps({"port": node.port}).encode() + b"\n")
         node.serve()

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -9,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
+from checkpoint.snapshots import actors
 from checkpoint.snapshots.actors import start_snapshot_processes
 from checkpoint.snapshots.format import FORMAT, OTHER_VERSION
-from checkpoint.snapshots.process import drop
+from checkpoint.snapshots.process import KILLED, drop
 from checkpoint.snapshots.recovery import inventories
 from checkpoint.snapshots.roster import Roster
 from launch.places import alive, gone
@@ -44,6 +47,10 @@ def main() -> None:
     assert start(bytes.fromhex(run), nodes, []) is not None
 
 
+def ended(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
 def pids(roster: Roster) -> set[int]:
     found = inventories(roster)
     assert len(found) == len(roster.nodes)
@@ -60,6 +67,27 @@ def test_actors_of_another_version_are_ended_and_others_take_their_names(tmp_pat
     assert roster is not None and said == [OTHER_VERSION]
     again = start(run, nodes, said)
     assert again is not None and said == [OTHER_VERSION] and pids(again) == pids(roster)
+    drop(roster)
+
+
+def test_one_that_does_not_answer_is_killed_and_another_takes_its_name(
+    raylets: Raylets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, nodes, said = secrets.token_bytes(16), list(raylets.ids), []
+    before = start(run, nodes, said)
+    assert before is not None
+    held = inventories(before)
+    silent, other = (held[node.label]["pid"] for node in before.nodes)
+    os.kill(silent, signal.SIGSTOP)
+    monkeypatch.setattr(actors, "SILENT_S", 3.0)
+    roster = start(run, nodes, said)
+    assert roster is not None and len(said) == 1
+    assert said[0] == f"the snapshot process of node {nodes[0][:12]} has said nothing for 3 s; {KILLED}"
+    assert roster.token == before.token and other in pids(roster) and silent not in pids(roster)
+    since = time.monotonic()
+    while not ended(silent):  # Ray asks it to end itself, and kills it some seconds later
+        assert time.monotonic() - since < 20
+        time.sleep(0.1)
     drop(roster)
 
 

@@ -1,14 +1,21 @@
 """Snapshots that break on one rank or node, while the job goes on: the others learn it at once, and why."""
 
+import os
+import secrets
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from checkpoint.snapshots import wire
+from checkpoint.snapshots.process import KILLED, drop, find_process, local_roster
 from checkpoint.snapshots.rank import Snapshots
 from checkpoint.snapshots.recovery import newest_snapshot
+from checkpoint.snapshots.roster import Roster
 from tests.checkpoint.snapshot_nodes import Nodes, pieces
 
 SOON_S = 15.0
@@ -37,6 +44,29 @@ def train_on(snapshots: Snapshots, rank: int, world: int, steps: range) -> str:
     snapshots.wait()
     assert time.monotonic() - began < SOON_S
     return str(snapshots.error())
+
+
+def test_a_process_that_hangs_is_killed_by_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stopped, as one whose machine cannot go on with it: a start waits for its answer, and goes on without."""
+    run, said = secrets.token_bytes(16), list[str]()
+
+    def roster() -> Roster:
+        return local_roster(run, 1, hold_s=60, say=said.append, log=tmp_path / "log")
+
+    before = roster()
+    assert roster() == before and not said
+    hung = find_process(run, "local")
+    assert hung is not None
+    os.kill(hung.pid, signal.SIGSTOP)
+    monkeypatch.setattr(wire, "_HANDSHAKE_S", 1.0)
+    after = roster()
+    try:
+        assert after.nodes != before.nodes
+        assert not psutil.pid_exists(hung.pid) or psutil.Process(hung.pid).status() == psutil.STATUS_ZOMBIE
+        assert len(said) == 1 and said[0].endswith(f"; {KILLED}") and str(before.nodes[0].port) in said[0]
+        assert roster() == after and len(said) == 1
+    finally:
+        drop(after)
 
 
 @pytest.mark.parametrize(("count", "parity"), [(1, 0), (2, 0), (2, 1)])
