@@ -37,7 +37,7 @@ class FlatZero3(Traffic):
         numel, levels = self.padded(unit.trained), self.mesh.num_levels
         gather = self.ring(self.work.compute_bytes * numel, 0, levels)
         reduce = self.ring(self.work.reduce_bytes * numel, 0, levels)
-        return UnitTraffic(((gather,),), ((reduce,),), (), (), 1, 1, numel)
+        return UnitTraffic(((gather,),), ((reduce,),), (), (), numel)
 
     def ring(self, whole: float, first: int, last: int) -> Move:
         """An all-gather or reduce-scatter: half of what an all-reduce over the same ring sends."""
@@ -58,7 +58,7 @@ class ZeroPlusPlus(FlatZero3):
         part = int4 / math.prod(sizes[1:])
         between = self.all_to_all(part, 0, after=4 * part)
         chain: Chain = (in_node, between)
-        return UnitTraffic(((forward,),), (chain,), (), (), 1, 1, numel, gather_backward=((backward,),))
+        return UnitTraffic(((forward,),), (chain,), (), (), numel, gather_backward=((backward,),))
 
 
 @dataclass(frozen=True)

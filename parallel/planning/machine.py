@@ -8,7 +8,9 @@ bandwidth is divided by the ranks below it. An NVLink port belongs to one rank. 
 
 [Note: shared cores] Where ranks compute on CPUs, what crosses a link is copied by the same cores: a transfer takes
 `Link.core` of them, compute takes all. What wants more than there is gets it as a fair scheduler shares it: nobody less
-than an equal part, unless it wants less. On GPUs `core` is 0 and transfers are free.
+than an equal part, unless it wants less. On GPUs NCCL's kernels take processors that products have not: 0.2 of them on
+four H200, where a step took longer by 17 of the 73 to 79 ms that they ran (docs/multi-gpu.md). Presets of GPUs that
+were not measured have 0: transfers are free there.
 
 [Note: late neighbours] TCP does not share a link evenly among the ranks of a node: in an all-gather or all-to-all over
 it one pair is through before the others. Nobody loses by that where each goes on to its next transfer over the same
@@ -69,7 +71,8 @@ class Link:
     fits: Mapping[str, Fit] = field(default_factory=dict)
     """Measured per collective, with all ranks of all groups taking part: a rank's share, where the link is shared."""
     core: float = 0.0
-    """Part of a rank's cores that a transfer takes at full speed, see [Note: shared cores]. 0 to 1."""
+    """Part of a rank's cores, or of a GPU's processors, that a transfer takes at full speed, see [Note: shared cores].
+    0 to 1."""
     skew: float = 0.0
     """How much later than this rank its neighbours are through a collective over a shared link, as a part of the
     seconds that it takes, see [Note: late neighbours]."""
@@ -261,12 +264,12 @@ def _check_keys(values: Mapping[str, Any], kind: type, where: str) -> None:
             raise ValueError(f"{where} has no {key!r}{hint}")
 
 
-def _gpus(count: int, bandwidth: float, latency: float = 5e-6) -> Link:
-    return Link(name="gpu", size=count, bandwidth=bandwidth, latency=latency)
+def _gpus(count: int, bandwidth: float, latency: float = 5e-6, core: float = 0.0) -> Link:
+    return Link(name="gpu", size=count, bandwidth=bandwidth, latency=latency, core=core)
 
 
-def _network(bandwidth: float, latency: float = 10e-6) -> Link:
-    return Link(name="node", bandwidth=bandwidth, latency=latency, shared=True)
+def _network(bandwidth: float, latency: float = 10e-6, core: float = 0.0) -> Link:
+    return Link(name="node", bandwidth=bandwidth, latency=latency, shared=True, core=core)
 
 
 _ALL = (
@@ -282,7 +285,7 @@ _ALL = (
     # NVLink 450 GB/s and 8 x 400 Gb/s, 80% of each; 700 TFLOP/s in large bf16 products, 550 in a step
     Machine(
         name="dgx-h100", compute=550e12, memory_rate=2.8e12, memory={"gpu": 80e9, "host": 256e9},
-        links=(_network(0.8 * 400e9), _gpus(8, 0.8 * 450e9)),
+        links=(_network(0.8 * 400e9, core=0.2), _gpus(8, 0.8 * 450e9, core=0.2)),
     ),
     # NVLink 300 GB/s and 8 x 200 Gb/s, 80% of each
     Machine(
