@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--alphas", type=float, nargs="*", default=[0, 0.25, 0.375, 0.5, 0.625, 0.75, 1])
     parser.add_argument("--vary-to", type=int, default=8192)
     parser.add_argument("--vary-steps", type=int, default=200)
-    parser.add_argument("--vary-s", type=float, default=90, help="for each run of it")
+    parser.add_argument("--vary-s", type=float, default=130, help="for each run of it")
     parser.add_argument("--ladder", nargs="*", default=["1b", "3b"], choices=list(LADDER))
     parser.add_argument("--ladder-name", default="", help="instead of each model's own")
     parser.add_argument("--ladder-lengths", type=int, nargs="*", help="instead of doubling from --ladder-from")
