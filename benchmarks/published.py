@@ -19,8 +19,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from report import write_report  # noqa: E402
-
+from benchmarks.report import write_report  # noqa: E402
 from parallel import Mesh, ParallelOptions, Placement  # noqa: E402
 from parallel.planning.cost import Plan  # noqa: E402
 from parallel.planning.machine import PRESETS, Machine  # noqa: E402
@@ -37,7 +36,7 @@ class FlatZero3(Traffic):
         numel, levels = self.padded(unit.trained), self.mesh.num_levels
         gather = self.ring(self.work.compute_bytes * numel, 0, levels)
         reduce = self.ring(self.work.reduce_bytes * numel, 0, levels)
-        return UnitTraffic(((gather,),), ((reduce,),), (), (), 1, 1, numel)
+        return UnitTraffic(((gather,),), ((reduce,),), (), (), numel)
 
     def ring(self, whole: float, first: int, last: int) -> Move:
         """An all-gather or reduce-scatter: half of what an all-reduce over the same ring sends."""
@@ -58,7 +57,7 @@ class ZeroPlusPlus(FlatZero3):
         part = int4 / math.prod(sizes[1:])
         between = self.all_to_all(part, 0, after=4 * part)
         chain: Chain = (in_node, between)
-        return UnitTraffic(((forward,),), (chain,), (), (), 1, 1, numel, gather_backward=((backward,),))
+        return UnitTraffic(((forward,),), (chain,), (), (), numel, gather_backward=((backward,),))
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Model:
         return Workload(units=units, tokens=tokens, micro_batches=micro_batches, reduce_bytes=reduce_bytes)
 
 
-def plan(machine: Machine, world: int, placement: str = "zero3", quantize: str = "none", **triple: int) -> Plan:
+def plan(machine: Machine, world: int, placement: str = "zero3", quantize: str = "none", **triple: Any) -> Plan:
     mesh = Mesh(machine.levels(world))
     options = ParallelOptions(placement=placement, quantize=quantize, **triple)
     placed = Placement.of(options, mesh.num_levels)
