@@ -33,11 +33,12 @@ sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import yaml  # noqa: E402
-from report import write_report  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from offload.activations import ActivationOptions, Activations  # noqa: E402
+from benchmarks.report import write_report  # noqa: E402
+from offload.activations import Activations  # noqa: E402
+from offload.options import ActivationOptions  # noqa: E402
 from trainer.models.attention import attention_backends  # noqa: E402
 from trainer.models.llama import Block, rotary_tables  # noqa: E402
 from trainer.options import LlamaOptions  # noqa: E402

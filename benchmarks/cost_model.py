@@ -21,9 +21,12 @@ The last line is one JSON object.
 """
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__" and "--rank" in sys.argv:  # a rank: before the imports that take seconds
-    from namespaces import die_with
+    from benchmarks.namespaces import die_with
 
     die_with(int(sys.argv[1]))
 
@@ -39,16 +42,14 @@ import statistics
 import subprocess
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # `offload` is the package, not the benchmark
 
-import links  # noqa: E402
-import slow_link_worker  # noqa: E402
 import torch  # noqa: E402
-from cost_model_grid import (  # noqa: E402
+
+from benchmarks import links, slow_link_worker  # noqa: E402
+from benchmarks.cost_model_grid import (  # noqa: E402
     LEVELS,
     TOKENS,
     Layers,
@@ -62,12 +63,11 @@ from cost_model_grid import (  # noqa: E402
     say,
     work_of,
 )
-from cost_model_judge import contenders, fit, judge, print_tables, questions  # noqa: E402
-from cost_model_results import CORES, Results, over_rounds  # noqa: E402
-from namespaces import Network  # noqa: E402
-from slow_link import World  # noqa: E402
-from slow_link_engines import Atoll, Job  # noqa: E402
-
+from benchmarks.cost_model_judge import contenders, fit, judge, print_tables, questions  # noqa: E402
+from benchmarks.cost_model_results import CORES, Results, over_rounds  # noqa: E402
+from benchmarks.namespaces import Network  # noqa: E402
+from benchmarks.slow_link import World  # noqa: E402
+from benchmarks.slow_link_engines import Atoll, Job  # noqa: E402
 from parallel.planning.machine import Machine  # noqa: E402
 from parallel.planning.simulate import simulate  # noqa: E402
 from trainer import trial  # noqa: E402

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # `offload` is the package, not the benchmark
+sys.path.insert(0, str(HERE.parent))
 
-import links  # noqa: E402
 import torch  # noqa: E402
-from namespaces import _tbf  # noqa: E402
 from torch import nn  # noqa: E402
 
+from benchmarks import links  # noqa: E402
+from benchmarks.namespaces import _tbf  # noqa: E402
 from parallel import Mesh, ParallelOptions, Placement  # noqa: E402
 from parallel.planning.cost import Plan  # noqa: E402
 from parallel.planning.machine import Machine, Packing  # noqa: E402
@@ -80,7 +80,7 @@ class Point:
 def grid(rates: list[float]) -> list[Point]:
     named = itertools.product(rates, PLACEMENTS, QUANTIZE, ACCUMULATION, (True, False))
     free = itertools.product(rates, ("free",), QUANTIZE, ACCUMULATION, (True,), FREE)
-    return [Point(*point) for point in (*named, *free)]
+    return [*(Point(*point) for point in named), *(Point(*point) for point in free)]
 
 
 def held_out(point: Point) -> bool:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # `offload` is the package, not the benchmark
+sys.path.insert(0, str(HERE.parent))
 
-from cost_model_grid import (  # noqa: E402
+from benchmarks.cost_model_grid import (  # noqa: E402
     ACCUMULATION,
     LEVELS,
     PLACEMENTS,
@@ -29,8 +29,7 @@ from cost_model_grid import (  # noqa: E402
     problem,
     say,
 )
-from cost_model_results import CORES, Results  # noqa: E402
-
+from benchmarks.cost_model_results import CORES, Results  # noqa: E402
 from parallel import ParallelOptions, Placement  # noqa: E402
 from parallel.planning.calibrate import Run, calibrate  # noqa: E402
 from parallel.planning.choose import MEASURED, choose  # noqa: E402

@@ -10,10 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # `offload` is the package, not the benchmark
+sys.path.insert(0, str(HERE.parent))
 
-from cost_model_grid import Point, Row  # noqa: E402
-from report import write_report  # noqa: E402
+from benchmarks.cost_model_grid import Point, Row  # noqa: E402
+from benchmarks.report import write_report  # noqa: E402
 
 CORES = sorted(os.sched_getaffinity(0))
 

@@ -26,8 +26,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import numpy as np  # noqa: E402
-from report import write_report  # noqa: E402
 
+from benchmarks.report import write_report  # noqa: E402
 from checkpoint import crc as checksums  # noqa: E402
 from checkpoint.crc import crc32c, piece_crcs  # noqa: E402
 from checkpoint.erasure import ReedSolomon, aligned_empty, isal  # noqa: E402
@@ -119,9 +119,9 @@ def measure(k: int, m: int, total_bytes: int, rounds: int) -> list[dict[str, Any
             sides[f"{name}|{act}"] = (sum(len(array) for array in arrays), side)
     found = rates(sides, rounds)
     rows = []
-    for side, values in found.items():
-        if side != "copy":
-            name, act = side.split("|")
+    for key, values in found.items():
+        if key != "copy":
+            name, act = key.split("|")
             ratios = [value / copy for value, copy in zip(values, found["copy"], strict=True)]
             target_ratio = CODES[k, m] if name == "Atoll" else None
             rows.append(row(f"RS({k}+{m}) {act}", name, values, found["copy"], ratios, target_ratio))

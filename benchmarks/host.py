@@ -27,14 +27,13 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from report import write_report  # noqa: E402
-
-from offload.adamw import accumulate, adamw, copy, sum_of_squares  # noqa: E402
+from benchmarks.report import write_report  # noqa: E402
+from offload.adamw import State, accumulate, adamw, copy, sum_of_squares  # noqa: E402
 from offload.arena import Arena  # noqa: E402
 from offload.hostpool import HostPool  # noqa: E402
 from offload.nvme import NvmeTier  # noqa: E402
 
-HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+HYPER: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 STATE = [torch.float32] * 3
 Side = tuple[float, Callable[[], object]]
 """Bytes that one call moves, and the call."""
@@ -51,6 +50,11 @@ def turns(sides: dict[str, Side], rounds: int) -> dict[str, list[float]]:
     return {name: found[1:] for name, found in rates.items()}
 
 
+def three(tensors: list[Tensor]) -> State:
+    master, exp_avg, exp_avg_sq = tensors
+    return master, exp_avg, exp_avg_sq
+
+
 def deepspeed_adam(master: Tensor, grad: Tensor) -> Callable[[], object] | None:
     """DeepSpeed's step, or None where its extension is not there or does not build."""
     try:
@@ -63,7 +67,8 @@ def deepspeed_adam(master: Tensor, grad: Tensor) -> Callable[[], object] | None:
     except Exception as error:
         print(f"DeepSpeedCPUAdam: not measured ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
         return None
-    return optimizer.step
+    step: Callable[[], object] = optimizer.step
+    return step
 
 
 def memory_rows(numel: int, rounds: int, threads: int | None) -> list[dict[str, Any]]:
@@ -80,12 +85,18 @@ def memory_rows(numel: int, rounds: int, threads: int | None) -> list[dict[str, 
         for tensors in (together, paged):
             for tensor in tensors:
                 tensor.copy_(torch.rand(1 << 16).repeat(-(-numel // (1 << 16)))[:numel])
-        state, beside = together[:3], tuple(together[3:6])
+        state, beside = three(together[:3]), three(together[3:6])
+        paged_state, paged_beside = three(paged[:3]), three(paged[3:6])
         grad, weight = together[6:]
         fp32_grad = torch.rand(numel)
         moments = [torch.zeros(numel), torch.zeros(numel)]
         parameter, step = torch.rand(numel), torch.tensor(3.0)
-        copies = [(into, source) for into, source in zip(together[3:6], together[:3], strict=True)]
+        copies = list(zip(beside, state, strict=True))
+        paged_copies = list(zip(paged_beside, paged_state, strict=True))
+
+        def copy_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
+            for into, source in pairs:
+                copy(into, source, pool=pool)
 
         def fused() -> None:
             torch._fused_adamw_(
@@ -94,11 +105,8 @@ def memory_rows(numel: int, rounds: int, threads: int | None) -> list[dict[str, 
             )  # fmt: skip
 
         sides: dict[str, Side] = {
-            "copy": (24 * numel, lambda: [copy(into, source, pool=pool) for into, source in copies]),
-            "copy, each array at a page": (
-                24 * numel,
-                lambda: [copy(into, source, pool=pool) for into, source in zip(paged[3:6], paged[:3], strict=True)],
-            ),
+            "copy": (24 * numel, lambda: copy_all(copies)),
+            "copy, each array at a page": (24 * numel, lambda: copy_all(paged_copies)),
             "torch copy": (24 * numel, lambda: [into.copy_(source) for into, source in copies]),
             "adamw in place": (28 * numel, lambda: adamw(*state, grad, weight, updates=3, pool=pool, **HYPER)),
             "adamw ping-pong": (
@@ -107,7 +115,7 @@ def memory_rows(numel: int, rounds: int, threads: int | None) -> list[dict[str, 
             ),
             "adamw ping-pong, each array at a page": (
                 28 * numel,
-                lambda: adamw(*paged[:3], paged[6], paged[7], updates=3, out=tuple(paged[3:6]), pool=pool, **HYPER),
+                lambda: adamw(*paged_state, paged[6], paged[7], updates=3, out=paged_beside, pool=pool, **HYPER),
             ),
             "sum_of_squares bf16": (2 * numel, lambda: sum_of_squares(grad, pool=pool)),
             "accumulate bf16": (10 * numel, lambda: accumulate(beside[0], grad, pool=pool)),

@@ -16,10 +16,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).resolve().parent
 STEPS = 12
 sys.path.insert(0, str(HERE.parent))
+
+if TYPE_CHECKING:
+    from trainer.options import LlamaOptions
 
 
 def ours(model: str, seq_len: int, batch: int, profile: str) -> None:
@@ -78,18 +82,18 @@ def ours(model: str, seq_len: int, batch: int, profile: str) -> None:
     print("RESULT", json.dumps(result), flush=True)
 
 
-def preset(name: str):
+def preset(name: str) -> "LlamaOptions":
     """The model of ``conf/model/<name>.yaml``."""
     from omegaconf import OmegaConf
 
     from trainer.options import LlamaOptions
 
-    fields = OmegaConf.to_container(OmegaConf.load(HERE.parent / "conf" / "model" / f"{name}.yaml"))
+    fields: Any = OmegaConf.to_container(OmegaConf.load(HERE.parent / "conf" / "model" / f"{name}.yaml"))
     fields.pop("defaults", None)
     return LlamaOptions(**fields)
 
 
-def run(command: list[str], timeout_s: float) -> dict:
+def run(command: list[str], timeout_s: float) -> dict[str, Any]:
     """The RESULT of a process; what it said instead where it failed."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
@@ -97,7 +101,8 @@ def run(command: list[str], timeout_s: float) -> dict:
         print(done.stdout[-2000:], done.stderr[-4000:], sep="\n", flush=True)
         errors = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
         return {"failed": errors[-1][:400] if errors else f"exit {done.returncode}"}
-    return json.loads(found[-1].removeprefix("RESULT"))
+    result: dict[str, Any] = json.loads(found[-1].removeprefix("RESULT"))
+    return result
 
 
 def main() -> None:
@@ -112,7 +117,8 @@ def main() -> None:
         ours(args.ours[0], int(args.ours[1]), int(args.ours[2]), args.profile)
         return
     import torch
-    from report import write_report
+
+    from benchmarks.report import write_report
 
     rows = []
     for case in args.cases:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 from torch import nn  # noqa: E402
 
-from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard  # noqa: E402
-from parallel.collectives import Lane, all_gather, all_reduce, all_to_all  # noqa: E402
+from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, ShardedModel, shard  # noqa: E402
+from parallel.collectives import Lane, Steps, all_gather, all_reduce, all_to_all  # noqa: E402
 from parallel.planning.machine import Fit, Link, Machine, Packing  # noqa: E402
 from parallel.quantize import Format, dequantize, quantize  # noqa: E402
 
@@ -50,7 +51,7 @@ class Stack(nn.Module):
         return loss
 
 
-def timed(act: Callable[[], None], seconds: float, device: torch.device) -> float:
+def timed(act: Callable[[], object], seconds: float, device: torch.device) -> float:
     """Median seconds of `act`, of the slowest rank. Repeated for about `seconds`, three to twenty times."""
 
     def once() -> float:
@@ -88,13 +89,17 @@ def measure_level(
             whole = torch.ones(size // 4 // n * n, device=device)
             part, out = whole[: len(whole) // n].clone(), torch.empty_like(whole)
             steps = {
-                "all_gather": lambda out=out, part=part: all_gather(out, part, group),
-                "all_to_all": lambda out=out, whole=whole: all_to_all(out, whole, group),
-                "all_reduce": lambda whole=whole: all_reduce(whole, group),
+                "all_gather": partial(all_gather, out, part, group),
+                "all_to_all": partial(all_to_all, out, whole, group),
+                "all_reduce": partial(all_reduce, whole, group),
             }[kind]
             if points and (points[-1][1] * 4 > seconds or size > largest):
                 break
-            took = timed(lambda steps=steps: lane.launch(steps()).finish(), seconds / 4, device)
+
+            def act(steps: Callable[[], Steps] = steps) -> None:
+                lane.launch(steps()).finish()
+
+            took = timed(act, seconds / 4, device)
             factor = 2 if kind == "all_reduce" else 1
             points.append((factor * whole.nbytes * (n - 1) / n, took))
         start, rate = fit_line(points)
@@ -143,8 +148,8 @@ def measure_packing(seconds: float, device: torch.device) -> dict[str, Packing]:
             values, half = torch.randn(numel, device=device), format.packed_bytes(numel // 2)
             packed = torch.empty(2 * half, dtype=torch.uint8, device=device)
             acts = {
-                "quantize": lambda v=values, f=format, p=packed: quantize(v, f, p, chunks=2),
-                "dequantize": lambda v=values, f=format, p=packed: dequantize(p, f, v, chunks=2),
+                "quantize": partial(quantize, values, format, packed, chunks=2),
+                "dequantize": partial(dequantize, packed, format, values, chunks=2),
             }
             for name, act in acts.items():
                 points[name].append((values.nbytes + packed.nbytes, timed(act, seconds / 4, device)))
@@ -171,10 +176,10 @@ def measure_compute(tokens: int, seconds: float, device: torch.device, dtype: to
         )  # fmt: skip
         x = torch.randn(tokens, width, device=device, dtype=dtype)
 
-        def passes(engine=engine, x=x) -> None:
+        def passes(engine: ShardedModel = engine, x: torch.Tensor = x) -> None:
             engine.forward_backward(x, scale=1.0, first=True, last=True)
 
-        def step(engine=engine, passes=passes) -> None:
+        def step(engine: ShardedModel = engine, passes: Callable[[], None] = passes) -> None:
             passes()
             engine.step(1e-3, 1.0)
 
@@ -266,7 +271,8 @@ def measure(levels: dict[str, int], args: argparse.Namespace) -> None:
         return
     machine = Machine(
         name=args.name or socket.gethostname(), links=tuple(links), memory_rate=memory_rate, memory=memory,
-        backend="nccl" if gpu else "gloo", packing=packing, issue_s=max(issues, default=0.0), **compute,
+        backend="nccl" if gpu else "gloo", packing=packing, issue_s=max(issues, default=0.0),
+        compute=compute["compute"], unit_s=compute["unit_s"], step_s=compute["step_s"],
     )  # fmt: skip
     show(machine, points)
     if args.out:
@@ -331,7 +337,7 @@ def main() -> None:
         dist.destroy_process_group()
         return
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(spawned, args=(world, f"{folder}/store", levels, args), nprocs=world)  # type: ignore[no-untyped-call]
+        mp.spawn(spawned, args=(world, f"{folder}/store", levels, args), nprocs=world)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE.parent))
 
-from in_memory import preset  # noqa: E402
-from one_run import baseline, command  # noqa: E402
-from report import gpu_watched, write_report  # noqa: E402
+from benchmarks.in_memory import preset  # noqa: E402
+from benchmarks.one_run import baseline, command  # noqa: E402
+from benchmarks.report import gpu_watched, write_report  # noqa: E402
 
 CASES = ("long", "sweep", "vary", "ladder", "short24", "short32")
 LADDER = {"1b": (2**20, "streamed%stream^32768"), "3b": (400_000, "streamed%stream_input^32768")}
@@ -41,14 +41,15 @@ Row = dict[str, Any]
 def kernel_limit(model: str, num_tokens: int) -> Row:
     """Seconds of the products and attention of a model's blocks and head alone, forward and backward."""
     import torch
-    from activations import kernel_limit_s
 
+    from benchmarks.activations import kernel_limit_s
     from trainer.models.attention import attention_backends
 
     options, device = preset(model), torch.device("cuda", torch.cuda.current_device())
     x = torch.randn(1, num_tokens, options.dim, device=device, dtype=torch.bfloat16)
     with attention_backends(device):
         found = {"blocks_s": kernel_limit_s(options, options.num_layers, x, 1)}
+        assert options.vocab_size is not None
         words, chunk = torch.randn(options.vocab_size, options.dim, device=device, dtype=torch.bfloat16), 2048
         logits = torch.randn(chunk, options.vocab_size, device=device, dtype=torch.bfloat16)
         for timed in (False, True):
@@ -92,8 +93,9 @@ class Bench:
 
         from offload.device import peak_flops
 
-        self.args, self.rows = args, []
-        self.deadline = time.monotonic() + args.budget_s
+        self.args = args
+        self.rows: list[Row] = []
+        self.deadline: float = time.monotonic() + args.budget_s
         device = torch.device("cuda", torch.cuda.current_device())
         self.peak = peak_flops(device, torch.bfloat16)
         self.card_gib = torch.cuda.mem_get_info()[1] / 2**30
@@ -125,7 +127,7 @@ class Bench:
     def ours(self, case: str, name: str, cap: float, steps: int, warm_up: int, least_s: float, most_s: float) -> Row:
         budget_s = min(most_s, self.left_s()) - 12
         # predicting a step of a long sequence means measuring blocks of it: 20 s at 65,536 tokens
-        more = {"steps": steps, "warm_up": warm_up, "budget_s": budget_s, "predict": False}
+        more: Row = {"steps": steps, "warm_up": warm_up, "budget_s": budget_s, "predict": False}
         started = command(name, case, cap=cap, clip=1.0, **more)
         assert started, f"{name}: no such run"
         return self.add(case, name, started, least_s, most_s)

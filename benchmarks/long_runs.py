@@ -23,33 +23,33 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 import torch.fx.experimental._config  # noqa: E402
-from in_memory import preset  # noqa: E402
-from one_run import options as options_of  # noqa: E402
 
-from offload.activations import ActivationOptions, Activations, describe  # noqa: E402
+from benchmarks.in_memory import preset  # noqa: E402
+from benchmarks.one_run import options as options_of  # noqa: E402
+from offload.activations import Activations, describe  # noqa: E402
 from offload.activations_memory import link_bytes_per_s, spare_bytes  # noqa: E402
 from offload.activations_plan import Choice, choose  # noqa: E402
 from offload.arena import capacity_bytes  # noqa: E402
 from offload.device import host_available_bytes, peak_flops  # noqa: E402
-from offload.options import OffloadOptions  # noqa: E402
+from offload.options import ActivationOptions, OffloadOptions  # noqa: E402
+from parallel import OptimizerOptions, ShardedModel  # noqa: E402
+from trainer.models import LanguageModel, build_model  # noqa: E402
 from trainer.models.attention import attention_backends  # noqa: E402
 
 Spec = dict[str, Any]
 
 
-def open_engine(spec: Spec, seq_len: int, made_for: int) -> tuple[Any, Any, torch.device]:
+def open_engine(spec: Spec, seq_len: int, made_for: int) -> tuple[ShardedModel, LanguageModel, torch.device]:
     """Engine, model and device; ``fields`` of the spec change the preset. seq_len: the longest that the model takes;
     made_for: the longest that memory is made for at once."""
     from dataclasses import replace
 
-    from parallel import OptimizerOptions
     from trainer.build import Rank, build_engine, choose_dtype
     from trainer.job import Job
-    from trainer.models import build_model
     from trainer.options import TrainOptions
 
     where, chosen = Rank.current(), options_of(spec["name"], "")
@@ -74,10 +74,11 @@ def open_engine(spec: Spec, seq_len: int, made_for: int) -> tuple[Any, Any, torc
     start = time.perf_counter()
     engine = build_engine(job, llama, where, dtype, say=print)
     print(f"built in {time.perf_counter() - start:.1f} s", engine.state_bytes(), flush=True)
+    assert isinstance(engine, ShardedModel)
     return engine, llama, where.device
 
 
-def step_s(engine: Any, num_tokens: int, device: torch.device) -> float:
+def step_s(engine: ShardedModel, num_tokens: int, device: torch.device) -> float:
     """Seconds of one step of one sequence, from the end of the last to its own."""
     rows = torch.randint(0, 256, (1, num_tokens + 1), device=device)
     start = time.perf_counter()
@@ -103,7 +104,7 @@ def gib(size_bytes: float) -> float:
 class Trace:
     """Says when the device has come to each block, from a thread of its own: the run is not held up."""
 
-    def __init__(self, engine: Any, llama: Any, device: torch.device, found: Spec) -> None:
+    def __init__(self, engine: ShardedModel, llama: LanguageModel, device: torch.device, found: Spec) -> None:
         self._engine, self._cuda, self._found = engine, device.type == "cuda", found
         self._marks: queue.SimpleQueue[tuple[str, int, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._serve, daemon=True).start()
@@ -209,7 +210,7 @@ def doubled(first: int, last: int) -> list[int]:
 
 def sweep(spec: Spec) -> None:
     """The best α by a sweep beside what `auto` would choose, in the same blocks and in turns."""
-    from activations import Stack, kernel_limit_s
+    from benchmarks.activations import Stack, kernel_limit_s
 
     options, num_layers, tokens = preset(spec["model"]), spec["layers"], spec["tokens"]
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -22,9 +22,9 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from report import write_report  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
+from benchmarks.report import write_report  # noqa: E402
 from offload.plan import Head, Layer, Request, place, plan_step, record_head, record_layer  # noqa: E402
 from trainer.models.llama import Block, rotary_tables  # noqa: E402
 from trainer.models.llama import Head as LlamaHead  # noqa: E402
@@ -80,7 +80,8 @@ def plan_random(num_sets: int, num_requests: int, time_limit_s: float) -> dict[s
     """Sets whose load is full at every step, as far as it goes: the hard ones."""
     generator, greedy, both, proven, used = random.Random(0), [], [], 0, 0
     for _ in range(num_sets):
-        requests, load, steps = [], [0] * 24, 24
+        requests: list[Request] = []
+        load, steps = [0] * 24, 24
         for _ in range(50 * num_requests):
             first = generator.randrange(steps)
             last = min(steps - 1, first + generator.randrange(8))

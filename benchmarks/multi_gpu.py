@@ -30,8 +30,9 @@ import psutil
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
+sys.path.insert(0, str(ROOT))
 
+Row = dict[str, Any]
 QUIET_NVLS = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink multicast stays off, whatever the caller's environment says."""
 PLACEMENTS = ("ddp", "zero1", "zero2", "zero3", "hsdp", "hfsdp", "topo")
@@ -76,7 +77,7 @@ def time_cases(ranks: int, repeats: int) -> list[dict[str, Any]]:
     """The pairs that are compared, the others that are asked for, the pairs again, and what else tells something."""
     two, one = meshes(ranks)[0], {"gpu": ranks}
 
-    def case(name: str, model: str, batch: int, *, engine: str = "native", ranks: int = ranks, **more: Any) -> dict:
+    def case(name: str, model: str, batch: int, *, engine: str = "native", ranks: int = ranks, **more: Any) -> Row:
         recompute = more.pop("recompute", False)
         zero = more.pop("zero", {})
         return {
@@ -120,7 +121,7 @@ def time_cases(ranks: int, repeats: int) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------ cases in ranks' processes
 
 
-def play(cases: list[dict[str, Any]], ranks: int, device: str, deadline: float) -> Iterator[tuple[dict, dict]]:
+def play(cases: list[Row], ranks: int, device: str, deadline: float) -> Iterator[tuple[Row, Row]]:
     """Every case and its row, in order; ranks that fail or hang are replaced for the cases that follow."""
     left = list(cases)
     while left:
@@ -371,11 +372,10 @@ class Report:
         self._path, self._hardware = path, hardware
 
     def add(self, section: str, case: dict[str, Any], row: dict[str, Any]) -> None:
-        from report import write_report
+        from benchmarks.report import write_report
 
-        known = {
-            key: case[key] for key in ("name", "model", "batch", "ranks", "engine", "dtype", "parallel") if key in case
-        }
+        names = ["name", "model", "batch", "ranks", "engine", "dtype", "parallel"]
+        known = {key: case[key] for key in names if key in case}
         self.rows.append({"section": section, **known, **row})
         write_report(self._path, self._hardware, self.rows)
         print(show(self.rows[-1]), flush=True)

@@ -23,10 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE.parent))
 
-from in_memory import preset  # noqa: E402
-
+from benchmarks.in_memory import preset  # noqa: E402
 from launch.config import Config  # noqa: E402
 from launch.options import LaunchOptions  # noqa: E402
 from launch.plan import settle  # noqa: E402
@@ -177,8 +176,10 @@ def _also_configure(zero: dict[str, Any]) -> None:
 
     ours = deepspeed._config
 
-    def config(*args: Any) -> dict[str, Any]:
-        made = ours(*args)
+    def config(
+        stage: int, options: ParallelOptions, dtype: torch.dtype, clip_norm: float | None, numel: int
+    ) -> dict[str, Any]:
+        made = ours(stage, options, dtype, clip_norm, numel)
         return made | {"zero_optimization": made["zero_optimization"] | zero}
 
     deepspeed._config = config

@@ -190,8 +190,8 @@ class Network:
         for node in range(self.num_nodes):
             # no IPv6: its neighbour discovery would be counted
             _run(*self.command(node, "sysctl", "-q", "-w", "net.ipv6.conf.all.disable_ipv6=1"))
-            up = ["link set lo up", f"addr add {self.address(node)}/16 dev eth0", "link set eth0 up"]
-            _run("ip", "-n", self.namespace(node), "-b", "-", text="\n".join(up) + "\n")
+            inside = ["link set lo up", f"addr add {self.address(node)}/16 dev eth0", "link set eth0 up"]
+            _run("ip", "-n", self.namespace(node), "-b", "-", text="\n".join(inside) + "\n")
 
 
 def remove_stale() -> None:

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE.parent))
 
-from in_memory import run  # noqa: E402
-from one_run import baseline, command  # noqa: E402
-from report import gpu_watched, write_report  # noqa: E402
+from benchmarks.in_memory import run  # noqa: E402
+from benchmarks.one_run import baseline, command  # noqa: E402
+from benchmarks.report import gpu_watched, write_report  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE.parent))
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,7 @@ def baseline(name: str, case: str, *, cap: float, clip: float, steps: int, nvme:
     return [sys.executable, file, name, model, seq_len, batch, *limits]
 
 
-def options(name: str, nvme: str) -> dict | None:
+def options(name: str, nvme: str) -> dict[str, Any] | None:
     """Options of ours by name: ``TIER[+GiB on the GPU][/GiB in host memory][~share speculated on][@threads]
     [%ACTIVATIONS[:alpha[:blocks kept last]]][^tokens a tile]``; None for another's name. Without activations blocks are
     checkpointed; only swap takes an alpha, so ``%input::0`` keeps no block."""
@@ -91,13 +91,14 @@ def options(name: str, nvme: str) -> dict | None:
     return chosen
 
 
-def ours(spec: dict) -> None:
+def ours(spec: dict[str, Any]) -> None:
     """Train as `spec` says and print what came of it; steps before ``warm_up`` are not counted."""
     import psutil
     import torch
 
     from offload.activations import describe
     from offload.choose import overrides
+    from parallel import ShardedModel
     from parallel.sequence import SequenceParallel
     from trainer.build import Rank, build_engine
     from trainer.forecast import settle
@@ -120,6 +121,7 @@ def ours(spec: dict) -> None:
     print(f"measured and predicted in {time.perf_counter() - start:.1f} s", flush=True)
     start = time.perf_counter()
     engine = build_engine(job, llama, where, torch.bfloat16, say=print)
+    assert isinstance(engine, ShardedModel)
     print(f"built in {time.perf_counter() - start:.1f} s {engine.state_bytes()}", flush=True)
     rows = torch.randint(0, 32000, (spec["batch"], seq_len + 1), device=where.device)
     times, norms, last = train(engine, spec, rows, deadline)
@@ -142,10 +144,9 @@ def ours(spec: dict) -> None:
     engine.close()
 
 
-def job_of(spec: dict) -> "Job":
+def job_of(spec: dict[str, Any]) -> "Job":
     """What `spec` trains; ``auto`` plans within the cap."""
-    from in_memory import preset
-
+    from benchmarks.in_memory import preset
     from offload.options import ActivationOptions, OffloadOptions
     from parallel import OptimizerOptions, ParallelOptions
     from trainer.job import Job
@@ -165,7 +166,7 @@ def job_of(spec: dict) -> "Job":
 
 
 def train(
-    engine: "ShardedModel", spec: dict, rows: "Tensor", deadline: float
+    engine: "ShardedModel", spec: dict[str, Any], rows: "Tensor", deadline: float
 ) -> tuple[list[float], list[float], dict[str, float]]:
     """Seconds and gradient norm of each step, and the last one's figures. rows: (B, S + 1) int64, of every step. After
     `deadline` (`time.perf_counter`) no step begins."""
@@ -200,7 +201,9 @@ def train(
     }  # fmt: skip
 
 
-def timing(times: list[float], norms: list[float], spec: dict, predicted: "Prediction | None") -> dict[str, Any]:
+def timing(
+    times: list[float], norms: list[float], spec: dict[str, Any], predicted: "Prediction | None"
+) -> dict[str, Any]:
     """Medians of the steps that were not clipped, and of those that were, beside what was predicted.
 
     A step's time holds the update of the step before it, whose guesses stand if that and its forerunner did not clip.

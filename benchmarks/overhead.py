@@ -27,9 +27,9 @@ sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
-from report import write_report  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
+from benchmarks.report import write_report  # noqa: E402
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard  # noqa: E402
 from trainer.models import LanguageModel, build_model  # noqa: E402
 from trainer.options import LlamaOptions, TrainOptions  # noqa: E402
@@ -60,7 +60,7 @@ def baseline(rank: int, world: int) -> Step:
     read = model.initial(0, CPU)
     for name, param in model.named_parameters():
         real = read(name, "master", 0, param.numel()).view(param.shape)
-        torch.utils.swap_tensors(param, torch.nn.Parameter(real))  # type: ignore[no-untyped-call]
+        torch.utils.swap_tensors(param, torch.nn.Parameter(real))
     matrices = [param for param in model.parameters() if param.ndim >= 2]
     vectors = [param for param in model.parameters() if param.ndim < 2]
     groups = [{"params": matrices, "weight_decay": OPTIMIZER.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -126,7 +126,7 @@ def worker(rank: int, world: int, folder: str, rounds: int, num_steps: int) -> N
 def compare(world: int, rounds: int, num_steps: int) -> list[dict[str, Any]]:
     """One row for each placement, against the baseline."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(world, folder, rounds, num_steps), nprocs=world)  # type: ignore[no-untyped-call]
+        mp.spawn(worker, args=(world, folder, rounds, num_steps), nprocs=world)
         times = json.loads(Path(folder, f"{world}.json").read_text())
     rows: list[dict[str, Any]] = []
     for placement in PLACEMENTS[world]:

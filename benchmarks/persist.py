@@ -31,8 +31,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
-from report import write_report  # noqa: E402
 
+from benchmarks.report import write_report  # noqa: E402
 from checkpoint import CheckpointOptions, Checkpoints  # noqa: E402
 from checkpoint.crc import Bytes  # noqa: E402
 from checkpoint.erasure import aligned_empty  # noqa: E402
@@ -172,7 +172,7 @@ def measure(sides: dict[str, Any], rounds: int) -> tuple[list[dict[str, Any]], f
             shutil.rmtree(side.folder)
             if number:
                 delete_s.append((time.perf_counter() - start) * 1e9 / side.bytes)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (name, act), values in found.items():
         ratios = [value / direct for value, direct in zip(values, found["direct", act], strict=True)]
         rows.append(

@@ -19,8 +19,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from report import write_report  # noqa: E402
-
+from benchmarks.report import write_report  # noqa: E402
 from parallel import Mesh, ParallelOptions, Placement  # noqa: E402
 from parallel.planning.cost import Plan  # noqa: E402
 from parallel.planning.machine import PRESETS, Machine  # noqa: E402
@@ -99,7 +98,7 @@ class Model:
         return Workload(units=units, tokens=tokens, micro_batches=micro_batches, reduce_bytes=reduce_bytes)
 
 
-def plan(machine: Machine, world: int, placement: str = "zero3", quantize: str = "none", **triple: int) -> Plan:
+def plan(machine: Machine, world: int, placement: str = "zero3", quantize: str = "none", **triple: Any) -> Plan:
     mesh = Mesh(machine.levels(world))
     options = ParallelOptions(placement=placement, quantize=quantize, **triple)
     placed = Placement.of(options, mesh.num_levels)

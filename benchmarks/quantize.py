@@ -30,9 +30,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
-from report import write_report  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.report import write_report  # noqa: E402
 from parallel.quantize import Format, dequantize, dequantize_sum, dequantize_sum_quantize, quantize  # noqa: E402
 
 TARGET = 0.8
@@ -159,7 +159,7 @@ def seconds(function: Callable[[], None], cuda: bool, repeats: int) -> float:
         function()
     end.record()
     end.synchronize()
-    return start_event.elapsed_time(end) / 1e3 / repeats
+    return float(start_event.elapsed_time(end)) / 1e3 / repeats
 
 
 def compare(case: Case, copy: Callable[[], None], copy_bytes: int, rounds: int, cuda: bool) -> dict[str, Any]:

@@ -18,17 +18,17 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from report import write_report  # noqa: E402
-
+from benchmarks.report import write_report  # noqa: E402
 from launch.config import Config  # noqa: E402
 from parallel.options import ParallelOptions  # noqa: E402
 
 WORLD = 2
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "exact": {},
     "quantized": {"quantize": "all"},
     "quantized, error feedback": {"quantize": "all", "error_feedback": True},
@@ -60,7 +60,7 @@ def run_rank(rank: int, variant: str, seed: int, steps: int, batch: int, folder:
         logger=replace(job.logger, tensorboard=False, plot=False),
         run=replace(job.run, root=folder, name="run"),
     )
-    events: list[dict] = []
+    events: list[dict[str, Any]] = []
     Trainer(job, emit=events.append).train()
     if rank == 0:
         [*_, last] = [event["valid_loss"] for event in events if event["type"] == "eval"]
@@ -85,7 +85,7 @@ class Run:
     def done(self) -> bool:
         return all(process.poll() is not None for process in self.processes)
 
-    def result(self) -> dict:
+    def result(self) -> dict[str, Any]:
         assert all(process.returncode == 0 for process in self.processes), f"{self.variant}, seed {self.seed} failed"
         loss = json.loads(Path(self.folder.name, "loss.json").read_text())
         return {"variant": self.variant, "seed": self.seed, "valid_loss": loss, "s": time.perf_counter() - self.start}
@@ -107,7 +107,7 @@ def main() -> None:
 
     waiting = [(variant, seed) for seed in args.seeds for variant in VARIANTS]
     running: list[Run] = []
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
     while waiting or running:
         while waiting and len(running) < args.side_by_side:
             running.append(Run(*waiting.pop(0), args.steps, args.batch))

@@ -33,8 +33,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from report import write_report  # noqa: E402
-
+from benchmarks.report import write_report  # noqa: E402
 from tests.launch.supervised import SNAPSHOTS, Raylets, Run, losses  # noqa: E402
 
 PARTS = ("found", "out", "loaded", "joined", "restored", "first step")

@@ -39,9 +39,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from namespaces import Network, measure, parse_levels  # noqa: E402
-from report import write_report  # noqa: E402
-from slow_link_engines import ENGINES, JOBS  # noqa: E402
+from benchmarks.namespaces import Network, measure, parse_levels  # noqa: E402
+from benchmarks.report import write_report  # noqa: E402
+from benchmarks.slow_link_engines import ENGINES, JOBS  # noqa: E402
 
 Row = dict[str, Any]
 PORT = 29500
@@ -152,7 +152,7 @@ class Bench:
         self.args = args
         self.rows: dict[tuple[Any, ...], Row] = {}
         self.failures: list[str] = []
-        self.until = time.monotonic() + args.budget_s
+        self.until: float = time.monotonic() + args.budget_s
         load = os.getloadavg()[0]
         control = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
         self.hardware = (

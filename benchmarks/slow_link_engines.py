@@ -9,13 +9,13 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,7 +46,9 @@ class Linears(nn.Module):
         return list(self.layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.layers(x.to(self.layers[0].weight.dtype))
+        first = self.layers[0]
+        assert isinstance(first, nn.Linear)
+        x = self.layers(x.to(first.weight.dtype))
         loss: Tensor = x.float().square().mean()
         return loss
 
@@ -127,6 +129,17 @@ class Side(Protocol):
         """Of the optimizer's state that this rank holds, without master weights."""
 
 
+@runtime_checkable
+class HasUnits(Protocol):
+    def units(self) -> list[nn.Module]: ...
+
+
+def units_of(model: nn.Module) -> list[nn.Module]:
+    """What an engine gathers, computes and releases together."""
+    assert isinstance(model, HasUnits)
+    return model.units()
+
+
 class Atoll:
     def __init__(
         self, model: nn.Module, levels: Mapping[str, int], *, overlap: bool, dtype: torch.dtype, **options: Any
@@ -137,7 +150,7 @@ class Atoll:
         weights = {name: param.detach().clone().flatten() for name, param in model.named_parameters()}
         self.engine = shard(
             model, mesh, Placement.of(parallel, mesh.num_levels),
-            units=model.units(), initial=lambda name, kind, start, stop: weights[name][start:stop],
+            units=units_of(model), initial=lambda name, kind, start, stop: weights[name][start:stop],
             optimizer=OPTIMIZER, options=parallel, dtype=dtype, device=CPU,
         )  # fmt: skip
 
@@ -204,7 +217,7 @@ class FSDP2(_Foreign):
         self, model: nn.Module, *, repaired: bool = True, keep: bool = False, shard_ranks: int = 0,
         reshard: bool | int = True, compute: torch.dtype | None = None, reduce: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        world, units = dist.get_world_size(), model.units()
+        world, units = dist.get_world_size(), units_of(model)
         self._replicated, self._keep = bool(shard_ranks), keep
         if shard_ranks:
             mesh = init_device_mesh("cpu", (world // shard_ranks, shard_ranks), mesh_dim_names=("replicate", "shard"))
@@ -213,12 +226,14 @@ class FSDP2(_Foreign):
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
         for unit in units:
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False if keep else reshard)
-            if repaired:
-                unit.set_custom_reduce_scatter(_AllToAll())
         fully_shard(model, mesh=mesh, mp_policy=policy)
+        self._root, *sharded = cast(list[FSDPModule], [model, *units])
         if repaired:
-            model._set_unshard_async_op(True)
-            for before, after in zip(units, units[1:], strict=False):
+            self._root._set_unshard_async_op(True)
+            scatter: Any = _AllToAll()  # has what the base class asks for, which is private
+            for module in sharded:
+                module.set_custom_reduce_scatter(scatter)
+            for before, after in zip(sharded, sharded[1:], strict=False):
                 before.set_modules_to_forward_prefetch([after])
                 after.set_modules_to_backward_prefetch([before])
         self.model = model
@@ -227,11 +242,11 @@ class FSDP2(_Foreign):
     def micro_batch(self, inputs: tuple[Tensor, ...], *, index: int, num: int) -> Tensor:
         last = index == num - 1
         if self._replicated:
-            self.model.set_requires_all_reduce(last)
+            self._root.set_requires_all_reduce(last)
         if self._keep:
-            self.model.set_requires_gradient_sync(last)
-            self.model.set_reshard_after_backward(last)
-        loss = self.model(*inputs)
+            self._root.set_requires_gradient_sync(last)
+            self._root.set_reshard_after_backward(last)
+        loss: Tensor = self.model(*inputs)
         (loss / num).backward()
         return loss.detach()
 
@@ -240,11 +255,14 @@ def _bf16_hook(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """What PyTorch's ``bf16_compress_hook`` does; DDP refuses that one by name where there is no NCCL."""
     buffer, world = bucket.buffer(), dist.get_world_size()
     work = dist.all_reduce(buffer.to(torch.bfloat16).div_(world), async_op=True)
-    return work.get_future().then(lambda future: buffer.copy_(future.value()[0]))
+    done: torch.futures.Future[Tensor] = work.get_future().then(lambda future: buffer.copy_(future.value()[0]))
+    return done
 
 
 class DDP(_Foreign):
     """Buckets of 4 MB (the default of 25 holds most of these models), gradients as views of them, ``no_sync``."""
+
+    model: DistributedDataParallel
 
     def __init__(self, model: nn.Module, *, bf16: bool = False) -> None:
         self.model = DistributedDataParallel(model, bucket_cap_mb=4, gradient_as_bucket_view=True)
@@ -254,7 +272,7 @@ class DDP(_Foreign):
 
     def micro_batch(self, inputs: tuple[Tensor, ...], *, index: int, num: int) -> Tensor:
         with contextlib.nullcontext() if index == num - 1 else self.model.no_sync():
-            loss = self.model(*inputs)
+            loss: Tensor = self.model(*inputs)
             (loss / num).backward()
         return loss.detach()
 
@@ -363,7 +381,7 @@ def _innermost(levels: Mapping[str, int]) -> int:
     return list(levels.values())[-1]
 
 
-_BF16 = {"compute": torch.bfloat16, "reduce": torch.bfloat16}
+_BF16: dict[str, Any] = {"compute": torch.bfloat16, "reduce": torch.bfloat16}
 
 ENGINES: dict[str, Engine] = {
     "atoll-zero3": _atoll("zero3"),

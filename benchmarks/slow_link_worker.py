@@ -26,17 +26,17 @@ from pathlib import Path
 from typing import Any, TextIO
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # `offload` is the package, not the benchmark
+sys.path.insert(0, str(HERE.parent))
 
-from namespaces import die_with  # noqa: E402
+from benchmarks.namespaces import die_with  # noqa: E402
 
 if __name__ == "__main__":  # before the imports that take seconds
     die_with(int(sys.argv[1]))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from slow_link_engines import ENGINES, JOBS, OPTIMIZER, Side  # noqa: E402
 
+from benchmarks.slow_link_engines import ENGINES, JOBS, OPTIMIZER, Side  # noqa: E402
 from parallel import foreign  # noqa: E402
 
 RENEW = 75

@@ -44,8 +44,8 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from report import write_report  # noqa: E402
 
+from benchmarks.report import write_report  # noqa: E402
 from checkpoint import CheckpointOptions, rng_state  # noqa: E402
 from checkpoint.ranks import Ranks  # noqa: E402
 from checkpoint.snapshots.process import start_process  # noqa: E402
@@ -58,8 +58,7 @@ class Training:
     """An engine and its steps; `step` returns once the device has done it."""
 
     def __init__(self, args: argparse.Namespace, rank: int, world: int) -> None:
-        from in_memory import preset
-
+        from benchmarks.in_memory import preset
         from offload import OffloadOptions
         from parallel import OptimizerOptions, ParallelOptions
         from trainer.build import Rank, build_engine, choose_dtype
@@ -72,8 +71,9 @@ class Training:
             name="wide", dim=args.dim, ffn_dim=3 * args.dim, num_layers=4, num_heads=8, num_kv_heads=8,
             head_dim=args.dim // 8,
         )  # fmt: skip
+        options = preset(args.model) if args.model else wide
         job = Job(
-            model=preset(args.model) if args.model else wide,
+            model=options,
             train=TrainOptions(
                 seq_len=args.seq_len,
                 global_batch_size=args.batch * args.accumulation * world,
@@ -86,7 +86,7 @@ class Training:
         torch.manual_seed(0)
         where = Rank(rank, world, torch.device("cuda", 0) if self.cuda else torch.device("cpu"))
         dtype, _ = choose_dtype("auto", where.device)
-        vocab = job.model.vocab_size or 256
+        vocab = options.vocab_size or 256
         model = build_model(job.model, vocab_size=vocab, seq_len=args.seq_len, dtype=dtype, device=where.device)
         self.num_params = sum(p.numel() for p in model.parameters())
         self.engine = build_engine(job, model, where, dtype)
@@ -134,7 +134,9 @@ def nothing(*_: object) -> None:
     pass
 
 
-def versus(training: Training, args: argparse.Namespace, *act: Callable[..., None], settle: Callable[[], None]):
+def versus(
+    training: Training, args: argparse.Namespace, *act: Callable[..., None], settle: Callable[[], None]
+) -> dict[str, Any]:
     """Ratios and seconds a step of blocks without and with `act`, in turn; which comes first changes each round."""
     rounds: list[tuple[float, float]] = []
     for number in range(args.rounds):
@@ -306,7 +308,7 @@ def worker(args: argparse.Namespace, rank: int, port: int) -> None:
     with attention_backends(torch.device(args.device)):
         for _ in range(3):  # compile, grow the pools
             training.block(1, nothing, nothing)
-        sides: list[Callable[..., dict[str, Any]]] = [measure_snapshots]
+        sides: list[Callable[..., dict[str, Any] | None]] = [measure_snapshots]
         sides += [partial(measure_snapshots, copied=True)] if "copied" in args.beside and args.states == "host" else []
         sides += [measure_lm_resiliency] if "lmr" in args.beside else []
         sides += [measure_dcp] if "dcp" in args.beside else []

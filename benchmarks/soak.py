@@ -24,8 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from report import write_report  # noqa: E402
-
+from benchmarks.report import write_report  # noqa: E402
 from launch.chaos import parse_plan, strike  # noqa: E402
 from launch.report import show, summarize  # noqa: E402
 from tests.launch.supervised import SNAPSHOTS, Raylets, Run, losses  # noqa: E402

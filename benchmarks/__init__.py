@@ -1,0 +1,1 @@
+"""Scripts, each run by its path; a package so that `benchmarks.offload` is another module than `offload`."""
