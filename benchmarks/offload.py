@@ -112,12 +112,12 @@ def start(item: Run, args: argparse.Namespace, limit_s: float) -> dict[str, Any]
 def drive_rate(folder: str, limit_s: float) -> dict[str, Any]:
     """What plain direct I/O makes of the drive, reading and writing at once: the most that states there can have."""
     code = (
-        "import sys, json; from pathlib import Path; from host import drive_rows\n"
+        "import sys, json; from pathlib import Path; from benchmarks.host import drive_rows\n"
         "rows = {r['side']: r for r in drive_rows(Path(sys.argv[1]), 1 << 30, 3, 8, 2 << 20)}\n"
         "print('RESULT', json.dumps({'mixed_GB_per_s': rows['plain mixed']['gb_per_s'], "
         "'tier_GB_per_s': rows['tier mixed']['gb_per_s']}))"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     try:
         done = subprocess.run(
             [sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=limit_s, env=environment
