@@ -148,91 +148,117 @@ def estimate(work: Workload, plan: Plan, machine: Machine) -> Estimate:
     """
     traffic = traffic_of(work, plan, machine)
     clock = Clock(machine, plan.mesh, work)
-    gloo, n = machine.backend == "gloo", work.micro_batches
-    row, root = work.row, work.root
-    units = [(unit, traffic.unit(unit)) for unit in work.all]
-    levels, at_once = [0.0] * plan.mesh.num_levels, [0.0] * plan.mesh.num_levels
-
-    def lane(chains: list[Chain], times: float = 1.0) -> tuple[float, float]:
-        """Seconds of the chains beside compute, and of what the host does or waits for: on gloo, all but the first move
-        of a chain start when the result is asked for."""
-        beside = shown = 0.0
-        for chain in chains:
-            for i, move in enumerate(chain):
-                level, seconds = clock.transfer(move)
-                levels[level] += times * (clock.wait(move) + seconds)
-                at_once[level] += times * min(seconds, clock.burst_s[level])
-                own = clock.host((move,)) if gloo else 0.0
-                shown += clock.move(move) if gloo and i else own
-                beside += 0.0 if gloo and i else clock.move(move) - own
-            beside += clock.chain(chain) - sum(map(clock.move, chain))
-        return beside, shown
-
-    forward_c = sum(clock.forward(unit) for unit in row)
-    first = [c for unit, t in units[: 2 if root else 1] for c in t.gather]
-    rest = [c for unit, t in units[2 if root else 1 :] for c in t.gather]
-    again = [c for unit, t in units[:-1] if unit.gathers_backward and not unit.is_root for c in t.gather]
-    head, head_shown = lane(first, n)
-    forward_g, forward_shown = lane(rest, n)
-    backward_g, backward_shown = lane(again, n)
-    collect = sum(clock.memory(t.elements * (work.compute_bytes + work.reduce_bytes)) for _, t in units)
-    backward_c = sum(clock.backward(unit) for unit in row) + collect + backward_shown
-
-    def backward(chains: list[Chain]) -> float:
-        if not work.overlap:
-            return backward_c + backward_g + sum(map(clock.chain, chains))
-        lane_s = sum(map(clock.chain, chains))
-        own = sum(map(clock.host, chains)) if gloo else 0.0
-        busy = Counter[int]()
-        for chain in [*again, *chains]:
-            for move in chain:
-                level, seconds = clock.transfer(move)
-                busy[level] += seconds  # type: ignore[assignment]
-        return max(backward_c + own, backward_g, lane_s, *busy.values())
-
-    inner = [c for _, t in units for c in t.reduce]
-    end = units[: 2 if root else 1]  # their reductions begin when nothing is left to compute
-    every = [c for _, t in units[len(end) :] for c in t.last]
-    lane(inner, n)
-    lane([c for _, t in units for c in t.reduce_last])
-    exchanges = [(c, n * (1 + unit.passes_backward)) for unit, t in units for c in t.sequence]
-    for chain, times in exchanges:
-        lane([chain], times)
-    refreshes = [c for _, t in units for c in t.refresh]
-    refresh_s, refresh_shown = lane(refreshes)
-    ahead = sum(clock.chain(c) for c in units[0][1].refresh)
-
-    if work.overlap:
-        hidden = forward_g + (clock.forward(row[-1]) if rest else 0.0)
-        forward = head + head_shown + max(forward_c + forward_shown, hidden)
-        first_forward = head + head_shown + max(forward_c + forward_shown + refresh_shown, hidden + refresh_s)
-        first_forward = max(first_forward, forward + ahead)
-        tail = sum(clock.chain(c) for _, t in end for c in t.last)
-    else:
-        forward = head + head_shown + forward_c + forward_g + forward_shown
-        first_forward = forward + refresh_s + refresh_shown
-        tail = sum(clock.chain(c) for _, t in end for c in t.last)
-    update = update_s(work, traffic, clock) + machine.step_s + sum(map(clock.move, traffic.control()))
+    step, n = _Step(work, traffic, clock), work.micro_batches
+    forward_s, first_forward_s = step.forward()
     phases = {
-        "forward": n * forward,
-        "backward": (n - 1) * backward(inner) + backward(every),
-        "sequence": sum(times * sum(map(clock.move, chain)) for chain, times in exchanges),
-        "reduce": tail,
-        "update": update,
-        "refresh": first_forward - forward,
+        "forward": n * forward_s,
+        "backward": (n - 1) * step.backward(step.reduce) + step.backward(step.last),
+        "sequence": sum(times * sum(map(clock.move, chain)) for chain, times in step.exchanges),
+        "reduce": sum(map(clock.chain, step.tail)),
+        "update": update_s(work, traffic, clock) + machine.step_s + sum(map(clock.move, traffic.control())),
+        "refresh": first_forward_s - forward_s,
     }
-    step_s = sum(phases.values())
-    for busy, saved in zip(levels, at_once, strict=True):  # what a shaped link saves up while it is silent
-        less = max(0.0, min(saved, step_s - busy)) / step_s if step_s else 0.0
-        phases, step_s = {name: (1 - less) * s for name, s in phases.items()}, (1 - less) * step_s
+    links = step.links()
+    step_s, phases = links.less_silence(phases)
     return Estimate(
         step_s=step_s,
         phases=phases,
-        compute_s=n * (forward_c + sum(clock.backward(unit) for unit in row)),
-        levels_s=dict(zip(plan.mesh.names, levels, strict=True)),
+        compute_s=n * (step.forward_s + step.backward_s),
+        levels_s=dict(zip(plan.mesh.names, links.busy_s, strict=True)),
         sent=traffic.sent_bytes(),
         memory=memory(work, traffic),
     )
+
+
+class _Step:
+    """The chains of a step, by what may hide them, and the seconds of its forwards and backwards."""
+
+    def __init__(self, work: Workload, traffic: Traffic, clock: Clock) -> None:
+        self._work, self._clock, self._gloo = work, clock, traffic.gloo
+        units, n = [(unit, traffic.unit(unit)) for unit in work.all], work.micro_batches
+        num_ends = 2 if work.root else 1
+        ends, others = units[:num_ends], units[num_ends:]  # a forward begins with these, a backward ends with them
+        self.first = [c for _, t in ends for c in t.gather]
+        self.ahead = [c for _, t in others for c in t.gather]
+        self.again = [c for unit, t in units[:-1] if unit.gathers_backward and not unit.is_root for c in t.gather]
+        self.reduce = [c for _, t in units for c in t.reduce]
+        self.reduce_last = [c for _, t in units for c in t.reduce_last]
+        self.last = [c for _, t in others for c in t.last]
+        self.tail = [c for _, t in ends for c in t.last]  # these begin when nothing is left to compute
+        self.exchanges = [(c, n * (1 + unit.passes_backward)) for unit, t in units for c in t.sequence]
+        self.refresh = [c for _, t in units for c in t.refresh]
+        self.refresh_first = units[0][1].refresh
+        self.forward_s, self.backward_s = sum(map(clock.forward, work.row)), sum(map(clock.backward, work.row))
+        """Of compute alone."""
+        bytes_an_element = work.compute_bytes + work.reduce_bytes
+        self._collect_s = sum(clock.memory(t.elements * bytes_an_element) for _, t in units)
+
+    def forward(self) -> tuple[float, float]:
+        """Seconds of a forward, and of the step's first, which the refresh runs beside."""
+        head_s, head_shown = self._lane(self.first)
+        ahead_s, ahead_shown = self._lane(self.ahead)
+        refresh_s, refresh_shown = self._lane(self.refresh)
+        head_s, host_s = head_s + head_shown, self.forward_s + ahead_shown
+        if not self._work.overlap:
+            seconds = head_s + self.forward_s + ahead_s + ahead_shown
+            return seconds, seconds + refresh_s + refresh_shown
+        beside_s = ahead_s + (self._clock.forward(self._work.row[-1]) if self.ahead else 0.0)
+        seconds = head_s + max(host_s, beside_s)
+        first_s = head_s + max(host_s + refresh_shown, beside_s + refresh_s)
+        return seconds, max(first_s, seconds + sum(map(self._clock.chain, self.refresh_first)))
+
+    def backward(self, reductions: list[Chain]) -> float:
+        """Seconds of a backward that starts these reductions."""
+        again_s, again_shown = self._lane(self.again)
+        host_s = self.backward_s + self._collect_s + again_shown
+        reduce_s = sum(map(self._clock.chain, reductions))
+        if not self._work.overlap:
+            return host_s + again_s + reduce_s
+        own_s = sum(map(self._clock.host, reductions)) if self._gloo else 0.0
+        links = _Links(self._clock, [(chain, 1) for chain in (*self.again, *reductions)])
+        return max(host_s + own_s, again_s, reduce_s, *links.sending_s)
+
+    def links(self) -> "_Links":
+        """Under all chains of the step."""
+        often = [(chain, self._work.micro_batches) for chain in (*self.first, *self.ahead, *self.again, *self.reduce)]
+        reduce_last, refresh = ([(chain, 1) for chain in chains] for chains in (self.reduce_last, self.refresh))
+        return _Links(self._clock, [*often, *reduce_last, *self.exchanges, *refresh])
+
+    def _lane(self, chains: list[Chain]) -> tuple[float, float]:
+        """Seconds of the chains beside compute, and of what the host does or waits for: on gloo, all but the first move
+        of a chain start when the result is asked for."""
+        clock = self._clock
+        beside = shown = 0.0
+        for chain in chains:
+            for i, move in enumerate(chain):
+                on_host = (clock.move(move) if i else clock.host((move,))) if self._gloo else 0.0
+                shown += on_host
+                beside += clock.move(move) - on_host
+            beside += clock.chain(chain) - sum(map(clock.move, chain))
+        return beside, shown
+
+
+class _Links:
+    """How long chains keep the links busy, in seconds by level."""
+
+    def __init__(self, clock: Clock, chains: list[tuple[Chain, int]]) -> None:
+        """chains: each with how often it crosses."""
+        self.busy_s, self.sending_s, self._at_once_s = ([0.0] * len(clock.burst_s) for _ in range(3))
+        """With the waits; without; of the latter what passes at once after a silence."""
+        for chain, times in chains:
+            for move in chain:
+                level, seconds = clock.transfer(move)
+                self.busy_s[level] += times * (clock.wait(move) + seconds)
+                self.sending_s[level] += times * seconds
+                self._at_once_s[level] += times * min(seconds, clock.burst_s[level])
+
+    def less_silence(self, phases: dict[str, float]) -> tuple[float, dict[str, float]]:
+        """Seconds of the step and of its phases, less what shaped links save up while they are silent."""
+        step_s = sum(phases.values())
+        for busy, at_once in zip(self.busy_s, self._at_once_s, strict=True):
+            less = max(0.0, min(at_once, step_s - busy)) / step_s if step_s else 0.0
+            phases, step_s = {name: (1 - less) * s for name, s in phases.items()}, (1 - less) * step_s
+        return step_s, phases
 
 
 def traffic_of(work: Workload, plan: Plan, machine: Machine, system: type[Traffic] = Traffic) -> Traffic:

@@ -154,68 +154,37 @@ class Workload:
         """The numbers of a language model (`Readable`) whose parameters are on ``meta``.
 
         FLOPs of a block are its share of `flops_per_token`, so experts that a token does not visit and attention count
-        as they do there. Activations of a block are the inputs and outputs of its linear layers: what a Llama whose
-        other operations are fused keeps (arXiv 2407.12117, sec. 3); an eager model keeps more. recompute: the share of
-        a block's products that its backward does again; its attention too where `recompute_attention` says so; the
-        blocks of `keep_last` do nothing again. exchange: what a block sends where ranks share sequences. The head is
-        taken to make its gradients in the forward (`trainer.models.loss`), a chunk of logits at a time.
+        as they do there. recompute: the share of a block's products that its backward does again; its attention too
+        where `recompute_attention` says so; the blocks of `keep_last` do nothing again. exchange: what a block sends
+        where ranks share sequences.
         """
         readable = cast(Readable, model)
-        modules = readable.units()
-        named, root = cut_units(model, modules)
-        blocks = set(readable.blocks())
+        modules, blocks = readable.units(), set(readable.blocks())
         kept = set(readable.blocks()[len(blocks) - keep_last :])
-        sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name, _, _ in named}
-        in_blocks = sum(sizes[name] for name, module, _ in named if module in blocks)
-        all_numel = sum(parameter.numel() for parameter in model.parameters())
-        outside = all_numel - in_blocks
+        named, root = cut_units(model, modules)
+        outside = _numel(model) - sum(_numel(module) for _, module, _ in named if module in blocks)
         block_flops = (readable.flops_per_token(seq_len) - 6 * outside) / 3 / max(1, len(blocks))
-        units: list[UnitCost] = []
-        if root:
-            units.append(replace(_count("root", root, exact), is_root=True))
-        last = modules[-1]
+        units = [replace(_count("root", root, exact), is_root=True)] if root else []
         for name, module, own in named:
             unit = _count(name, own, exact)
-            widths = [(m.in_features, m.out_features) for m in module.modules() if isinstance(m, nn.Linear)]
             if module in blocks:
-                saved = compute_bytes * sum(map(sum, widths))
-                products_share = min(1.0, 2.0 * sizes[name] / block_flops)
-                again = recompute * products_share + (1.0 - products_share) * recompute_attention
-                keeps = module in kept
-                unit = replace(
-                    unit, forward_flops=block_flops, backward_flops=2 * block_flops, activation_bytes=saved,
-                    input_bytes=compute_bytes * (widths[0][0] if widths else 0), recompute=0.0 if keeps else again,
-                    exchange=replace(exchange, again=False) if exchange and keeps else exchange,
-                )  # fmt: skip
-            elif module is last:  # products of all its weights, the shared ones too
-                products = sum(p.numel() for p in module.parameters() if p.ndim >= 2)
-                width, words = max(widths, key=math.prod, default=(0, 0))
-                unit = replace(
-                    unit, forward_flops=6.0 * products, activation_bytes=3.0 * compute_bytes * width,
-                    fixed_bytes=loss_chunk_tokens * words * (compute_bytes + 4) + 4 * products,
-                )  # fmt: skip
+                unit = _block(unit, module, block_flops, compute_bytes, recompute, recompute_attention)
+                unit = replace(unit, exchange=exchange)
+                unit = _kept(unit) if module in kept else unit
+            elif module is modules[-1]:
+                unit = _head(unit, module, compute_bytes, loss_chunk_tokens)
             elif any(isinstance(m, nn.Embedding) for m in module.modules()):
-                width = max((p.shape[-1] for _, p in own if p.ndim), default=0)
-                unit = replace(unit, activation_bytes=compute_bytes * width, gathers_backward=False)
+                unit = _embedding(unit, own, compute_bytes)
             else:
-                products = sum(p.numel() for _, p in own if p.ndim >= 2)
-                unit = replace(
-                    unit, forward_flops=2.0 * products, backward_flops=4.0 * products,
-                    activation_bytes=compute_bytes * sum(map(sum, widths)),
-                )  # fmt: skip
+                unit = _other(unit, module, own, compute_bytes)
             units.append(unit)
         persistent = model.state_dict(keep_vars=True)
         return cls(
-            units=tuple(_folded(units)),
-            tokens=micro_batch_size * -(-seq_len // (exchange.ranks if exchange else 1)),
-            micro_batches=micro_batches,
-            compute_bytes=compute_bytes,
-            reduce_bytes=reduce_bytes,
-            moments=moments,
-            num_parameters=sum(p.requires_grad for p in model.parameters()),
+            units=tuple(_folded(units)), tokens=micro_batch_size * -(-seq_len // (exchange.ranks if exchange else 1)),
+            micro_batches=micro_batches, compute_bytes=compute_bytes, reduce_bytes=reduce_bytes, moments=moments,
+            num_parameters=sum(p.requires_grad for p in model.parameters()), prefetch_units=prefetch_units,
             buffer_bytes=sum(b.nbytes for name, b in model.named_buffers() if name in persistent),
-            prefetch_units=prefetch_units,
-        )
+        )  # fmt: skip
 
 
 class Readable(Protocol):
@@ -237,6 +206,60 @@ def _count(name: str, named: Named, exact: Sequence[str]) -> UnitCost:
         packs = p.ndim >= 2 and not any(fnmatchcase(full_name, pattern) for pattern in exact)
         sizes["frozen" if not p.requires_grad else "matrices" if packs else "vectors"] += aligned(p.numel())
     return UnitCost(name=name, matrices=sizes["matrices"], vectors=sizes["vectors"], frozen=sizes["frozen"])
+
+
+def _block(
+    unit: UnitCost, module: nn.Module, flops: float, compute_bytes: int, recompute: float, recompute_attention: bool
+) -> UnitCost:
+    """Activations are the inputs and outputs of its linear layers: what a Llama whose other operations are fused keeps
+    (arXiv 2407.12117, sec. 3); an eager model keeps more."""
+    widths = _widths(module)
+    products = min(1.0, 2.0 * _numel(module) / flops)  # their share of the FLOPs
+    return replace(
+        unit, forward_flops=flops, backward_flops=2 * flops, activation_bytes=compute_bytes * sum(map(sum, widths)),
+        input_bytes=compute_bytes * (widths[0][0] if widths else 0),
+        recompute=recompute * products + (1.0 - products) * recompute_attention,
+    )  # fmt: skip
+
+
+def _kept(block: UnitCost) -> UnitCost:
+    """As it is where its backward does nothing again."""
+    return replace(block, recompute=0.0, exchange=replace(block.exchange, again=False) if block.exchange else None)
+
+
+def _head(unit: UnitCost, module: nn.Module, compute_bytes: int, loss_chunk_tokens: int) -> UnitCost:
+    """Taken to make its gradients in the forward (`trainer.models.loss`), a chunk of logits at a time. Its products are
+    of all its weights, the shared ones too."""
+    products = sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+    width, words = max(_widths(module), key=math.prod, default=(0, 0))
+    return replace(
+        unit, forward_flops=6.0 * products, activation_bytes=3.0 * compute_bytes * width,
+        fixed_bytes=loss_chunk_tokens * words * (compute_bytes + 4) + 4 * products,
+    )  # fmt: skip
+
+
+def _embedding(unit: UnitCost, own: Named, compute_bytes: int) -> UnitCost:
+    """Looks rows up, so its backward asks for no weights."""
+    width = max((p.shape[-1] for _, p in own if p.ndim), default=0)
+    return replace(unit, activation_bytes=compute_bytes * width, gathers_backward=False)
+
+
+def _other(unit: UnitCost, module: nn.Module, own: Named, compute_bytes: int) -> UnitCost:
+    """Taken to be linear layers: products are of its own weights."""
+    products = sum(p.numel() for _, p in own if p.ndim >= 2)
+    return replace(
+        unit, forward_flops=2.0 * products, backward_flops=4.0 * products,
+        activation_bytes=compute_bytes * sum(map(sum, _widths(module))),
+    )  # fmt: skip
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _widths(module: nn.Module) -> list[tuple[int, int]]:
+    """Of the inputs and outputs of its linear layers."""
+    return [(m.in_features, m.out_features) for m in module.modules() if isinstance(m, nn.Linear)]
 
 
 def _folded(units: Sequence[UnitCost]) -> list[UnitCost]:
