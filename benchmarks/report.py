@@ -1,8 +1,8 @@
 """What a benchmark leaves behind: when, where, with which versions, by which command, and the figures."""
 
 import json
-import platform
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -30,8 +30,8 @@ def write_report(path: str, hardware: str, rows: list[dict[str, Any]]) -> None:
 @contextmanager
 def gpu_watched() -> Iterator[dict[str, float]]:
     """A dict that has, when the context ends, the clock and the power of the first GPU that this process may use while
-    it was busy: medians of a sample a second by nvidia-smi. A GPU that is hot or short of power slows down by itself, and figures are to say so. Empty
-    where there is no nvidia-smi."""
+    it was busy: medians of a sample a second by nvidia-smi. A GPU that is hot or short of power slows down by itself,
+    and figures are to say so. Empty where there is no nvidia-smi."""
     found: dict[str, float] = {}
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
     query = ["nvidia-smi", "-i", first, "--query-gpu=utilization.gpu,clocks.sm,power.draw"]
