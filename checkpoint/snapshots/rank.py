@@ -504,6 +504,7 @@ class Snapshots:
 
     def _interval(self) -> float:
         """Steps between snapshots that cost `COST` of the time, from what the last ones cost this rank."""
+        self.stats.count()
         if not self.stats.stall_s or not self._step_s:
             return 1.0
         cost_s = sum(self.stats.stall_s[-5:]) / len(self.stats.stall_s[-5:])
