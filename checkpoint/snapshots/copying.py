@@ -4,12 +4,13 @@
 GPU state is copied by a stream of its own, which first waits for what the training stream had been given when the
 snapshot was asked for (the update). It writes into the segment, page-locked once at the start, in the order of the
 area; an event after every run lets threads checksum what has arrived while the rest is on its way. The last event is
-what the next update waits for, on the GPU: nobody sleeps.
+what the next update waits for, on the GPU.
 
 [Note: a few runs ahead]
 A stream's queue is finite, and a copy that finds it full waits in the driver, with the lock that the training thread
 needs for every kernel it launches: 36 GB handed over at once left gaps of a copy's 7 ms between kernels, 160 ms of
-them (docs/recovery.md). So no more than `AHEAD` runs are on their way: the stream does not run dry while one is checked.
+them (docs/recovery.md). So no more than `AHEAD` runs are on their way: the stream does not run dry while one is
+checked. A training thread that comes to the update before the last run is issued waits for that itself.
 """
 
 from collections import deque

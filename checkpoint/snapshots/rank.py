@@ -1,7 +1,8 @@
 """Snapshots in the nodes' memory, from a rank's side. Surface of `checkpoint.Checkpoints`, and two methods more.
 
     save(step, …)      hands the state over and returns; a thread copies it into the node's segment
-    wait_copied()      before the state changes: returns once it is copied (on a GPU: the stream waits, not the host)
+    wait_copied()      before the state changes: returns once it is copied (of a GPU's state: once the rest is on its
+                       way, and the stream waits for that)
 
 The rest of a snapshot is the snapshot processes' work. One is made at a time: where the one before is not committed
 yet, `save` waits for it.
