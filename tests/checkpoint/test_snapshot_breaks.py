@@ -4,12 +4,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from checkpoint.snapshots.node import SnapshotNode
 from checkpoint.snapshots.rank import Snapshots
 from checkpoint.snapshots.recovery import newest_snapshot
-from tests.checkpoint.snapshot_nodes import Nodes, pieces
+from tests.checkpoint import snapshot_nodes
+from tests.checkpoint.snapshot_nodes import Nodes, ThreadNodes, pieces
 
 SOON_S = 15.0
 """Of what took 50 s or more."""
@@ -100,3 +103,18 @@ def test_who_leaves_waits_for_nobody(two: Nodes):
 
     two.ranks(4, act, parity=1)
     assert two.said == []
+
+
+class SlowMemory(SnapshotNode):
+    def _segment(self, *args):
+        time.sleep(3)
+        return super()._segment(*args)
+
+
+def test_a_process_is_not_left_alone_while_it_makes_memory(tmp_path: Path):
+    with patch.object(snapshot_nodes, "SnapshotNode", SlowMemory):
+        nodes = ThreadNodes(1, folder=tmp_path, hold_s=1)
+        try:
+            nodes.save(1, [1], parity=0)
+        finally:
+            nodes.end()
