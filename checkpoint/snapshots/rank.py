@@ -97,6 +97,8 @@ class Snapshots:
         self._restored: int | None = None
         self._reader: SnapshotReader | None = None
         self._copier = Copier()
+        self._pinned: list[Bytes] = []
+        """Slots whose area is page-locked."""
         self._index: Index | None = None
         self._movable = Movable(extents=())
         self._berths: list[list[torch.Tensor]] = []
@@ -176,7 +178,9 @@ class Snapshots:
         # attached first, or the process takes itself for left alone: page-locking may take minutes
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
         self._thread.start()
-        self._pinned = [slot for slot in self._slots if torch.cuda.is_available() and self._pin(slot)]
+        for slot in self._slots if torch.cuda.is_available() else []:
+            if self._pin(slot):
+                self._pinned.append(slot)
         if movable and extents:
             self._berths = [berths(extents, index, self._area(slot)) for slot in range(len(self._slots))]
             self._movable = movable

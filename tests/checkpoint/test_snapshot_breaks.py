@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from checkpoint.snapshots.node import SnapshotNode
 from checkpoint.snapshots.rank import Snapshots
@@ -103,6 +104,28 @@ def test_who_leaves_waits_for_nobody(two: Nodes):
 
     two.ranks(4, act, parity=1)
     assert two.said == []
+
+
+def closed_soon(snapshots: Snapshots) -> bool:
+    """And its thread, which may hold the engine, has ended."""
+    thread, began = snapshots._thread, time.monotonic()
+    snapshots.close()
+    return thread is not None and not thread.is_alive() and time.monotonic() - began < 3
+
+
+def test_what_ends_a_rank_while_it_page_locks(two: Nodes):
+    """It may take minutes, and the rank has a thread by then."""
+
+    def act(snapshots: Snapshots, rank: int) -> None:
+        with (
+            patch.object(torch.cuda, "is_available", return_value=True),
+            patch.object(snapshots, "_pin", side_effect=RuntimeError("told to end")),
+            pytest.raises(RuntimeError, match="told to end"),
+        ):
+            snapshots.start(pieces(rank, 1, 0), {"rank": rank}, {"step": 0})
+        assert closed_soon(snapshots)
+
+    two.ranks(1, act, parity=1)
 
 
 class SlowMemory(SnapshotNode):
