@@ -256,10 +256,12 @@ class Snapshots:
             self._changed.notify_all()
         if not background:
             job.begun.wait()
-            if job.area is not None:
-                assert not callable(job.pieces)
-                job.goes(*copy_here(job.pieces, job.index, job.area))
-            job.issued.set()
+            try:
+                if job.area is not None:
+                    assert not callable(job.pieces)
+                    job.goes(*copy_here(job.pieces, job.index, job.area))
+            finally:
+                job.issued.set()
         self.stats.stall_s.append(time.perf_counter() - begun)
 
     def wait_copied(self) -> None:
@@ -455,7 +457,9 @@ class Snapshots:
             job.area = area
             job.begun.set()
             job.issued.wait()
-            marks = filter(None, [job.last])
+            if job.last is None:
+                raise CheckpointError(f"the state of step {job.step} could not be read")
+            marks = iter([job.last])
         data_bytes = array_offsets(job.index)[1]
         crcs = seal(area, marks, data_bytes)
         self.stats.copy_s.append(time.perf_counter() - begun)

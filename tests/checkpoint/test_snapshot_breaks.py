@@ -12,6 +12,7 @@ import torch
 from checkpoint.snapshots.node import SnapshotNode
 from checkpoint.snapshots.rank import Snapshots
 from checkpoint.snapshots.recovery import newest_snapshot
+from offload.state import Piece
 from tests.checkpoint import snapshot_nodes
 from tests.checkpoint.snapshot_nodes import Nodes, ThreadNodes, pieces
 
@@ -111,6 +112,30 @@ def closed_soon(snapshots: Snapshots) -> bool:
     thread, began = snapshots._thread, time.monotonic()
     snapshots.close()
     return thread is not None and not thread.is_alive() and time.monotonic() - began < 3
+
+
+def test_a_state_that_cannot_be_read(two: Nodes):
+    """By the training thread, of a drive: the snapshot thread does not wait for the rest, and the others hear of it."""
+
+    def broken(rank: int) -> Iterator[Piece]:
+        yield pieces(rank, 4, 2)[0]
+        raise OSError("the drive is gone")
+
+    def act(snapshots: Snapshots, rank: int) -> None:
+        snapshots.start(pieces(rank, 4, 0), {"rank": rank}, {"step": 0})
+        save(snapshots, rank, 4, 1)
+        snapshots.wait()
+        assert snapshots.error() is None
+        if rank == 1:
+            with pytest.raises(OSError, match="the drive is gone"):
+                snapshots.save(2, broken(rank), {"rank": rank, "step": 2}, {"step": 2}, background=False)
+            assert closed_soon(snapshots)
+        else:
+            assert train_on(snapshots, rank, 4, range(2, 10)) != "None"
+
+    two.ranks(4, act, parity=1)
+    found = newest_snapshot(two.roster([]))
+    assert found is not None and found.step == 1
 
 
 def test_what_ends_a_rank_while_it_page_locks(two: Nodes):
