@@ -46,7 +46,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -90,6 +90,8 @@ class _Batch:
     known: torch.cuda.Event | None
     room: Destination | None
     """See `Movable`."""
+    over: threading.Event = field(default_factory=threading.Event)
+    """What it stores is there, and the ring whole, which a walk needs."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,10 @@ class AwayStates:
         self._in = torch.cuda.Stream(device) if self._cuda else None
         self._compute = torch.cuda.current_stream(device) if self._cuda else None
         """Whose memory gradients are in, if not the caller's of `take`."""
-        self._batches: queue.Queue[_Batch | _Guess | None] = queue.Queue()
+        self._batches: queue.SimpleQueue[_Batch | _Guess | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._under_way: list[Update] = []
+        self._last: _Batch | None = None
+        """Asked for, and not settled yet."""
         self.update_s = 0.0
         """Seconds that the last updates took, from when their gradients and the factor were known."""
         self._ring: deque[Tensor] = deque()
@@ -225,6 +228,11 @@ class AwayStates:
             shard.arrived = self._out.record_event()
         self._leaving.append((grad, shard.arrived))
 
+    @property
+    def leaving_bytes(self) -> int:
+        """Of the device, held by gradients on their way."""
+        return sum(grad.nbytes for grad, _ in self._leaving)
+
     def guess(self, shard: Shard, terms: Terms) -> None:
         """Start making the next version from the gradient just taken, see [Note: speculation], where that is due."""
         self._submitted = False
@@ -251,17 +259,21 @@ class AwayStates:
             scale, known = host, torch.cuda.current_stream().record_event()
         answers = [Update() for _ in work]
         batch = [(shard, terms, answer) for (shard, terms), answer in zip(work, answers, strict=True)]
-        self._under_way = answers
         self._known, self._submitted = known, True
-        self._batches.put(_Batch(work=batch, scale=scale, known=known, room=room))
+        self._last = _Batch(work=batch, scale=scale, known=known, room=room)
+        self._batches.put(self._last)
         return answers
 
     def settle(self) -> None:
-        """Wait until no update is under way, and what was stored is."""
-        for update in self._under_way:
+        """Wait until no update is under way, and what was stored is: the last batch is over, and with it those before.
+        Not for guesses, which leave the current version alone, and come for as long as the backward runs."""
+        last = self._last
+        if last is None:
+            return
+        for *_, update in last.work:
             update.answer.result()
-        self._under_way = []
-        self._batches.join()
+        last.over.wait()
+        self._last = None
 
     def close(self) -> None:
         """Let go of threads, drives and memory. A second time does nothing."""
@@ -285,7 +297,6 @@ class AwayStates:
                     self._guess(item.shard, item.terms)
                 except BaseException as error:
                     failed = error
-                self._batches.task_done()
                 continue
             answers = deque(answer for *_, answer in item.work)
             try:
@@ -296,7 +307,7 @@ class AwayStates:
             except BaseException as error:
                 for answer in answers:
                     answer.answer.set_exception(error)
-            self._batches.task_done()  # what was stored is there, and the ring whole, which a walk needs
+            item.over.set()
 
     def _guess(self, shard: Shard, terms: Terms) -> None:
         if self._submitted and (self._known is None or self._known.query()):

@@ -112,6 +112,11 @@ class Offloader:
         if self.coming and all(flat.received):  # else other ranks may have more
             self._states.guess(flat.away, Terms(*self.coming, _runs(flat)))
 
+    @property
+    def leaving_bytes(self) -> int:
+        """Of the device, held by gradients on their way."""
+        return self._states.leaving_bytes if self._states else 0
+
     def update(self, scale: Tensor | None, lr: float, updates: int) -> None:
         """Start updating all that is away, see `offload/states.py`."""
         if self._states is None:

@@ -273,7 +273,7 @@ class ShardedModel:
         made = [p.grad for unit in self._all for flat in unit.trainable for p in flat.parameters]
         held = [*made, *(flat.grad for flat in self._trainable)]
         return {
-            "gradients": sum(grad.nbytes for grad in held if grad is not None),
+            "gradients": sum(grad.nbytes for grad in held if grad is not None) + self._offloader.leaving_bytes,
             "swapped activations": self.activations.device_bytes(),
         }
 

@@ -4,12 +4,13 @@
 GPU state is copied by a stream of its own, which first waits for what the training stream had been given when the
 snapshot was asked for (the update). It writes into the segment, page-locked once at the start, in the order of the
 area; an event after every run lets threads checksum what has arrived while the rest is on its way. The last event is
-what the next update waits for, on the GPU: nobody sleeps.
+what the next update waits for, on the GPU.
 
 [Note: a few runs ahead]
 A stream's queue is finite, and a copy that finds it full waits in the driver, with the lock that the training thread
 needs for every kernel it launches: 36 GB handed over at once left gaps of a copy's 7 ms between kernels, 160 ms of
-them (docs/recovery.md). So `AHEAD` runs are on their way at the most: the stream does not run dry while one is checked.
+them (docs/recovery.md). So no more than `AHEAD` runs are on their way: the stream does not run dry while one is
+checked. A training thread that comes to the update before the last run is issued waits for that itself.
 """
 
 from collections import deque
@@ -81,7 +82,7 @@ class Copier:
         stream.wait_event(after)
         runs, marks = deque(_runs(away)), deque[Mark]()
         while runs or marks:
-            while runs and sum(not mark.event.query() for mark in marks if mark.event is not None) < AHEAD:
+            while runs and (len(marks) < AHEAD or _is_over(marks[-AHEAD])):  # they end in their order
                 marks.append(_issue(runs.popleft(), area, stream, None if runs else end))
                 if not runs:
                     issued(marks[-1], size_bytes)
@@ -91,6 +92,10 @@ class Copier:
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
         return self._stream
+
+
+def _is_over(mark: Mark) -> bool:
+    return mark.event is None or mark.event.query()
 
 
 def _runs(places: Places) -> Iterator[Places]:

@@ -145,7 +145,7 @@ class SnapshotNode:
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
-        """A rank is there; without any the process ends after a while."""
+        """A rank is there, or waits to be; without any the process ends after a while."""
         with self._lock:
             self._num_ranks += 1
         try:
@@ -159,11 +159,8 @@ class SnapshotNode:
         if what == "inventory":
             return self._inventory()
         if what == "configure":
-            with self._starting:
-                try:
-                    return self._configure(message)
-                finally:
-                    self._last_rank = time.monotonic()  # memory has been made, for which the ranks have waited
+            with self._attached(), self._starting:  # memory is made, for which the ranks wait
+                return self._configure(message)
         if what == "retire":
             with self._starting:
                 return self._retire()

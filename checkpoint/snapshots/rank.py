@@ -1,7 +1,8 @@
 """Snapshots in the nodes' memory, from a rank's side. Surface of `checkpoint.Checkpoints`, and two methods more.
 
     save(step, …)      hands the state over and returns; a thread copies it into the node's segment
-    wait_copied()      before the state changes: returns once it is copied (on a GPU: the stream waits, not the host)
+    wait_copied()      before the state changes: returns once it is copied (of a GPU's state: once the rest is on its
+                       way, and the stream waits for that)
 
 The rest of a snapshot is the snapshot processes' work. One is made at a time: where the one before is not committed
 yet, `save` waits for it.
@@ -96,6 +97,8 @@ class Snapshots:
         self._restored: int | None = None
         self._reader: SnapshotReader | None = None
         self._copier = Copier()
+        self._pinned: list[Bytes] = []
+        """Slots whose area is page-locked."""
         self._index: Index | None = None
         self._movable = Movable(extents=())
         self._berths: list[list[torch.Tensor]] = []
@@ -175,7 +178,9 @@ class Snapshots:
         # attached first, or the process takes itself for left alone: page-locking may take minutes
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
         self._thread.start()
-        self._pinned = [slot for slot in self._slots if torch.cuda.is_available() and self._pin(slot)]
+        for slot in self._slots if torch.cuda.is_available() else []:
+            if self._pin(slot):
+                self._pinned.append(slot)
         if movable and extents:
             self._berths = [berths(extents, index, self._area(slot)) for slot in range(len(self._slots))]
             self._movable = movable
@@ -251,10 +256,12 @@ class Snapshots:
             self._changed.notify_all()
         if not background:
             job.begun.wait()
-            if job.area is not None:
-                assert not callable(job.pieces)
-                job.goes(*copy_here(job.pieces, job.index, job.area))
-            job.issued.set()
+            try:
+                if job.area is not None:
+                    assert not callable(job.pieces)
+                    job.goes(*copy_here(job.pieces, job.index, job.area))
+            finally:
+                job.issued.set()
         self.stats.stall_s.append(time.perf_counter() - begun)
 
     def wait_copied(self) -> None:
@@ -450,7 +457,9 @@ class Snapshots:
             job.area = area
             job.begun.set()
             job.issued.wait()
-            marks = filter(None, [job.last])
+            if job.last is None:
+                raise CheckpointError(f"the state of step {job.step} could not be read")
+            marks = iter([job.last])
         data_bytes = array_offsets(job.index)[1]
         crcs = seal(area, marks, data_bytes)
         self.stats.copy_s.append(time.perf_counter() - begun)
@@ -504,6 +513,7 @@ class Snapshots:
 
     def _interval(self) -> float:
         """Steps between snapshots that cost `COST` of the time, from what the last ones cost this rank."""
+        self.stats.count()
         if not self.stats.stall_s or not self._step_s:
             return 1.0
         cost_s = sum(self.stats.stall_s[-5:]) / len(self.stats.stall_s[-5:])

@@ -183,9 +183,9 @@ class Nodes:
 class ThreadNodes(Nodes):
     """Nodes that are threads of this process: the same code over the same sockets and shared memory."""
 
-    def __init__(self, count: int, *, folder: Path) -> None:
+    def __init__(self, count: int, *, folder: Path, hold_s: float = 60) -> None:
         self._running: dict[str, tuple[SnapshotNode, threading.Thread]] = {}
-        super().__init__(count, folder=folder)
+        super().__init__(count, folder=folder, hold_s=hold_s)
 
     def _start(self, label: str) -> NodeAddress:
         node = SnapshotNode(self.run, label, self.token, "127.0.0.1", hold_s=self._hold_s)

@@ -7,11 +7,17 @@ import pytest
 import torch
 
 from checkpoint.crc import crc32c
+from checkpoint.options import CheckpointOptions
 from checkpoint.snapshots import copying
 from checkpoint.snapshots.copying import Copier, Mark, seal
 from checkpoint.snapshots.fragment import PIECE_BYTES
+from checkpoint.snapshots.handed_over import Stats
 from checkpoint.snapshots.places import array_offsets, lay_out, to_copy
+from checkpoint.snapshots.rank import COST, Snapshots
+from checkpoint.snapshots.roster import Roster
+from checkpoint.snapshots.wire import NodeAddress
 from offload.state import Piece
+from tests.checkpoint.snapshot_nodes import ThreadRanks
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
@@ -74,8 +80,6 @@ def test_all_of_a_state_arrives_before_its_marks(device: str, ahead: int, monkey
 @pytest.mark.gpu
 def test_the_stream_waits_and_not_the_thread_and_that_is_counted() -> None:
     """`Stats.stall_s` is what the stream stood still for, however long ago the thread handed its work over."""
-    from checkpoint.snapshots.handed_over import Stats
-
     stats = Stats(stall_s=[0.0, 0.0])
     training, side = torch.cuda.current_stream(), torch.cuda.Stream()
 
@@ -101,3 +105,26 @@ def test_the_stream_waits_and_not_the_thread_and_that_is_counted() -> None:
     torch.cuda.synchronize()
     stats.count()
     assert stats.stall_s[2] == 0
+
+
+class Over:
+    """Of a CUDA event what `Stats` asks: it is over, `ms` after the others."""
+
+    def __init__(self, ms: float = 0.0) -> None:
+        self.ms = ms
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, later: "Over") -> float:
+        return later.ms - self.ms
+
+
+def test_auto_counts_what_the_stream_waited_for_the_last_snapshot() -> None:
+    """It asks before the next is saved."""
+    roster = Roster(run=b"", token=b"", nodes=(NodeAddress("n0", "127.0.0.1", 1),), rank_nodes=(0,))
+    snapshots = Snapshots(roster, CheckpointOptions(snapshot_every_steps="auto"), ThreadRanks(0, 1, {}))
+    snapshots._step_s = 0.1
+    snapshots.stats.stall_s.append(0.0)
+    snapshots.stats.waits(Over(), Over(ms=50.0))  # type: ignore[arg-type]
+    assert snapshots._interval() == round(0.05 / (COST * 0.1))

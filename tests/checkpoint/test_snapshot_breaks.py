@@ -7,16 +7,21 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
+import torch
 
 from checkpoint.snapshots import wire
+from checkpoint.snapshots.node import SnapshotNode
 from checkpoint.snapshots.process import KILLED, drop, find_process, local_roster
 from checkpoint.snapshots.rank import Snapshots
 from checkpoint.snapshots.recovery import newest_snapshot
 from checkpoint.snapshots.roster import Roster
-from tests.checkpoint.snapshot_nodes import Nodes, pieces
+from offload.state import Piece
+from tests.checkpoint import snapshot_nodes
+from tests.checkpoint.snapshot_nodes import Nodes, ThreadNodes, pieces
 
 SOON_S = 15.0
 """Of what took 50 s or more."""
@@ -130,3 +135,64 @@ def test_who_leaves_waits_for_nobody(two: Nodes):
 
     two.ranks(4, act, parity=1)
     assert two.said == []
+
+
+def closed_soon(snapshots: Snapshots) -> bool:
+    """And its thread, which may hold the engine, has ended."""
+    thread, began = snapshots._thread, time.monotonic()
+    snapshots.close()
+    return thread is not None and not thread.is_alive() and time.monotonic() - began < 3
+
+
+def test_a_state_that_cannot_be_read(two: Nodes):
+    """By the training thread, of a drive: the snapshot thread does not wait for the rest, and the others hear of it."""
+
+    def broken(rank: int) -> Iterator[Piece]:
+        yield pieces(rank, 4, 2)[0]
+        raise OSError("the drive is gone")
+
+    def act(snapshots: Snapshots, rank: int) -> None:
+        snapshots.start(pieces(rank, 4, 0), {"rank": rank}, {"step": 0})
+        save(snapshots, rank, 4, 1)
+        snapshots.wait()
+        assert snapshots.error() is None
+        if rank == 1:
+            with pytest.raises(OSError, match="the drive is gone"):
+                snapshots.save(2, broken(rank), {"rank": rank, "step": 2}, {"step": 2}, background=False)
+            assert closed_soon(snapshots)
+        else:
+            assert train_on(snapshots, rank, 4, range(2, 10)) != "None"
+
+    two.ranks(4, act, parity=1)
+    found = newest_snapshot(two.roster([]))
+    assert found is not None and found.step == 1
+
+
+def test_what_ends_a_rank_while_it_page_locks(two: Nodes):
+    """It may take minutes, and the rank has a thread by then."""
+
+    def act(snapshots: Snapshots, rank: int) -> None:
+        with (
+            patch.object(torch.cuda, "is_available", return_value=True),
+            patch.object(snapshots, "_pin", side_effect=RuntimeError("told to end")),
+            pytest.raises(RuntimeError, match="told to end"),
+        ):
+            snapshots.start(pieces(rank, 1, 0), {"rank": rank}, {"step": 0})
+        assert closed_soon(snapshots)
+
+    two.ranks(1, act, parity=1)
+
+
+class SlowMemory(SnapshotNode):
+    def _segment(self, *args):
+        time.sleep(3)
+        return super()._segment(*args)
+
+
+def test_a_process_is_not_left_alone_while_it_makes_memory(tmp_path: Path):
+    with patch.object(snapshot_nodes, "SnapshotNode", SlowMemory):
+        nodes = ThreadNodes(1, folder=tmp_path, hold_s=1)
+        try:
+            nodes.save(1, [1], parity=0)
+        finally:
+            nodes.end()

@@ -1,8 +1,9 @@
 """States away from the device: who walks them comes after all that updates have begun, and gradients on their way are
 few."""
 
+import queue
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +11,62 @@ import pytest
 import torch
 
 from offload.hostpool import HostPool
-from offload.shard import CHUNK, LEAVING, Run, Shard, Terms
+from offload.shard import LEAVING, RING, Run, Shard, Terms
 from offload.states import AdamW, AwayStates
 
 OPTIMIZER = AdamW(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
-NUMEL = 6 * CHUNK
+NUMEL = 1000
 
 
-def late(store: Any, delay_s: float) -> Any:
-    """What a store answers, `delay_s` after it is done: a slow drive."""
+class HeldStores:
+    """What stores answer comes when it is let go: a slow drive."""
 
-    def stored(offset: int, values: torch.Tensor) -> "Future[torch.Tensor]":
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._held: queue.SimpleQueue[tuple[Future[torch.Tensor], Future[torch.Tensor]]] = queue.SimpleQueue()
+
+    def __call__(self, offset: int, values: torch.Tensor) -> "Future[torch.Tensor]":
         answer: Future[torch.Tensor] = Future()
-        done = store(offset, values)
-        threading.Timer(delay_s, lambda: answer.set_result(done.result())).start()
+        self._held.put((answer, self._store(offset, values)))
         return answer
 
-    return stored
+    def let_go(self, count: int) -> None:
+        """Of the next so many."""
+        for answer, stored in [self._held.get(timeout=10) for _ in range(count)]:
+            answer.set_result(stored.result())
 
 
 def test_a_walk_waits_for_what_the_last_update_stores(tmp_path: Path) -> None:
     """Two updates, the second asked for while the first still stores: the ring of buffers is whole before a walk."""
     pool = HostPool(1)
     states = AwayStates(OPTIMIZER, device=torch.device("cpu"), pool=pool, nvme_folders=[tmp_path])
-    states.add([Shard(numel=NUMEL, dtype=torch.float32, on_nvme=True, pingpong=False)])
+    states.add(Shard(numel=NUMEL, dtype=torch.float32, on_nvme=True, pingpong=False) for _ in range(RING))
     states.allocate()
     try:
-        (shard,) = states.shards
-        shard.target = torch.zeros(NUMEL)
-        for _, state in states.walk([shard], write=True):
+        for shard in states.shards:
+            shard.target = torch.zeros(NUMEL)
+        for _, state in states.walk(states.shards, write=True):
             for tensor in state:
                 tensor.zero_()
         assert states._tier is not None
-        states._tier.store = late(states._tier.store, 0.2)  # type: ignore[method-assign]
+        held = states._tier.store = HeldStores(states._tier.store)  # type: ignore[assignment, method-assign]
         for number in (1, 2):
-            states.take(shard, torch.ones(NUMEL))
-            for update in states.update([(shard, Terms(1e-2, number, (Run(0, NUMEL, True),)))], scale=None):
+            for shard in states.shards:
+                states.take(shard, torch.ones(NUMEL))
+            terms = Terms(1e-2, number, (Run(0, NUMEL, True),))
+            updates = states.update([(shard, terms) for shard in states.shards], scale=None)
+            if number == 2:
+                held.let_go(RING)  # of the first
+            for update in updates:
                 update.finish()
-        states.settle()
-        walked = [master.clone() for _, (master, _, _) in states.walk([shard], write=False)]
-        assert torch.equal(torch.cat(walked), shard.target)
+        with ThreadPoolExecutor(1) as settling:
+            settled = settling.submit(states.settle)
+            early, _ = wait([settled], timeout=0.5)
+            held.let_go(RING)
+            settled.result(timeout=10)
+        assert not early
+        walked = [master.clone() for _, (master, _, _) in states.walk(states.shards, write=False)]
+        assert all(torch.equal(master, shard.target) for master, shard in zip(walked, states.shards, strict=True))
     finally:
         states.close()
         pool.close()
@@ -81,3 +98,48 @@ def test_gradients_on_their_way_are_few_and_whole() -> None:
     finally:
         states.close()
         pool.close()
+
+
+def doubled(pool: HostPool) -> tuple[AwayStates, Shard, Terms]:
+    """One shard in host memory that may be speculated on, after an update."""
+    states = AwayStates(OPTIMIZER, device=torch.device("cpu"), pool=pool)
+    states.add([Shard(numel=NUMEL, dtype=torch.float32, on_nvme=False, pingpong=True)])
+    states.allocate()
+    (shard,) = states.shards
+    shard.target = torch.zeros(NUMEL)
+    terms = Terms(1e-2, 1, (Run(0, NUMEL, True),))
+    states.take(shard, torch.ones(NUMEL))
+    for update in states.update([(shard, terms)], scale=None):
+        update.finish()
+    return states, shard, terms
+
+
+def settles(states: AwayStates) -> bool:
+    """Whether it does, soon."""
+    settling = threading.Thread(target=states.settle, daemon=True)
+    settling.start()
+    settling.join(timeout=5)
+    return not settling.is_alive()
+
+
+def test_who_reads_states_waits_for_no_guess() -> None:
+    """A snapshot of states that stand still is copied beside the backward, which guesses all the while."""
+    pool, go = HostPool(1), threading.Event()
+    states, shard, terms = doubled(pool)
+    try:
+        states.movable([shard]).room = lambda wait: go.wait() and None
+        states.take(shard, torch.ones(NUMEL))
+        states.guess(shard, terms)
+        assert settles(states)
+    finally:
+        go.set()
+        states.close()
+        pool.close()
+
+
+def test_who_reads_states_is_not_left_waiting_when_they_are_closed() -> None:
+    pool = HostPool(1)
+    states, *_ = doubled(pool)
+    states.close()
+    pool.close()
+    assert settles(states)
