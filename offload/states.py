@@ -273,7 +273,8 @@ class AwayStates:
         for *_, update in last.work:
             update.answer.result()
         last.over.wait()
-        self._last = None
+        if self._last is last:
+            self._last = None
 
     def close(self) -> None:
         """Let go of threads, drives and memory. A second time does nothing."""
