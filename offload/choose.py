@@ -46,16 +46,16 @@ def device_bytes(
 ) -> int:
     """Device memory at a step's peak. activation_bytes: all that is neither weights, gradients nor states, nor known of
     a layer (`Layer.held_bytes`)."""
-    parts = [part for layer in layers for part in layer.parts]
-    placed = iter(place(parts, options))
+    parts = [(number, part) for number, layer in enumerate(layers) for part in layer.parts]
+    placed = place([part for _, part in parts], options)
     streams = options.states != "none" and options.weights == "host"
     largest = max((layer.gathered_bytes for layer in layers), default=0)
     needed = activation_bytes + largest  # one layer's gradients, as the backward makes them
     needed += 3 * largest if streams else sum(layer.frozen_bytes for layer in layers)
     leaving, made = 0, [0] * len(layers)
-    for number, part in ((number, part) for number, layer in enumerate(layers) for part in layer.parts):
+    for (number, part), shard in zip(parts, placed, strict=True):
         gradient = part.numel * (part.slot_dtype.itemsize if micro_batches == 1 else 4)
-        if next(placed) is None:
+        if shard is None:
             apart = 4 if part.slot_dtype.itemsize != 4 else 0  # fp32 weights are the master weights
             needed += part.weight_bytes + (8 + apart) * part.numel
             made[number] += gradient

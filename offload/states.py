@@ -30,7 +30,7 @@ known by then, and nobody waits for it. States on NVMe stay.
 [Note: gradients on their way] A gradient's memory on the device is wanted again at once, and the host is ahead of the
 device: it cannot see when a copy is over. So whoever makes gradients waits, on its stream, until no more than `LEAVING`
 are on their way. Were memory given back as the host sees copies end, there would be gradients of as many layers as the
-host is ahead (of 1b with short sequences five), which no plan counts.
+host is ahead, which no plan counts.
 
 [Note: NVMe] A shard's states lie in chunks of ``[master | exp_avg | exp_avg_sq]``. A ring of buffers in the arena is
 read ahead across shards and written behind; the tier answers loads as if in the order asked, so that a chunk may be

@@ -42,7 +42,7 @@ class Weights:
         self._slots = BufferPool(device)
         self._lane = Lane(device, overlap=overlap)
         self._owners: dict[int, tuple[Unit, Flat]] = {}  # storage of gathered weights -> whose they are
-        self.pack, self.unpack = weakly(self._pack), weakly(self._unpack)
+        self._keeps, self.pack, self.unpack = weakly(self._keep), weakly(self._pack), weakly(self._unpack)
         """What is to be kept of a tensor that autograd saves, itself where it is no weight, and that tensor again, its
         unit gathered."""
 
@@ -97,7 +97,7 @@ class Weights:
         """Around a forward: autograd keeps handles of gathered weights."""
         if not any(unit.sharded for unit in self._units):
             return nullcontext()
-        return saved_tensors_hooks(weakly(self._keep), self.unpack)
+        return saved_tensors_hooks(self._keeps, self.unpack)
 
     def _keep(self, tensor: Tensor) -> Tensor | _Handle:
         """As `pack`, for autograd itself: an operator that saves its own result would hold itself by it, and all that

@@ -8,8 +8,8 @@ what the next update waits for, on the GPU.
 
 [Note: a few runs ahead]
 A stream's queue is finite, and a copy that finds it full waits in the driver, with the lock that the training thread
-needs for every kernel it launches: 36 GB handed over at once left gaps of a copy's 7 ms between kernels, 160 ms of
-them (docs/recovery.md). So no more than `AHEAD` runs are on their way: the stream does not run dry while one is
+needs for every kernel it launches: 36 GB handed over at once left gaps between kernels, 160 ms a step
+(docs/recovery.md). So no more than `AHEAD` runs are on their way: the stream does not run dry while one is
 checked. A training thread that comes to the update before the last run is issued waits for that itself.
 """
 

@@ -52,21 +52,25 @@ def local_roster(
     another version of Atoll is ended, one that does not answer is killed, and `say` is told. CheckpointError where it
     does not end, or none starts."""
     found = find_process(run, "local")
-    if found is not None and found.format != FORMAT:
-        say(OTHER_VERSION)
-        drop_node(found.address, found.token)
-        _await_end(run, found)
-        found = None
-    elif found is not None and (problem := _silence(found)):
-        say(f"{problem}; {KILLED}")
-        with suppress(ProcessLookupError):
-            os.kill(found.pid, signal.SIGKILL)
-        _await_end(run, found)
-        found = None
-    if found is None:
+    if found is None or not _goes_on(run, found, say):
         token = secrets.token_bytes(32)
         found = Door(start_process(run, "local", token, hold_s=hold_s, log=log), token, FORMAT)
     return Roster(run=run, token=found.token, nodes=(found.address,), rank_nodes=(0,) * world)
+
+
+def _goes_on(run: bytes, door: Door, say: Callable[[str], None]) -> bool:
+    """Whether a process can be used further; else it has ended."""
+    if door.format != FORMAT:
+        say(OTHER_VERSION)
+        drop_node(door.address, door.token)
+    elif problem := _silence(door):
+        say(f"{problem}; {KILLED}")
+        with suppress(ProcessLookupError):
+            os.kill(door.pid, signal.SIGKILL)
+    else:
+        return True
+    _await_end(run, door)
+    return False
 
 
 def _silence(door: Door) -> str:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from checkpoint.options import CheckpointOptions
@@ -26,6 +27,11 @@ from offload.state import Piece
 
 NUMEL = 300_001
 KINDS = ("master", "exp_avg")
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is no more, though its parent may not have asked for it yet."""
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def tensor(kind: str, step: int, name: str = "w", numel: int = NUMEL) -> torch.Tensor:

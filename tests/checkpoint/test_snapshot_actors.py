@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 
@@ -22,6 +21,7 @@ from checkpoint.snapshots.recovery import inventories
 from checkpoint.snapshots.roster import Roster
 from launch.places import alive, gone
 from tests.checkpoint.other_version import other_version
+from tests.checkpoint.snapshot_nodes import ended
 from tests.launch.supervised import Raylets
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -45,10 +45,6 @@ def main() -> None:
     address, run, *nodes = sys.argv[1:]
     ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}})
     assert start(bytes.fromhex(run), nodes, []) is not None
-
-
-def ended(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def pids(roster: Roster) -> set[int]:
