@@ -5,7 +5,8 @@
 Memory: GB/s read and written, counted at 28 bytes a parameter for every AdamW (torch's and DeepSpeed's read an fp32
 gradient and write no bf16 weight: 28 too). The yardstick is the fastest of the copies, read plus written bytes.
 Drive: GB/s of a plain loop of preadv and pwritev on a file opened with O_DIRECT, by as many threads and in requests as
-large as the tier's. Figures are medians over the rounds, ratios are taken within a round.
+large as the tier's, and from memory of the same kind (`Arena`, for_drives); beside them the tier from an arena's usual
+pages. Figures are medians over the rounds, ratios are taken within a round.
 """
 
 import argparse
@@ -141,8 +142,10 @@ def drive_rows(folder: Path, size_bytes: int, rounds: int, depth: int, request_b
         plain = Path(scratch, "plain")
         handle = os.open(plain, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
         os.posix_fallocate(handle, 0, size_bytes)
-        with Arena(size_bytes) as arena:
-            memory = arena.take(size_bytes, torch.uint8, align=mmap.PAGESIZE).random_(0, 256)
+        with Arena(size_bytes, for_drives=True) as arena, Arena(size_bytes) as other:
+            memory, shared = (
+                slab.take(size_bytes, torch.uint8, align=mmap.PAGESIZE).random_(0, 256) for slab in (arena, other)
+            )
             view = memory.numpy().data
             unit = max(request_bytes, 32 << 20)  # what a request of the engine is: a unit's shard
 
@@ -173,7 +176,7 @@ def drive_rows(folder: Path, size_bytes: int, rounds: int, depth: int, request_b
                 pairs = zip(starts(0, half), starts(half, size_bytes), strict=False)
                 return [act for read, write in pairs for act in ((os.preadv, read), (os.pwritev, write))]
 
-            def tier_mixed() -> None:
+            def tier_mixed(memory: Tensor) -> None:
                 answers = []
                 for place in range(0, half, unit):
                     answers.append(tier.load(place, memory[place : place + unit][: half - place]))
@@ -191,7 +194,8 @@ def drive_rows(folder: Path, size_bytes: int, rounds: int, depth: int, request_b
                 "plain read": (size_bytes, lambda: plain_loop([(os.preadv, o) for o in starts(0, size_bytes)])),
                 "tier read": (size_bytes, lambda: tier_all(tier.load)),
                 "plain mixed": (size_bytes, lambda: plain_loop(mixed())),
-                "tier mixed": (size_bytes, tier_mixed),
+                "tier mixed": (size_bytes, lambda: tier_mixed(memory)),
+                "tier mixed, usual pages": (size_bytes, lambda: tier_mixed(shared)),
             }
             rates = turns(sides, rounds)
         os.close(handle)

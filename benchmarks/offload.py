@@ -115,7 +115,8 @@ def drive_rate(folder: str, limit_s: float) -> dict[str, Any]:
         "import sys, json; from pathlib import Path; from benchmarks.host import drive_rows\n"
         "rows = {r['side']: r for r in drive_rows(Path(sys.argv[1]), 1 << 30, 3, 8, 2 << 20)}\n"
         "print('RESULT', json.dumps({'mixed_GB_per_s': rows['plain mixed']['gb_per_s'], "
-        "'tier_GB_per_s': rows['tier mixed']['gb_per_s']}))"
+        "'tier_GB_per_s': rows['tier mixed']['gb_per_s'], "
+        "'usual_pages_GB_per_s': rows['tier mixed, usual pages']['gb_per_s']}))"
     )
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     try:
@@ -129,12 +130,14 @@ def drive_rate(folder: str, limit_s: float) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """A line a run: against `memory-ckpt` and `zero3-cpu` of the same model and length, a token."""
+    """A line a run: against `memory-ckpt` and `zero3-cpu` of the same model and length, a token; of the drive as it was
+    measured last before."""
     speed = {(row["case"], row["name"]): row["tokens_per_s"] for row in rows if "tokens_per_s" in row}
-    mixed = next((row["mixed_GB_per_s"] for row in rows if "mixed_GB_per_s" in row), None)
+    mixed = None
     heads = f"{'case':12} {'name':22} {'s/step':>8} {'clipped':>8} {'TFLOP/s':>8} {'of ckpt':>8} {'of zero3':>8}"
     lines = [heads + f" {'GPU GiB':>8} {'B/param':>8} {'predict':>8} {'ratio':>6} {'of disk':>8} {'run s':>6}"]
     for row in rows:
+        mixed = row.get("mixed_GB_per_s", mixed)
         tail = row.get("skipped") or row.get("error") or row.get("failed")
         if tail or "tokens_per_s" not in row:
             lines.append(f"{row['case']:12} {row['name']:22} {tail or json.dumps(row)}")

@@ -229,7 +229,7 @@ def measure_dcp(training: Training, args: argparse.Namespace, ranks: Ranks, fold
         saves.append((saved, path))
         stalls.append(time.perf_counter() - start)
 
-    training.block(1, nothing, save)
+    training.step(nothing, save)
     settle()
     stalls.clear()
     rounds = args.dcp_rounds or args.rounds

@@ -174,7 +174,7 @@ class Pools:
         tier = self.drives.open(on_drives) if self.drives and on_drives else None
         try:
             with HostPool(self.threads) as pool:  # for this alone: slots are made once, or a few times
-                arena = Arena(num * slot_bytes, register=register, pool=pool)
+                arena = Arena(num * slot_bytes, register=register, pool=pool, for_drives=tier is not None)
         except BaseException as error:
             if tier is not None:
                 tier.close()

@@ -80,7 +80,7 @@ class Drives:
         if not size_bytes:
             return 0.0
         rates = []
-        with Arena(size_bytes) as arena, self.open(size_bytes) as tier:
+        with Arena(size_bytes, for_drives=True) as arena, self.open(size_bytes) as tier:
             memory = arena.take(size_bytes, torch.uint8, align=BLOCK)
             for _ in range(2):
                 start = time.perf_counter()

@@ -17,6 +17,12 @@ lower bits, as they do when each begins a page, loads are taken to depend on sto
 compared) and all streams meet in the same banks of memory: a quarter of the bandwidth is lost (docs/host-state.md).
 `take_together` therefore begins each of them 4736 bytes further, modulo 64 KiB.
 
+[Note: memory for drives] To a drive a request is as many pieces of memory as do not lie next to each other, of which
+its driver takes some hundred at once. In pages of 4 KiB that is a matter of luck, which each arena has its own of, and a
+fifth of the drive's rate or more is lost (docs/host-state.md). In huge pages a request is one piece or two. Shared memory has none on most machines
+(``transparent_hugepage/shmem_enabled``), a process's own has where it is asked for (``enabled``). What drives read into
+and write from is therefore not in /dev/shm, and not there in a fork's child, with whom its pages would be shared.
+
 What is taken stays taken: whoever makes an arena knows beforehand what it is for.
 
 Threads: `take` may be called from any. A tensor handed out keeps the mapping alive.
@@ -30,7 +36,8 @@ import os
 import resource
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +72,17 @@ class _Population(ctypes.Structure):
 class Arena:
     """`size_bytes` of shared memory; see the module."""
 
-    def __init__(self, size_bytes: int, *, register: torch.device | None = None, pool: HostPool | None = None) -> None:
+    def __init__(
+        self,
+        size_bytes: int,
+        *,
+        register: torch.device | None = None,
+        pool: HostPool | None = None,
+        for_drives: bool = False,
+    ) -> None:
         """register: the CUDA device that will copy; None: no registration. pool: threads that take the pages; without
-        it one thread does (0.9 s a GB).
+        it one thread does (0.9 s a GB). for_drives: what is in it goes to drives and comes from there, [Note: memory
+        for drives].
 
         Raises ValueError for a size below one byte, and where /dev/shm is no tmpfs; ArenaError where memory is not to
         be had.
@@ -75,23 +90,9 @@ class Arena:
         if size_bytes < 1:
             raise ValueError(f"offload.host_bytes={size_bytes}: at least 1")
         self.size_bytes = round_up(size_bytes, PAGE)
-        check_capacity(self.size_bytes)
-        file = SHARED / f"atoll-{os.getpid()}-{secrets.token_hex(8)}"
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            file.unlink()
-            os.ftruncate(handle, self.size_bytes)
-            self._memory = mmap.mmap(handle, self.size_bytes)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                try:  # of use where /dev/shm is mounted with huge=advise, and no harm elsewhere
-                    self._memory.madvise(mmap.MADV_HUGEPAGE)
-                except OSError:  # a kernel without them
-                    pass
-            _take_pages(self._memory, handle, pool)
-            if register is not None:
-                _register(self._memory, register)
-        finally:
-            os.close(handle)  # the mapping keeps the file
+        self._memory = _private(self.size_bytes, pool) if for_drives else _shared(self.size_bytes, pool)
+        if register is not None:
+            _register(self._memory, register)
         self._device = register
         self._lock = threading.Lock()
         self._closed = False
@@ -180,6 +181,35 @@ def capacity_bytes() -> int:
     return min(available, stat.f_bavail * stat.f_frsize) if stat.f_blocks else available
 
 
+def _shared(size_bytes: int, pool: HostPool | None) -> mmap.mmap:
+    check_capacity(size_bytes)
+    file = SHARED / f"atoll-{os.getpid()}-{secrets.token_hex(8)}"
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        file.unlink()
+        os.ftruncate(handle, size_bytes)
+        memory = mmap.mmap(handle, size_bytes)
+        _ask_for_huge_pages(memory)  # of use where /dev/shm is mounted with huge=advise, and no harm elsewhere
+        _take_pages(memory, pool, lambda: os.posix_fallocate(handle, 0, size_bytes))
+    finally:
+        os.close(handle)  # the mapping keeps the file
+    return memory
+
+
+def _private(size_bytes: int, pool: HostPool | None) -> mmap.mmap:
+    _check_memory(size_bytes)
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_DONTFORK)
+    _ask_for_huge_pages(memory)
+    _take_pages(memory, pool, lambda: torch.frombuffer(memory, dtype=torch.uint8).zero_())
+    return memory
+
+
+def _ask_for_huge_pages(memory: mmap.mmap) -> None:
+    with suppress(OSError):  # of a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+
+
 def check_capacity(size_bytes: int) -> None:
     """ArenaError (ENOSPC, ENOMEM) unless a slab of `size_bytes` fits in /dev/shm and in memory; ValueError if that is
     no tmpfs."""
@@ -195,6 +225,10 @@ def check_capacity(size_bytes: int) -> None:
             f"Remove what is left in it, enlarge it (docker run --shm-size=..., mount -o remount,size=... {SHARED}), "
             f"or lower offload.host_bytes",
         )
+    _check_memory(size_bytes)
+
+
+def _check_memory(size_bytes: int) -> None:
     available = host_available_bytes()
     if size_bytes > available:
         raise ArenaError(
@@ -204,7 +238,7 @@ def check_capacity(size_bytes: int) -> None:
         )
 
 
-def _take_pages(memory: mmap.mmap, handle: int, pool: HostPool | None) -> None:
+def _take_pages(memory: mmap.mmap, pool: HostPool | None, before_linux_5_14: Callable[[], object]) -> None:
     """Make every page exist, [Note: pages are taken at the start]."""
     error = 0
     if pool is not None and pool.native:
@@ -216,16 +250,16 @@ def _take_pages(memory: mmap.mmap, handle: int, pool: HostPool | None) -> None:
             memory.madvise(_MADV_POPULATE_WRITE)
         except OSError as refused:
             error = refused.errno or errno.EIO
-    if error == errno.EINVAL:  # before Linux 5.14
+    if error == errno.EINVAL:
         try:
-            os.posix_fallocate(handle, 0, len(memory))
+            before_linux_5_14()
             error = 0
         except OSError as refused:
             error = refused.errno or errno.EIO
     if error:
         raise ArenaError(
             error,
-            f"could not take {len(memory)} bytes of memory in {SHARED}: {os.strerror(error)}; another process took "
+            f"could not take {len(memory)} bytes of memory: {os.strerror(error)}; another process took "
             f"memory at the same time, or the container's limit is lower than it says. Lower offload.host_bytes",
         )
 

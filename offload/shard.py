@@ -137,11 +137,15 @@ def largest_chunk(shards: Sequence[Shard]) -> int:
     return max((min(CHUNK, shard.numel) for shard in shards if shard.on_nvme), default=0)
 
 
+def ring_bytes(shards: Sequence[Shard]) -> int:
+    """Of host memory, between the drives and the update: `RING` chunks."""
+    return RING * chunk_bytes(largest_chunk(shards))
+
+
 def host_bytes(shards: Sequence[Shard]) -> int:
     """Of host memory that shards take, with the buffers that they share."""
-    chunk, passing = largest_chunk(shards), max((shard.passing_bytes for shard in shards), default=0)
-    ring = RING * chunk_bytes(chunk) + BLOCK if chunk else 0
-    return sum(shard.host_bytes for shard in shards) + ring + OUTGOING * round_up(passing, ALIGN)
+    passing = max((shard.passing_bytes for shard in shards), default=0)
+    return sum(shard.host_bytes for shard in shards) + ring_bytes(shards) + OUTGOING * round_up(passing, ALIGN)
 
 
 def nvme_bytes(shards: Sequence[Shard]) -> int:

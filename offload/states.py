@@ -32,8 +32,8 @@ device: it cannot see when a copy is over. So whoever makes gradients waits, on 
 are on their way. Were memory given back as the host sees copies end, there would be gradients of as many layers as the
 host is ahead, which no plan counts.
 
-[Note: NVMe] A shard's states lie in chunks of ``[master | exp_avg | exp_avg_sq]``. A ring of buffers in the arena is
-read ahead across shards and written behind; the tier answers loads as if in the order asked, so that a chunk may be
+[Note: NVMe] A shard's states lie in chunks of ``[master | exp_avg | exp_avg_sq]``. A ring of buffers is read
+ahead across shards and written behind; the tier answers loads as if in the order asked, so that a chunk may be
 asked for while its last store is under way.
 
 Sources: Fuyou, arXiv 2403.06504, section 4 (updates beside the device's work); GreedySnake, arXiv 2512.17570 (the
@@ -66,8 +66,8 @@ from offload.shard import (
     Update,
     chunk_bytes,
     host_bytes,
-    largest_chunk,
     nvme_bytes,
+    ring_bytes,
 )
 from offload.space import round_up
 from offload.state import MASTER, Destination, Movable
@@ -129,6 +129,8 @@ class AwayStates:
         self.shards: list[Shard] = []
         self._extra_bytes = 0
         self.arena: Arena | None = None
+        self._passage: Arena | None = None
+        """Of the ring."""
         self._tier: NvmeTier | None = None
         self._cuda = device.type == "cuda"
         self._out = torch.cuda.Stream(device) if self._cuda else None
@@ -158,7 +160,7 @@ class AwayStates:
 
     @property
     def host_bytes(self) -> int:
-        """What the arena needs for the shards added and the memory reserved."""
+        """What the shards added and the memory reserved take, in the arena and the buffers for drives."""
         return self._extra_bytes + host_bytes(self.shards)
 
     @property
@@ -170,12 +172,12 @@ class AwayStates:
         little."""
         if not self.host_bytes:
             return
-        self.arena = Arena(self.host_bytes, register=self._device if self._cuda else None, pool=self.pool)
+        ring = ring_bytes(self.shards)
+        self.arena = Arena(self.host_bytes - ring, register=self._device if self._cuda else None, pool=self.pool)
         if self.nvme_bytes:
             self._tier = NvmeTier(self._folders, self.nvme_bytes, direct=self._direct)
-        largest = largest_chunk(self.shards)
-        for _ in range(RING if largest else 0):
-            self._ring.append(self.arena.take(chunk_bytes(largest), torch.uint8, align=BLOCK))
+            self._passage = Arena(ring, pool=self.pool, for_drives=True)
+            self._ring.extend(self._passage.take(ring // RING, torch.uint8, align=BLOCK) for _ in range(RING))
         place = 0
         for shard in self.shards:
             if shard.on_nvme:
@@ -283,10 +285,12 @@ class AwayStates:
             self._batches.put(None)
             thread.join()
         self._leaving.clear()
+        self._ring.clear()
         if self._tier is not None:
             self._tier.close()
-        if self.arena is not None:
-            self.arena.close()
+        for arena in (self.arena, self._passage):
+            if arena is not None:
+                arena.close()
 
     def _work(self) -> None:
         if self._cuda:
@@ -452,27 +456,33 @@ class AwayStates:
 
         def go() -> Iterator[tuple[int, State]]:
             stores: deque[tuple[Future[Tensor], Tensor]] = deque()
-            for shard in shards:
-                if not shard.on_nvme:
-                    yield 0, shard.state
-                    continue
-                assert self._tier is not None
-                for start, stop, place in shard.chunks():
-                    while not ahead:
-                        self._reclaim(stores)
+            try:
+                for shard in shards:
+                    if not shard.on_nvme:
+                        yield 0, shard.state
+                        continue
+                    assert self._tier is not None
+                    for start, stop, place in shard.chunks():
+                        while not ahead:
+                            self._reclaim(stores)
+                            read_ahead()
+                        loaded, buffer = ahead[0]
+                        chunk = loaded.result()
+                        yield start, _arrays(chunk, stop - start)
+                        ahead.popleft()
+                        if write:
+                            stores.append((self._tier.store(place, chunk), buffer))
+                        else:
+                            self._ring.append(buffer)
+                        while stores and stores[0][0].done():
+                            self._reclaim(stores)
                         read_ahead()
-                    loaded, buffer = ahead.popleft()
-                    chunk = loaded.result()
-                    yield start, _arrays(chunk, stop - start)
-                    if write:
-                        stores.append((self._tier.store(place, chunk), buffer))
-                    else:
-                        self._ring.append(buffer)
-                    while stores and stores[0][0].done():
-                        self._reclaim(stores)
-                    read_ahead()
-            while stores:
-                self._reclaim(stores)
+                while stores:
+                    self._reclaim(stores)
+            finally:  # also of a walk that is given up
+                for answer, buffer in (*stores, *ahead):
+                    answer.exception()
+                    self._ring.append(buffer)
 
         read_ahead()
         return go()

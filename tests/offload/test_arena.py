@@ -156,6 +156,24 @@ def test_shared_memory_on_a_disk_is_refused(disk_folder: Path, monkeypatch: pyte
         Arena(PAGE)
 
 
+def test_memory_for_drives_is_this_process_alone(small_shared: Path, pool: HostPool) -> None:
+    with Arena(8 * MIB, pool=pool, for_drives=True) as arena:
+        tensor = arena.take(4 * MIB, torch.uint8, align=PAGE)
+        assert not tensor.any() and taken_bytes(small_shared) == 0
+        lines = Path("/proc/self/smaps").read_text().split("\n")
+        first = next(i for i, line in enumerate(lines) if line.startswith(f"{tensor.data_ptr():x}-"))
+        rows = [line.split(":", 1) for line in lines[first + 1 :] if ":" in line]
+        held = dict(reversed(rows))  # of rows of one name the first, which is this mapping's
+        assert held["Rss"].split()[0] == str(8 * MIB // 1024), "pages are taken at the start"
+        assert {"dc", "hg"} <= set(held["VmFlags"].split()), "not for a fork's child, in huge pages"
+
+
+def test_memory_for_drives_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_module, "host_available_bytes", lambda: MIB)
+    with pytest.raises(ArenaError, match=rf"has {MIB} bytes of memory available; lower offload\.host_bytes"):
+        Arena(MIB + PAGE, for_drives=True)
+
+
 def test_bad_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"offload\.host_bytes=0: at least 1"):
         Arena(0)

@@ -72,6 +72,28 @@ def test_a_walk_waits_for_what_the_last_update_stores(tmp_path: Path) -> None:
         pool.close()
 
 
+@pytest.mark.parametrize("write", [False, True])
+def test_after_a_walk_that_was_given_up_another_finds_all(tmp_path: Path, write: bool) -> None:
+    """As of a checkpoint whose storage is full: every buffer is free again, and states are as they were."""
+    pool = HostPool(1)
+    states = AwayStates(OPTIMIZER, device=torch.device("cpu"), pool=pool, nvme_folders=[tmp_path])
+    states.add(Shard(numel=NUMEL, dtype=torch.float32, on_nvme=True, pingpong=False) for _ in range(2 * RING))
+    states.allocate()
+    try:
+        for number, (_, state) in enumerate(states.walk(states.shards, write=True)):
+            for tensor in state:
+                tensor.fill_(number)
+        given_up = states.walk(states.shards, write=write)
+        for _ in range(3):
+            next(given_up)
+        given_up.close()  # type: ignore[attr-defined]
+        found = [state[0][0].item() for _, state in states.walk(states.shards, write=False)]
+        assert found == list(range(2 * RING))
+    finally:
+        states.close()
+        pool.close()
+
+
 @pytest.mark.gpu
 def test_gradients_on_their_way_are_few_and_whole() -> None:
     """However late the copies are: the host is through with all of them before the first begins."""
