@@ -18,10 +18,11 @@ compared) and all streams meet in the same banks of memory: a quarter of the ban
 `take_together` therefore begins each of them 4736 bytes further, modulo 64 KiB.
 
 [Note: memory for drives] To a drive a request is as many pieces of memory as do not lie next to each other, of which
-its driver takes some hundred at once. In pages of 4 KiB that is a matter of luck, which each arena has its own of, and a
-fifth of the drive's rate or more is lost (docs/host-state.md). In huge pages a request is one piece or two. Shared memory has none on most machines
-(``transparent_hugepage/shmem_enabled``), a process's own has where it is asked for (``enabled``). What drives read into
-and write from is therefore not in /dev/shm, and not there in a fork's child, with whom its pages would be shared.
+its driver takes some hundred at once. In pages of 4 KiB that is a matter of luck, which each arena has its own of, and
+a fifth of the drive's rate or more is lost (docs/host-state.md). In huge pages a request is one piece or two. Shared
+memory has none on most machines (``transparent_hugepage/shmem_enabled``), a process's own has where it is asked for
+(``enabled``). What drives read into and write from is therefore not in /dev/shm, and not there in a fork's child, with
+whom its pages would be shared.
 
 What is taken stays taken: whoever makes an arena knows beforehand what it is for.
 
