@@ -32,10 +32,6 @@ device: it cannot see when a copy is over. So whoever makes gradients waits, on 
 are on their way. Were memory given back as the host sees copies end, there would be gradients of as many layers as the
 host is ahead, which no plan counts.
 
-[Note: NVMe] A shard's states lie in chunks of ``[master | exp_avg | exp_avg_sq]``. A ring of buffers is read
-ahead across shards and written behind; the tier answers loads as if in the order asked, so that a chunk may be
-asked for while its last store is under way.
-
 Sources: Fuyou, arXiv 2403.06504, section 4 (updates beside the device's work); GreedySnake, arXiv 2512.17570 (the
 optimizer step beside the next forward).
 """
@@ -45,7 +41,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,23 +49,20 @@ from torch import Tensor
 
 from offload.adamw import State, adamw
 from offload.arena import ALIGN, Arena
-from offload.drive import BLOCK
 from offload.hostpool import HostPool
-from offload.nvme import NvmeTier
 from offload.shard import (
     LEAVING,
     OUTGOING,
-    RING,
     Shard,
     Terms,
     Update,
-    chunk_bytes,
     host_bytes,
     nvme_bytes,
     ring_bytes,
 )
 from offload.space import round_up
 from offload.state import MASTER, Destination, Movable
+from offload.states_on_drives import StatesOnDrives
 
 KINDS = (MASTER, "exp_avg", "exp_avg_sq")
 
@@ -129,9 +121,7 @@ class AwayStates:
         self.shards: list[Shard] = []
         self._extra_bytes = 0
         self.arena: Arena | None = None
-        self._passage: Arena | None = None
-        """Of the ring."""
-        self._tier: NvmeTier | None = None
+        self._on_drives: StatesOnDrives | None = None
         self._cuda = device.type == "cuda"
         self._out = torch.cuda.Stream(device) if self._cuda else None
         self._in = torch.cuda.Stream(device) if self._cuda else None
@@ -143,7 +133,6 @@ class AwayStates:
         """Asked for, and not settled yet."""
         self.update_s = 0.0
         """Seconds that the last updates took, from when their gradients and the factor were known."""
-        self._ring: deque[Tensor] = deque()
         self._movable = Movable(extents=())
         self._moving: dict[Shard, int] = {}
         """With the number of their first extent."""
@@ -172,17 +161,13 @@ class AwayStates:
         little."""
         if not self.host_bytes:
             return
-        ring = ring_bytes(self.shards)
-        self.arena = Arena(self.host_bytes - ring, register=self._device if self._cuda else None, pool=self.pool)
+        in_arena = self.host_bytes - ring_bytes(self.shards)
+        self.arena = Arena(in_arena, register=self._device if self._cuda else None, pool=self.pool)
         if self.nvme_bytes:
-            self._tier = NvmeTier(self._folders, self.nvme_bytes, direct=self._direct)
-            self._passage = Arena(ring, pool=self.pool, for_drives=True)
-            self._ring.extend(self._passage.take(ring // RING, torch.uint8, align=BLOCK) for _ in range(RING))
-        place = 0
+            self._on_drives = StatesOnDrives(self.shards, self._folders, direct=self._direct, pool=self.pool)
         for shard in self.shards:
             if shard.on_nvme:
-                shard.slot, shard.place = self.arena.take(shard.numel, shard.dtype), place
-                place += shard.nvme_bytes
+                shard.slot = self.arena.take(shard.numel, shard.dtype)
             else:
                 *states, shard.slot = self.arena.take_together(shard.numel, shard.dtypes)
                 if shard.pingpong and shard.stays:
@@ -285,12 +270,9 @@ class AwayStates:
             self._batches.put(None)
             thread.join()
         self._leaving.clear()
-        self._ring.clear()
-        if self._tier is not None:
-            self._tier.close()
-        for arena in (self.arena, self._passage):
-            if arena is not None:
-                arena.close()
+        for part in (self._on_drives, self.arena):
+            if part is not None:
+                part.close()
 
     def _work(self) -> None:
         if self._cuda:
@@ -443,57 +425,6 @@ class AwayStates:
         A part on NVMe is there until the next is asked for; with `write` it is then stored again. Reading begins with
         the call. One walk at a time.
         """
-        waiting = (chunk for shard in shards if shard.on_nvme for chunk in shard.chunks())
-        ahead: deque[tuple[Future[Tensor], Tensor]] = deque()
-
-        def read_ahead() -> None:
-            """Ask for what the free buffers can hold."""
-            while self._ring and (chunk := next(waiting, None)):
-                assert self._tier is not None
-                start, stop, place = chunk
-                buffer = self._ring.popleft()
-                ahead.append((self._tier.load(place, buffer[: chunk_bytes(stop - start)]), buffer))
-
-        def go() -> Iterator[tuple[int, State]]:
-            stores: deque[tuple[Future[Tensor], Tensor]] = deque()
-            try:
-                for shard in shards:
-                    if not shard.on_nvme:
-                        yield 0, shard.state
-                        continue
-                    assert self._tier is not None
-                    for start, stop, place in shard.chunks():
-                        while not ahead:
-                            self._reclaim(stores)
-                            read_ahead()
-                        loaded, buffer = ahead[0]
-                        chunk = loaded.result()
-                        yield start, _arrays(chunk, stop - start)
-                        ahead.popleft()
-                        if write:
-                            stores.append((self._tier.store(place, chunk), buffer))
-                        else:
-                            self._ring.append(buffer)
-                        while stores and stores[0][0].done():
-                            self._reclaim(stores)
-                        read_ahead()
-                while stores:
-                    self._reclaim(stores)
-            finally:  # also of a walk that is given up
-                for answer, buffer in (*stores, *ahead):
-                    answer.exception()
-                    self._ring.append(buffer)
-
-        read_ahead()
-        return go()
-
-    def _reclaim(self, stores: "deque[tuple[Future[Tensor], Tensor]]") -> None:
-        """Wait for the oldest store; its buffer is free again."""
-        answer, buffer = stores.popleft()
-        answer.result()
-        self._ring.append(buffer)
-
-
-def _arrays(buffer: Tensor, numel: int) -> State:
-    master, exp_avg, exp_avg_sq = buffer[: 12 * numel].view(torch.float32).split(numel)
-    return master, exp_avg, exp_avg_sq
+        if self._on_drives is not None:
+            return self._on_drives.walk(shards, write=write)
+        return ((0, shard.state) for shard in shards)

@@ -48,8 +48,9 @@ def test_a_walk_waits_for_what_the_last_update_stores(tmp_path: Path) -> None:
         for _, state in states.walk(states.shards, write=True):
             for tensor in state:
                 tensor.zero_()
-        assert states._tier is not None
-        held = states._tier.store = HeldStores(states._tier.store)  # type: ignore[assignment, method-assign]
+        assert states._on_drives is not None
+        tier = states._on_drives.tier
+        held = tier.store = HeldStores(tier.store)  # type: ignore[assignment, method-assign]
         for number in (1, 2):
             for shard in states.shards:
                 states.take(shard, torch.ones(NUMEL))

@@ -53,7 +53,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     close = AwayStates.close
 
     def counting(self: AwayStates) -> None:
-        counts.append(self._tier.bytes_written if self._tier else 0)
+        counts.append(self._on_drives.tier.bytes_written if self._on_drives else 0)
         close(self)
 
     monkeypatch.setattr(AwayStates, "close", counting)
