@@ -32,6 +32,8 @@ import pytest
         (["parallel=zero4"], ["parallel=zero4", "choose one of", "did you mean parallel=zero"]),
         (["engine=jax"], ["engine='jax'", "native"]),
         (["launch.workers=3", "parallel.levels={node:2,gpu:2}"], ["parallel.levels", "4", "launch.workers=3"]),
+        (["parallel.levels=[2,2]"], ["parallel.levels=[2,2]", "dict[str, int]", "{name: value}"]),
+        (["parallel.levels={node: two}"], ["parallel.levels.node", "'two'", "parallel.levels={name: value}"]),
         (["launch.workers=3"], ["train.global_batch_size=16", "launch.workers=3"]),
         (["train.micro_batch_size=5"], ["train.micro_batch_size=5"]),
         (["launch.nodes=2"], ["launch.nodes=2", "launch.address"]),
