@@ -15,7 +15,6 @@ from parallel.layout import ALIGN, Overlap
 from parallel.options import OptimizerOptions
 from parallel.unit import TrainableFlat
 
-
 NORM_ROW = 512
 """Elements that a CPU sums in fp32: of a million in one go it loses 3e-5 of the norm, of 30 million 1e-3, and a clipped
 step would hang on how far the gradient is sharded."""

@@ -237,7 +237,7 @@ class TrainableFlat(Flat):
 
     @property
     def weights_direct(self) -> bool:
-        """Whether an update away from the device writes what is computed with; else `publish` packs it from the slot."""
+        """Whether an update away from the device writes what is computed with; else `publish` packs it."""
         return self._format is None
 
     @property

@@ -59,6 +59,11 @@ def test_a_gpu_that_is_not_there(atoll) -> None:
     assert done.returncode == 2 and "launch.device=cuda" in done.stderr and "0 GPUs" in done.stderr
 
 
+def test_a_plan_is_of_our_engine(atoll) -> None:
+    done = atoll("plan", "machine=dgx-h100", "launch.workers=2", "engine=fsdp2")
+    assert done.returncode == 2 and "engine=fsdp2" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_unknown_command(atoll) -> None:
     done = atoll("trian")
     assert done.returncode == 2 and "'trian'" in done.stderr and "atoll train" in done.stderr
