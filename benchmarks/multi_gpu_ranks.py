@@ -73,7 +73,7 @@ def check(case: dict[str, Any], where: Rank, references: dict[str, Any]) -> dict
     return {
         "loss_error": loss, "norm_error": norm, "weights_error": weights, "ranks_alike": alike,
         "learns": bool(found["losses"][-1] < found["losses"][0]),
-        "ok": alike and loss < limits["loss"] and weights < limits["weights"],
+        "ok": alike and loss < limits["loss"] and norm < limits["norm"] and weights < limits["weights"],
     }  # fmt: skip
 
 

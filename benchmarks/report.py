@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ def write_report(path: str, hardware: str, rows: list[dict[str, Any]]) -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": "python " + " ".join(sys.argv),
+        "command": shlex.join(["python", *sys.argv]),
         "rows": rows,
     }
     Path(path).write_text(json.dumps(report, indent=1) + "\n")

@@ -126,9 +126,10 @@ def _explain_key(cause: OmegaConfBaseException, overrides: list[str]) -> str:
     given = next((o for o in overrides if o.lstrip("+~").startswith((f"{name}=", f"{name}."))), None)
     typed, _, value = (given or name).lstrip("+~").partition("=")
     known = keys()
-    if isinstance(cause, ValidationError) and name in known:
+    key = known.get(name) or known.get(name.rpartition(".")[0])  # of an entry of a mapping, parallel.levels.node
+    if key and (isinstance(cause, ValidationError) or key.type.startswith("dict")):
         received = f"received {value!r}" if given else str(cause.msg).splitlines()[0]
-        return f"{given or name}: {received}, wanted {known[name].type}{_example(known[name], value)}"
+        return f"{given or name}: {received}, wanted {key.type}{_example(key, value)}"
     if name in known:
         return f"{name} is no key of the {name.partition('.')[0]} that was chosen, or cannot be changed this way"
     if name in GROUPS or any(key.startswith(f"{name}.") for key in known):
@@ -152,6 +153,8 @@ def _explain_syntax(error: OverrideParseException) -> str:
 
 
 def _example(key: Key, value: str) -> str:
+    if key.type.startswith("dict"):
+        return f"; write '{key.name}={{name: value}}'"
     return f"; write '{key.name}=[{value}]'" if key.type.startswith("list") and value else ""
 
 

@@ -124,18 +124,35 @@ def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
             f"change one of them"
         )
     check_sequence(config, levels)
-    for each in [options, *map(options.candidate, options.candidates)]:
+    every = [options, *map(options.candidate, options.candidates)]
+    _check_unread(options, any(each.quantizes for each in every))
+    for each in every:
         placement = Placement.of(each, len(levels))
         if each.quantizes:
             from parallel.mesh import Mesh
             from parallel.transport import Transport
 
-            _check_blocks(config, Transport.of(each, Mesh(levels), placement), crew.workers)
+            check_quantized(config, Transport.of(each, Mesh(levels), placement), crew.workers)
     return replace(options, levels=levels)
 
 
-def _check_blocks(config: Config, transport: "Transport", workers: int) -> None:
-    """As the engine does, but before anything is taken: by the model without its memory."""
+def _check_unread(options: ParallelOptions, quantizes: bool) -> None:
+    """What says how to quantize, where nothing is."""
+    for key in () if quantizes else ("exact", "weights_block", "grads_block"):
+        if (value := getattr(options, key)) != getattr(ParallelOptions(), key):
+            raise ValueError(
+                f"parallel.{key}={value} is only read where something is quantized: set parallel.quantize, "
+                f"parallel.weights_format or parallel.grads_format, or leave it out"
+            )
+
+
+def check_quantized(config: Config, transport: "Transport", workers: int) -> None:
+    """That there is something to quantize, in blocks that a shard can be cut into: as the engine does, but before
+    anything is taken, by the model without its memory."""
+    if not transport.quantizes:
+        return
+    from fnmatch import fnmatchcase
+
     import torch
 
     from parallel.cut import cut_units
@@ -146,11 +163,22 @@ def _check_blocks(config: Config, transport: "Transport", workers: int) -> None:
     model = build_model(
         config.model, vocab_size=vocab_size, seq_len=config.train.seq_len, dtype=torch.float32, device=meta
     )
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in transport.exact:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"parallel.exact has {pattern!r}, which no parameter is called; there are {names[0]} to {names[-1]}"
+            )
     units, root = cut_units(model, model.units())
     sizes = [
         sum(p.numel() for name, p in named if p.requires_grad and transport.allows(name, p.ndim))
         for named in (root, *(own for _, _, own in units))
     ]
+    if not max(sizes):
+        raise ValueError(
+            f"parallel.exact={list(transport.exact)} leaves nothing to quantize; name less, or leave out "
+            f"parallel.quantize, parallel.weights_format and parallel.grads_format"
+        )
     transport.check_blocks(max(sizes), workers)
 
 

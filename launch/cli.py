@@ -138,6 +138,8 @@ def _plan(config: "Config", args: list[str]) -> int:
     from launch.plan import named_machine, show
     from launch.plan import plan as make
 
+    if config.engine != "native":
+        raise ValueError(f"atoll plan knows what engine=native does, not engine={config.engine}; leave it out")
     planned = make(config, named_machine(config))
     rows = planned.activations.rows(planned.machine.tier) if planned.activations else []
     print(show(planned), "", *rows, sep="\n")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from launch.checks import check_sequence
+from launch.checks import check_quantized, check_sequence
 from launch.config import Config
 from launch.plan_activations import ActivationPlan, plan_activations
 from offload.nvme import endurance
@@ -105,12 +105,13 @@ def plan(config: Config, machine: Machine) -> Planned:
     work, activations, flops = read_workload(config, machine, mesh, config.offload.device_bytes or cap_bytes)
     choice = None
     if options.placement == "auto":
-        allowed = QUANTIZE[:-1] if options.quantize == "auto" else (options.quantize,)
+        allowed = _quantizations(config, mesh)
         choice = choose(work, mesh, machine, cap_bytes=cap_bytes, quantize=allowed, options=options)
         candidate = choice.best
     else:
         placement = Placement.of(options, mesh.num_levels)
         made = Plan(mesh, placement, Transport.of(options, mesh, placement))
+        check_quantized(config, made.transport, world)
         candidate = Candidate(made, options.quantize, estimate(work, made, machine), simulate(work, made, machine))
     away = None
     if config.offload.away:
@@ -121,6 +122,22 @@ def plan(config: Config, machine: Machine) -> Planned:
     return Planned(
         work, machine, candidate, choice, cap_bytes, tokens, flops, activations, away, config.offload.nvme_tbw
     )
+
+
+def _quantizations(config: Config, mesh: Mesh) -> tuple[str, ...]:
+    """The values of ``parallel.quantize`` that ``parallel=auto`` may take: of those that it was not told to, only what
+    the engine would not refuse."""
+    asked, allowed = config.parallel.quantize, ["none"]
+    for name in QUANTIZE[1:-1] if asked == "auto" else (asked,):
+        options = config.parallel.candidate(f"zero3+{name}")
+        try:
+            check_quantized(config, Transport.of(options, mesh, Placement.of(options, mesh.num_levels)), mesh.world)
+        except ValueError:
+            if asked != "auto":
+                raise
+        else:
+            allowed.append(name)
+    return tuple(allowed) if asked == "auto" else (asked,)
 
 
 def read_workload(

@@ -200,7 +200,7 @@ def part_of(flat: TrainableFlat) -> Part:
         weight_bytes=flat.shard_numel * flat.shard_dtype.itemsize,
         slot_dtype=flat.slot_dtype,
         slot_is_shard=flat.slot_is_shard,
-        weights_direct=flat.slot_dtype == flat.dtype,
+        weights_direct=flat.weights_direct,
     )
 
 

@@ -39,11 +39,12 @@ class Placement:
         """The placement that `options` name, on a mesh of `num_levels` levels."""
         if options.placement == "free":
             assert options.params is not None and options.grads is not None and options.optim is not None
+            placement = cls(options.params, options.grads, options.optim)
             if options.optim > num_levels:
                 raise ValueError(
-                    f"parallel.optim={options.optim} is more than the {num_levels} levels of parallel.levels"
+                    f"parallel.optim={options.optim} is more than the number of parallel.levels, which is {num_levels}"
                 )
-            return cls(options.params, options.grads, options.optim)
+            return placement
         every, inner, innermost = num_levels, max(1, num_levels - 1), 1
         return cls(
             *{

@@ -45,7 +45,8 @@ class Transport:
     def of(cls, options: ParallelOptions, mesh: Mesh, placement: Placement) -> "Transport":
         """What `options` say for `mesh`; nothing is quantized on a level of one member.
 
-        ValueError for a level that the mesh has not, or a format of weights on a level that they never cross.
+        ValueError for a level that the mesh has not, for a format of weights on a level that they never cross, and for
+        error feedback where no gradient is quantized.
         """
         wide = [level for level in range(mesh.num_levels) if mesh.wide(level)]
         crossed = [level for level in wide if level >= mesh.num_levels - placement.optim]
@@ -66,9 +67,16 @@ class Transport:
             names = (named.get(name, default if i in quantized else "exact") for i, name in enumerate(mesh.names))
             return tuple(_format(name, block) if i in among else None for i, name in enumerate(names))
 
+        weights = formats(options.weights_format, "int8", options.weights_block, crossed)
+        grads = formats(options.grads_format, "int4", options.grads_block, wide)
+        if options.error_feedback and any(weights) and not any(grads):
+            raise ValueError(
+                "parallel.error_feedback=true corrects quantized gradients, and these are exact on every level: set "
+                "parallel.grads_format, or leave it out"
+            )
         return cls(
-            weights=formats(options.weights_format, "int8", options.weights_block, crossed),
-            grads=formats(options.grads_format, "int4", options.grads_block, wide),
+            weights=weights,
+            grads=grads,
             error_feedback=options.error_feedback,
             exact=tuple(options.exact),
         )

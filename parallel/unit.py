@@ -236,6 +236,11 @@ class TrainableFlat(Flat):
         return torch.float32 if self._format else self.dtype
 
     @property
+    def weights_direct(self) -> bool:
+        """Whether an update away from the device writes what is computed with; else `publish` packs it."""
+        return self._format is None
+
+    @property
     def states_are_own(self) -> bool:
         """Whether no replica has the same optimizer range: this rank checkpoints all of it."""
         return self.mesh.shard(self.layout.size, self.mesh.num_levels) == (self.optim_start, self.optim_stop)

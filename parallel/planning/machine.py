@@ -206,6 +206,8 @@ class Machine:
         if "links" in values:
             values["links"] = tuple(_link(name, link) for name, link in values["links"].items())
         if "packing" in values:
+            for name, packing in values["packing"].items():
+                _check_keys(packing, Packing, f"machine.packing.{name}")
             values["packing"] = {name: Packing(**packing) for name, packing in values["packing"].items()}
         if base is not None:
             return replace(base, **values)
@@ -223,12 +225,12 @@ def load_machine(name: str) -> Machine:
         return preset(name)
     if not path.is_file():
         raise ValueError(f"machine={name}: there is no such file; benchmarks/links.py writes one")
-    if path.suffix == ".json":
-        mapping = json.loads(path.read_text())
-    else:
-        import yaml
+    import yaml
 
-        mapping = yaml.safe_load(path.read_text())
+    try:
+        mapping = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"machine={name} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(mapping, dict):
         raise ValueError(f"machine={name}: the file must hold a mapping, it holds {type(mapping).__name__}")
     return Machine.of(mapping.get("machine", mapping))
@@ -251,17 +253,29 @@ def expected_max(count: int) -> float:
 
 def _link(name: str, values: Mapping[str, Any]) -> Link:
     _check_keys(values, Link, f"machine.links.{name}")
+    for measured, fit in values.get("fits", {}).items():
+        _check_keys(fit, Fit, f"machine.links.{name}.fits.{measured}")
     fits = {kind: Fit(**fit) for kind, fit in values.get("fits", {}).items()}
     return Link(name=name, **{**values, "fits": fits})
 
 
+_NUMBERS = (float, float | None, int | None)
+"""The types of fields that are numbers."""
+
+
 def _check_keys(values: Mapping[str, Any], kind: type, where: str) -> None:
-    known = [item.name for item in fields(kind)]
-    for key in values:
+    known = {item.name: item.type for item in fields(kind)}
+    for key, value in values.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
             raise ValueError(f"{where} has no {key!r}{hint}")
+        numbers = {key: value} if known[key] in _NUMBERS else {}
+        if known[key] == Mapping[str, float]:
+            numbers = {f"{key}.{name}": number for name, number in value.items()}
+        for name, number in numbers.items():
+            if not isinstance(number, int | float | None):
+                raise ValueError(f"{where}.{name}={number!r} is no number; in YAML 4.0e+14 is one, 4e14 is a word")
 
 
 def _gpus(count: int, bandwidth: float, latency: float = 5e-6, core: float = 0.0) -> Link:

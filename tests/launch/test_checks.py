@@ -92,7 +92,7 @@ def test_p_not_inside_g_and_more_levels_than_there_are(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"parallel.params=2 <= parallel.grads=1 <= parallel.optim=2 must be"):
         checked(2, 1, 2)
-    with pytest.raises(ValueError, match=r"parallel.optim=3 is more than the 2 levels of parallel.levels"):
+    with pytest.raises(ValueError, match=r"parallel.optim=3 is more than the number of parallel.levels, which is 2"):
         checked(0, 1, 3)
     checked(0, 1, 2)
 
@@ -107,6 +107,23 @@ def test_a_block_larger_than_a_shard(tmp_path: Path) -> None:
     tried = ParallelOptions(candidates=["zero3", "zero3+all"], auto_steps=1, grads_block=4096)
     with pytest.raises(ValueError, match=r"parallel.grads_block=4096 is larger than a shard"):
         check(replace(config, parallel=tried), Crew(8, 1, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"exact": ["head.*"]}, r"parallel.exact=\['head.\*'\] is only read where something is quantized"),
+        ({"weights_block": 64}, "parallel.weights_block=64 is only read where something is quantized"),
+        ({"grads_block": 64}, "parallel.grads_block=64 is only read where something is quantized"),
+        ({"quantize": "all", "exact": ["haed.*"]}, r"parallel.exact has 'haed.\*', which no parameter is called"),
+        ({"quantize": "all", "exact": ["*"]}, r"parallel.exact=\['\*'\] leaves nothing to quantize"),
+        ({"weights_format": {"worker": "int8"}, "error_feedback": True}, "these are exact on every level"),
+    ],
+)
+def test_quantization_that_would_change_nothing(options: dict, words: str, tmp_path: Path) -> None:
+    config = Config(run=RunOptions(root=str(tmp_path)), parallel=ParallelOptions(placement="zero3", **options))
+    with pytest.raises(ValueError, match=words):
+        check(config, Crew(2, 1, "cpu"))
 
 
 def test_a_run_folder_that_is_a_file(tmp_path: Path) -> None:

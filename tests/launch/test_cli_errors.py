@@ -32,6 +32,8 @@ import pytest
         (["parallel=zero4"], ["parallel=zero4", "choose one of", "did you mean parallel=zero"]),
         (["engine=jax"], ["engine='jax'", "native"]),
         (["launch.workers=3", "parallel.levels={node:2,gpu:2}"], ["parallel.levels", "4", "launch.workers=3"]),
+        (["parallel.levels=[2,2]"], ["parallel.levels=[2,2]", "dict[str, int]", "{name: value}"]),
+        (["parallel.levels={node: two}"], ["parallel.levels.node", "'two'", "parallel.levels={name: value}"]),
         (["launch.workers=3"], ["train.global_batch_size=16", "launch.workers=3"]),
         (["train.micro_batch_size=5"], ["train.micro_batch_size=5"]),
         (["launch.nodes=2"], ["launch.nodes=2", "launch.address"]),
@@ -55,6 +57,11 @@ def test_names_what_was_meant(atoll, args: list[str], words: list[str]) -> None:
 def test_a_gpu_that_is_not_there(atoll) -> None:
     done = atoll("train", "launch.device=cuda", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2 and "launch.device=cuda" in done.stderr and "0 GPUs" in done.stderr
+
+
+def test_a_plan_is_of_our_engine(atoll) -> None:
+    done = atoll("plan", "machine=dgx-h100", "launch.workers=2", "engine=fsdp2")
+    assert done.returncode == 2 and "engine=fsdp2" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_unknown_command(atoll) -> None:

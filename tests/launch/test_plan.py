@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_module
 
+from launch.checks import Crew, check
 from launch.config import Config, register, to_config
 from launch.plan import Planned, named_machine, plan, settle, show
 from parallel.planning.cost import KINDS
@@ -55,6 +56,22 @@ def test_auto_may_quantize_where_it_is_told_so() -> None:
     )
     assert planned.candidate.quantize in ("outer", "all")
     assert "weights int8/256 over node" in show(planned)
+
+
+SMALL = ("launch.workers=256", "train.global_batch_size=256", "model.dim=32", "model.ffn_dim=64", "model.num_heads=2",
+         "model.num_kv_heads=1", "model.head_dim=16")  # fmt: skip
+
+
+@pytest.mark.parametrize("placement", ["zero3", "auto"])
+def test_a_block_larger_than_a_shard_is_refused(placement: str) -> None:
+    with pytest.raises(ValueError, match=r"parallel\.weights_block=256 is larger than a shard"):
+        plan(composed(*SMALL, f"parallel={placement}", "parallel.quantize=all"), PRESETS["ethernet-25g"])
+
+
+def test_auto_takes_no_block_that_the_engine_would_refuse() -> None:
+    config, _ = settle(composed(*SMALL, "parallel=auto", "parallel.quantize=auto", "machine=ethernet-25g"), 256)
+    assert config.parallel.quantize == "none" and not any("+" in name for name in config.parallel.candidates)
+    check(config, Crew(256, 32, "cpu"))
 
 
 def test_nothing_fits_is_one_error() -> None:

@@ -240,6 +240,22 @@ def test_a_wrong_machine_is_answered(name: str, said: str, tmp_path: Path) -> No
         load_machine(str(tmp_path / name) if name.endswith("json") else name)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("preset: dgx-h100\ncompute: 4e14", r"machine.compute='4e14' is no number; in YAML 4.0e\+14 is one"),
+        ("preset: dgx-h100\nlinks: {node: {bandwidth: fast}}", "machine.links.node.bandwidth='fast' is no number"),
+        ("preset: dgx-h100\nmemory: {gpu: 80e9}", "machine.memory.gpu='80e9' is no number"),
+        ("preset: dgx-h100\npacking: {quantize_int8: {rat: 1}}", "machine.packing.quantize_int8 has no 'rat'"),
+        ("preset: [", "machine=.*bad.yaml cannot be read"),
+    ],
+)
+def test_a_machine_that_is_written_wrong_is_one_sentence(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load_machine(str(tmp_path / "bad.yaml"))
+
+
 def test_presets_place_any_world() -> None:
     assert PRESETS["frontier"].levels(384) == {"node": 48, "gpu": 4, "die": 2}
     assert PRESETS["dgx-h100"].levels(12) == {"node": 3, "gpu": 4}

@@ -104,13 +104,17 @@ def test_no_rank_keeps_a_trace_of_a_step_that_is_not_accepted(nvme: dict) -> Non
     check_skipping(nvme, 2, {}, ("zero2",), [HALF, {}])
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_quantized_transport_of_offloaded_weights_is_that_of_others() -> None:
+@pytest.mark.parametrize(
+    "placements", [pytest.param(("zero2",), id="zero2"), pytest.param(("zero3", "zero1"), marks=pytest.mark.slow)]
+)
+def test_quantized_transport_of_offloaded_weights_is_that_of_others(placements: tuple[str, ...]) -> None:
+    """What is speculated among them: its weights are packed from the slot, so they must be there."""
     cases = [
         {"check": "alike", "levels": {"node": 2}, "parallel": {"placement": placement, "quantize": "all"},
-         "offloads": [HOST, STREAMED]}
-        for placement in ("zero3", "zero1")
+         "offloads": [HOST, STREAMED, SPECULATE, HALF], "clip": clip, "bf16": bf16}
+        for placement in placements
+        for clip, bf16 in ((1e9, False), (0.5, True))
     ]  # fmt: skip
     for answer in run_world(2, cases):
         assert answer["different"] == [], answer

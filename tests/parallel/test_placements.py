@@ -69,6 +69,23 @@ def test_parameters_equal_those_of_one_process(world: int, cases: list[dict]) ->
     assert all(a["alive"] == 0 for a in answers), "gathered weights were left over"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_matrix(accumulation: int, overlap: bool) -> None:
+    """{placements} x {accumulation} x {overlap} x {clipping} x {tied}, as `test_transport.test_matrix` does quantized;
+    frozen, odd and unused parameters are in all."""
+    cases = [
+        case | {"clip": clip, "tied": tied}
+        for case in presets({"node": 2, "gpu": 2}, (accumulation,), overlap=overlap)
+        for clip in (0.5, 1e9)
+        for tied in (True, False)
+    ]
+    far = [a for a in run_world(4, cases) if not (a["difference"] < 1e-6 and a["norms"] < 1e-6)]
+    assert not far, far
+
+
 def test_parameters_equal_those_of_ddp() -> None:
     cases = [{"check": "ddp", "parallel": {"placement": placement}} for placement in ("ddp", "zero2", "zero3")]
     far = [a for a in run_world(2, cases) if not a["difference"] < 1e-6]
@@ -100,8 +117,13 @@ def test_variants_equal_one_process() -> None:
 @pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_no_more_units_are_gathered_than_prefetch_units_and_one(recompute: bool) -> None:
     base = {"accumulation": 2, "recompute": recompute, "tied": False}
-    cases = [base | {"parallel": {"placement": "zero3", "prefetch_units": count}} for count in (0, 1, 2)]
-    assert [answer["most_alive"] for answer in run_world(2, cases)] == [1, 2, 3]
+    quantized = {"quantize": "all", "weights_block": 32, "grads_block": 32}
+    cases = [
+        base | {"parallel": {"placement": "zero3", "prefetch_units": count} | more}
+        for more in ({}, quantized)
+        for count in (0, 1, 2)
+    ]
+    assert [answer["most_alive"] for answer in run_world(2, cases)] == [1, 2, 3] * 2
 
 
 @pytest.mark.slow
