@@ -12,6 +12,7 @@ import faulthandler
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -178,12 +179,16 @@ class Worker:
         self._free.set()
 
     def listen(self, host: str, collective_timeout_s: float) -> int:
-        """On rank 0: serve the store that the ranks meet at. Returns its port, chosen by the kernel."""
+        """On rank 0: serve the store that the ranks meet at, on `host` alone, since it answers anybody. Returns its
+        port, chosen by the kernel."""
         from torch.distributed import TCPStore
 
         timeout = timedelta(seconds=collective_timeout_s)
-        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        return int(self._store.port)
+        # a listener of the store's own would take all interfaces
+        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        port, fd = int(listener.getsockname()[1]), listener.detach()
+        self._store = TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=fd)
+        return port
 
     def join(self, assignment: Assignment) -> Failure | None:
         """Join the process group, all ranks at once."""
