@@ -116,6 +116,11 @@ class Generation:
         """The newest number that was issued."""
         return self._making.version
 
+    @property
+    def code(self) -> str:
+        """What this node encodes with; empty without parity."""
+        return f"RS({self.layout.k}+{self.layout.m}) by {self._encoder.code.backend}" if self._encoder else ""
+
     # ------------------------------------------------------------------------------------------------ this node's ranks
 
     def grant(self, rank: int, after: int, wait_s: float) -> Message:

@@ -294,7 +294,7 @@ class SnapshotNode:
                 lambda: self._drop_others(generation),
             )
             self._generation = generation
-        return {"path": str(segment.path), "note": note}
+        return {"path": str(segment.path), "note": note, "code": generation.code}
 
     def _segment(self, plan: Plan) -> tuple[Segment, str]:
         """One that fits: as it is if it is there, else new, beside those that hold something. And what to say."""

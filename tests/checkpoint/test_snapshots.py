@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from checkpoint.crc import crc32c
+from checkpoint.erasure import isal
 from checkpoint.errors import CheckpointError
 from checkpoint.snapshots import node as snapshot_node
 from checkpoint.snapshots.generation import Generation
@@ -533,6 +534,27 @@ def test_states_of_several_slices_and_groups(tmp_path: Path):
             assert found is not None and found.plan.groups == (("n0", "n1"), ("n2", "n3"))
             check_restored(SnapshotReader(found, nodes.token), 1, numel=numel)
         assert newest_snapshot(nodes.roster([], without=[2, 3])) is None
+    finally:
+        nodes.end()
+
+
+def test_what_encodes_is_said_once_and_each_time_where_it_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    nodes = ThreadNodes(3, folder=tmp_path)
+
+    def go_on(snapshots, rank: int) -> None:
+        nodes.said.clear()
+        snapshots.open(1)
+        snapshots.start(pieces(rank, 1, 1), {}, {})
+
+    try:
+        nodes.save(1, [1], parity=1)
+        assert nodes.said == [f"snapshots are coded as RS(2+1) by {isal.load().name}"]
+        nodes.ranks(1, go_on, parity=1)
+        assert nodes.said == []
+        monkeypatch.setattr(isal, "load", lambda: "no libisal")
+        nodes.ranks(1, go_on, parity=1)
+        [said] = nodes.said
+        assert "RS(2+1) by numpy: no libisal; 50 to 100 times slower" in said and "on n0, n1, n2" in said
     finally:
         nodes.end()
 
