@@ -391,9 +391,14 @@ def is_users(error: BaseException) -> bool:
 
 
 def kind_of(error: BaseException) -> Cause:
-    """``device`` for what CUDA or NCCL reports, ``numbers`` for a loss that is none."""
+    """``device`` for what CUDA or NCCL reports, ``numbers`` for a loss that is none. Memory that is short is an error
+    of the job, which leaves CUDA as it was."""
+    import torch
+
     if isinstance(error, FloatingPointError):
         return "numbers"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "error"
     words = ("cuda", "cublas", "cudnn", "nccl", "nvlink")
     return "device" if isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words) else "error"
 
