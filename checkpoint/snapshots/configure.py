@@ -9,6 +9,7 @@ from checkpoint.snapshots.area import areas, whole
 from checkpoint.snapshots.fragment import PIECE_BYTES
 from checkpoint.snapshots.recovery import retire
 from checkpoint.snapshots.roster import Plan, Roster, cut_groups
+from checkpoint.snapshots.segment_files import NoRoom
 from checkpoint.snapshots.wire import Wire
 
 
@@ -24,7 +25,7 @@ def configure(
     """By rank 0. sizes: bytes that each rank needs. keep: the version that was restored; all others go.
 
     Returns the ``generation``, by node the ``paths`` of segments, and by rank the ``areas`` (start, bytes) in the state
-    of its node. CheckpointError where a node is not there or has too little memory.
+    of its node. CheckpointError where a node is not there, NoRoom where it has too little memory.
     """
     by_node = [
         areas([(rank, sizes[rank]) for rank, node in enumerate(roster.rank_nodes) if node == number])
@@ -52,6 +53,8 @@ def configure(
         }
         with Wire.connect(node, roster.token) as wire:
             answer = wire.ask(message)
+        if "no_room" in answer:
+            raise NoRoom(answer["no_room"])
         paths.append(answer["path"])
         codes.setdefault(answer.get("code", ""), []).append(node.label)
         if answer["note"]:
