@@ -4,9 +4,10 @@
 
 A real Ray cluster on this machine: a head without CPUs, `--nodes` raylets that train, one rank each, and one that is
 free. Faults are drawn by `--seed` and made by `atoll chaos`: a rank killed, a node killed (another joins), a rank
-stopped, a bit of a snapshot flipped, and the driver told to stop by SIGTERM and started again. Between two faults the
-run does a few steps. When all are made it is left alone until it ends. Then, against the same job undisturbed: every
-loss, to the last bit; what is left of processes, shared memory and files; the report.
+stopped, a bit of a snapshot flipped, a byte of the newest checkpoint changed, and the driver told to stop by SIGTERM
+and started again. Between two faults the run does a few steps. When all are made it is left alone until it ends. Then,
+against the same job undisturbed: every loss, to the last bit; what is left of processes, shared memory and files; the
+report.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from launch.chaos import parse_plan, strike  # noqa: E402
 from launch.report import show, summarize  # noqa: E402
 from tests.launch.supervised import SNAPSHOTS, Raylets, Run, losses  # noqa: E402
 
-KINDS = {"worker": 4, "node": 2, "hang": 2, "corrupt": 2, "sigterm": 1}
+KINDS = {"worker": 4, "node": 2, "hang": 2, "corrupt": 2, "disk": 1, "sigterm": 1}
 """How often each is drawn, relative to the others."""
 NO_EVAL = ["train.eval_every_steps=0"]
 SETTLED_STEPS = 3
@@ -61,11 +62,13 @@ class Soak:
         kinds = self._draw.sample(list(KINDS), len(KINDS))  # each once, whatever else is drawn
         kinds += self._draw.choices(list(KINDS), list(KINDS.values()), k=max(0, self._args.faults - len(kinds)))
         for number, kind in enumerate(kinds[: self._args.faults]):
-            self._settle()
-            if self._ended() or time.monotonic() > self._deadline:
-                break
-            time.sleep(self._draw.random() * self._args.every_s)
-            self._make(kind)
+            made = False
+            while not made:
+                self._settle()
+                if self._ended() or time.monotonic() > self._deadline:
+                    return
+                time.sleep(self._draw.random() * self._args.every_s)
+                made = self._make(kind)
             self.made[kind] += 1
             print(f"fault {number + 1}/{self._args.faults}, after {self.run.steps} steps: {kind}", flush=True)
 
@@ -74,22 +77,25 @@ class Soak:
         while not self._ended() and not self.run.steps >= wanted and time.monotonic() < self._deadline:
             time.sleep(0.05)
 
-    def _make(self, kind: str) -> None:
+    def _make(self, kind: str) -> bool:
+        """Whether there was something to break: the team may just be being made anew."""
         if kind == "sigterm":
             self.run.process.send_signal(signal.SIGTERM)
             code = self.run.end(self._args.patience_s)
             if code not in (0, 75):
                 raise SystemExit(f"SIGTERM: it ended with {code}\n{self.run.said}")
             self.run = Run(self._root, *self._overrides)
-            return
+            return True
         words = [f"kill={kind}", f"seed={self._draw.randrange(1 << 30)}", f"run.root={self._root}", "run.name=job"]
+        words += ["yes=true"] if kind == "disk" else []
         try:
             strike(parse_plan(words))
-        except ValueError as error:  # the team was just being made anew, or the run has ended
+        except ValueError as error:
             print(f"  not made: {error}", flush=True)
-            return
+            return False
         if kind == "node":
             self.raylets.add()
+        return True
 
     def _ended(self) -> bool:
         code = self.run.process.poll()

@@ -23,6 +23,8 @@ from trainer.timeline import append_line
 KINDS = ("worker", "node", "hang", "corrupt", "disk")
 FILE = "chaos.jsonl"
 SHARED = Path("/dev/shm")
+REMADE_S = 30.0
+"""How long a team that is just being made anew is waited for."""
 USAGE = """\
 atoll chaos kill=worker|node|hang|corrupt|disk [run.name=<run>] [run.root=runs]
             [rank=<number>] [node=<number or id>] [seed=<number>] [after_s=0] [every_s=10] [count=1] [yes=true]
@@ -34,6 +36,10 @@ atoll chaos kill=worker|node|hang|corrupt|disk [run.name=<run>] [run.root=runs]
   disk     one byte of the newest checkpoint in storage is changed for good; needs yes=true
 
 Without rank= or node= one is drawn by seed=. A fault comes after after_s seconds, then every every_s, count in all."""
+
+
+class BeingMade(ValueError):
+    """Whom the fault was meant for is gone: the team is just being made anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +63,7 @@ def chaos(args: list[str], say: Callable[[str], None] = print) -> str:
     for number in range(plan.count):
         if number:
             time.sleep(plan.every_s)
-        say(strike(plan))
+        say(_strike(plan))
     made = f"{plan.count} fault{'s' if plan.count > 1 else ''} made (seed={plan.seed})"
     return f"{made}; what came of it: atoll report run.root={plan.folder.parent} run.name={plan.folder.name}"
 
@@ -95,6 +101,17 @@ def parse_plan(args: list[str]) -> Plan:
         every_s=numbers["every_s"] if "every_s" in given else 10.0,
         count=int(numbers["count"]) if "count" in given else 1,
     )
+
+
+def _strike(plan: Plan) -> str:
+    deadline = time.monotonic() + REMADE_S
+    while True:
+        try:
+            return strike(plan)
+        except BeingMade:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 def strike(plan: Plan) -> str:
@@ -189,14 +206,15 @@ def _signal_rank(plan: Plan, team: dict[str, Any]) -> dict[str, Any]:
     rank, number = _rank(plan, team), signal.SIGSTOP if plan.kill == "hang" else signal.SIGKILL
     pid, where = rank["pid"], f"rank {rank['rank']} (pid {rank['pid']} on node {rank['address']})"
     if not _there(team, rank, _signal_worker, pid, int(number)):
-        raise ValueError(f"{where} is not there any more: the team is just being made anew, try again")
+        raise BeingMade(f"{where} is not there any more: the team is just being made anew, try again")
     return {"rank": rank["rank"], "node": rank["address"], "pid": pid, "what": f"{number.name} to {where}"}
 
 
 def _signal_worker(pid: int, number: int) -> bool:
     """On its node; False where the process has ended, and the number may be another's."""
     try:
-        if not psutil.Process(pid).name().startswith("ray::"):
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE or not process.name().startswith("ray::"):
             return False
     except psutil.NoSuchProcess:
         return False

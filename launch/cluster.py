@@ -47,18 +47,33 @@ def _start(crew: Crew) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(count_cores(), crew.workers),
-            num_gpus=0 if crew.device == "cpu" else None,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            **QUIET,
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",
+                num_cpus=max(count_cores(), crew.workers),
+                num_gpus=0 if crew.device == "cpu" else None,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                **QUIET,
+            )
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A cluster that Ray starts inside listens on loopback alone, as Ray has it for machines that join no other; it
+    reads the variable for that (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER) once, when it is imported."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _stop(started: list[psutil.Process]) -> None:

@@ -6,9 +6,11 @@ once. A SIGTERM is always answered by a resumable end: at once where no training
 and at the latest after ``launch.notice_s``.
 """
 
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from launch.policy import ScalingPolicy
 
 EXIT_KILLED = 130
+REPEATED_S = 1.0
+"""What sends a SIGTERM may send it to the process and to its group, as `timeout` does: within so long it is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +67,13 @@ class Stop:
         """How to stop gently; None while nothing runs that could."""
         self.ended: Killed | None = None
         """What was raised to end at once."""
+        self._sigterm_at = -math.inf
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            before, self._sigterm_at = self._sigterm_at, time.monotonic()
+            if self._sigterm_at - before < REPEATED_S:
+                return
         if number == signal.SIGALRM:
             self._end("stopped", f"launch.notice_s={self._notice_s:g} is over")
         if self.signal is not None or self.act is None:

@@ -12,6 +12,7 @@ import faulthandler
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -178,12 +179,16 @@ class Worker:
         self._free.set()
 
     def listen(self, host: str, collective_timeout_s: float) -> int:
-        """On rank 0: serve the store that the ranks meet at. Returns its port, chosen by the kernel."""
+        """On rank 0: serve the store that the ranks meet at, on `host` alone, since it answers anybody. Returns its
+        port, chosen by the kernel."""
         from torch.distributed import TCPStore
 
         timeout = timedelta(seconds=collective_timeout_s)
-        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        return int(self._store.port)
+        # a listener of the store's own would take all interfaces
+        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        port, fd = int(listener.getsockname()[1]), listener.detach()
+        self._store = TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=fd)
+        return port
 
     def join(self, assignment: Assignment) -> Failure | None:
         """Join the process group, all ranks at once."""
@@ -386,9 +391,14 @@ def is_users(error: BaseException) -> bool:
 
 
 def kind_of(error: BaseException) -> Cause:
-    """``device`` for what CUDA or NCCL reports, ``numbers`` for a loss that is none."""
+    """``device`` for what CUDA or NCCL reports, ``numbers`` for a loss that is none. Memory that is short is an error
+    of the job, which leaves CUDA as it was."""
+    import torch
+
     if isinstance(error, FloatingPointError):
         return "numbers"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "error"
     words = ("cuda", "cublas", "cudnn", "nccl", "nvlink")
     return "device" if isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words) else "error"
 

@@ -98,6 +98,8 @@ class Generation:
         self._wires, self._announcing = Wires(connect), Wires(connect)
         names = plan.groups[self.group]
         self._encoder = Encoder(self.layout, self.place, names, self._wires) if self.layout.m else None
+        self.code = f"RS({self.layout.k}+{self.layout.m}) by {self._encoder.code.backend}" if self._encoder else ""
+        """What this node encodes with; empty without parity."""
         self._changed = threading.Condition()
         self._announced = threading.Lock()
         self._making = self._new(plan.generation)

@@ -22,7 +22,7 @@ from checkpoint.snapshots.generation import Generation, GivenUp
 from checkpoint.snapshots.meta import load_meta, meta_bytes
 from checkpoint.snapshots.roster import Plan
 from checkpoint.snapshots.segment import Segment, Version
-from checkpoint.snapshots.segment_files import FOLDER, SegmentError, remove_leftovers
+from checkpoint.snapshots.segment_files import FOLDER, NoRoom, SegmentError, remove_leftovers
 from checkpoint.snapshots.wire import Message, NodeAddress, Wire, WireError
 
 _log = logging.getLogger(__name__)
@@ -281,7 +281,10 @@ class SnapshotNode:
             for version in self._versions():
                 if keep is None or version.version > keep:
                     version.segment.discard(version.version)
-            segment, note = self._segment(plan)
+            try:
+                segment, note = self._segment(plan)
+            except NoRoom as error:
+                return {"no_room": str(error)}
             committed = [] if keep is None else [int(keep)]
             generation = Generation(
                 plan,
@@ -294,7 +297,7 @@ class SnapshotNode:
                 lambda: self._drop_others(generation),
             )
             self._generation = generation
-        return {"path": str(segment.path), "note": note}
+        return {"path": str(segment.path), "note": note, "code": generation.code}
 
     def _segment(self, plan: Plan) -> tuple[Segment, str]:
         """One that fits: as it is if it is there, else new, beside those that hold something. And what to say."""

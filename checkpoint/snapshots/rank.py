@@ -45,6 +45,7 @@ from checkpoint.snapshots.process import drop
 from checkpoint.snapshots.reader import SnapshotReader
 from checkpoint.snapshots.roster import Roster, check_nodes
 from checkpoint.snapshots.segment import Segment
+from checkpoint.snapshots.segment_files import NoRoom
 from checkpoint.snapshots.wire import Refused, Wire
 from offload.state import Destination, Movable, Piece, nowhere
 
@@ -144,8 +145,8 @@ class Snapshots:
         """Reserve the memory and begin; every rank calls it with what it will save, once it has loaded.
 
         movable: what of it an update may leave in the segment; its `room` is set here, and taken back by `close`.
-        What `open` did not choose is thrown away. CheckpointError, on every rank, where a node is not there or has too
-        little shared memory.
+        What `open` did not choose is thrown away. On every rank CheckpointError where a node is not there, ValueError
+        where it has too little shared memory.
         """
         if self._reader is not None:
             self._reader.close()
@@ -165,10 +166,10 @@ class Snapshots:
                     self._roster, sizes, self._parity, self._group_sizes, keep=self._restored, report=self._report
                 )
             except (CheckpointError, ValueError) as error:
-                answer = {"problem": str(error)}
+                answer = {"problem": str(error), "no_room": isinstance(error, NoRoom)}
         answer = json.loads(self._ranks.tell(json.dumps(answer).encode()))
         if "problem" in answer:
-            raise CheckpointError(answer["problem"])
+            raise ValueError(answer["problem"]) if answer["no_room"] else CheckpointError(answer["problem"])
         node = self._roster.rank_nodes[self._ranks.rank]
         self._start, self._size = answer["areas"][str(self._ranks.rank)]
         self._segment = Segment.open(answer["paths"][node])

@@ -32,7 +32,7 @@ import numpy as np
 from checkpoint.crc import Bytes, crc32c
 from checkpoint.erasure.protocol import slot_for
 from checkpoint.snapshots.format import FORMAT
-from checkpoint.snapshots.segment_files import FOLDER, NAME, SegmentError, create_locked, open_private
+from checkpoint.snapshots.segment_files import FOLDER, NAME, NoRoom, SegmentError, create_locked, open_private
 
 PAGE_BYTES = 4096
 STRIDE_BYTES = 1 << 16
@@ -84,7 +84,7 @@ class Segment:
     ) -> "Segment":
         """A new segment with all its memory reserved, so that no later write can fail. `run`: 16 bytes.
 
-        SegmentError where the name is taken or the memory is not there.
+        SegmentError where the name is taken, NoRoom where the memory is not there.
         """
         name = f"atoll-{run.hex()}-{label}"
         if not NAME.fullmatch(name) or not 2 <= num_slots <= 255 or payload_bytes < 1 or meta_bytes < 0:
@@ -94,7 +94,7 @@ class Segment:
         size = _total(num_slots, payload_bytes, meta_bytes)
         free = os.statvfs(folder)
         if size > free.f_bavail * free.f_frsize:
-            raise SegmentError(_no_room(path, size, free.f_bavail * free.f_frsize))
+            raise NoRoom(_no_room(path, size, free.f_bavail * free.f_frsize))
         fd = create_locked(path)
         try:
             os.posix_fallocate(fd, 0, size)
@@ -105,7 +105,7 @@ class Segment:
             path.unlink(missing_ok=True)
             os.close(fd)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
-                raise SegmentError(_no_room(path, size, free.f_bavail * free.f_frsize)) from error
+                raise NoRoom(_no_room(path, size, free.f_bavail * free.f_frsize)) from error
             raise
 
     @classmethod
@@ -282,5 +282,5 @@ def _stride(payload_bytes: int, meta_bytes: int) -> int:
 def _no_room(path: Path, size: int, free: int) -> str:
     return (
         f"{path}: snapshots need {size} bytes of shared memory, {free} are free; enlarge the mount (docker run "
-        "--shm-size, or an emptyDir of medium Memory), lower checkpoint.parity, or keep fewer versions"
+        "--shm-size, atoll submit kuberay --shm), lower checkpoint.parity, or set checkpoint.snapshot_every_steps=0"
     )

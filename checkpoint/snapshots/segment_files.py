@@ -25,6 +25,10 @@ class SegmentError(CheckpointError):
     """A segment cannot be made, opened or written."""
 
 
+class NoRoom(SegmentError):
+    """There is too little shared memory."""
+
+
 def remove_leftovers(folder: str = FOLDER) -> list[Path]:
     """Delete this user's segments without a living owner, found by name; returns what was deleted."""
     found = []

@@ -19,7 +19,8 @@ from checkpoint.snapshots.wire import NodeAddress
 from offload.state import Piece
 from tests.checkpoint.snapshot_nodes import ThreadRanks
 
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])
 
 
 def _pieces(device: str, num: int) -> list[Piece]:
@@ -78,6 +79,7 @@ def test_all_of_a_state_arrives_before_its_marks(device: str, ahead: int, monkey
 
 
 @pytest.mark.gpu
+@NEEDS_GPU
 def test_the_stream_waits_and_not_the_thread_and_that_is_counted() -> None:
     """`Stats.stall_s` is what the stream stood still for, however long ago the thread handed its work over."""
     stats = Stats(stall_s=[0.0, 0.0])

@@ -79,6 +79,31 @@ def test_any_nodes_lost_while_all_are_at_a_phase(tmp_path: Path, halts: Halts, n
         nodes.end()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_nodes_lost_while_a_new_start_takes_its_first_snapshot(tmp_path: Path, halts: Halts):
+    """The first node is new and empty: what was restored stands on the others until that snapshot is there."""
+    nodes = ThreadNodes(4, folder=tmp_path)
+    try:
+        nodes.save(4, [0], parity=2)
+        for step, phase in enumerate(phases(2)):
+            nodes.replace(0)
+            halts.arm(phase, step)
+            with nodes.saving(step, parity=2, resume=step):
+                halts.wait(halted_at(phase, [node.label for node in nodes.nodes]))
+                for lost in itertools.chain(*(itertools.combinations(range(4), count) for count in range(3))):
+                    num_holders = len({0, 1, 2, 3} - set(lost) - (set() if phase in PREPARED else {0}))
+                    found = newest_snapshot(nodes.roster([], lost))
+                    assert (found is not None) == (num_holders >= 2), (phase, lost)
+                    if found is not None:
+                        reader = SnapshotReader(found, nodes.token)
+                        check_restored(reader, step)
+                        reader.close()
+                halts.release()
+    finally:
+        nodes.end()
+
+
 def kills(n: int, m: int) -> list[tuple[str, tuple[int, ...]]]:
     found: list[tuple[str, tuple[int, ...]]] = []
     for number, phase in enumerate(phases(m)):

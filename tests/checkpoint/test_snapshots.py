@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from checkpoint.crc import crc32c
-from checkpoint.errors import CheckpointError
+from checkpoint.erasure import isal
 from checkpoint.snapshots import node as snapshot_node
 from checkpoint.snapshots.generation import Generation
 from checkpoint.snapshots.process import drop
@@ -537,6 +537,27 @@ def test_states_of_several_slices_and_groups(tmp_path: Path):
         nodes.end()
 
 
+def test_what_encodes_is_said_once_and_each_time_where_it_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    nodes = ThreadNodes(3, folder=tmp_path)
+
+    def go_on(snapshots, rank: int) -> None:
+        nodes.said.clear()
+        snapshots.open(1)
+        snapshots.start(pieces(rank, 1, 1), {}, {})
+
+    try:
+        nodes.save(1, [1], parity=1)
+        assert nodes.said == [f"snapshots are coded as RS(2+1) by {isal.load().name}"]
+        nodes.ranks(1, go_on, parity=1)
+        assert nodes.said == []
+        monkeypatch.setattr(isal, "load", lambda: "no libisal")
+        nodes.ranks(1, go_on, parity=1)
+        [said] = nodes.said
+        assert "RS(2+1) by numpy: no libisal; 50 to 100 times slower" in said and "on n0, n1, n2" in said
+    finally:
+        nodes.end()
+
+
 def test_memory_of_two_versions(four: Nodes):
     """RS(3+1): two versions of S(1 + m/k) are 2.7 times the state, and some MiB."""
     four.save(4, [1], parity=1, numel=3_000_000)
@@ -629,5 +650,6 @@ def test_too_little_shared_memory_is_said_before_the_first_step(four: Nodes):
         whole = [type(piece)(**{**vars(piece), "shape": (1 << 41,), "tensor": huge}) for piece in whole]
         snapshots.start(whole, {}, {})
 
-    with pytest.raises(CheckpointError, match=r"snapshots need \d+ bytes of shared memory, \d+ are free; enlarge"):
+    why = r"snapshots need \d+ bytes of shared memory, \d+ are free; enlarge .*set checkpoint.snapshot_every_steps=0$"
+    with pytest.raises(ValueError, match=why):
         four.ranks(1, act, parity=1)

@@ -73,6 +73,19 @@ def struck(atoll, run: Run, *words: str) -> dict:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_fault_waits_for_a_team_that_is_being_made_anew(tmp_path: Path, atoll) -> None:
+    with running(tmp_path, "launch.workers=2", SNAPSHOTS, "train.steps=1000000") as run:
+        run.wait(lambda: run.steps >= 3)
+        struck(atoll, run, "kill=worker", "rank=1", "count=2", "every_s=0")
+        faults = [json.loads(line) for line in (run.folder / "chaos.jsonl").read_text().splitlines()]
+        assert [fault["rank"] for fault in faults] == [1, 1] and faults[0]["pid"] != faults[1]["pid"]
+        run.wait(lambda: len(run.failures) == 2)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.end() == 75, run.said
+
+
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_each_kind_is_recovered_from_and_reported(tmp_path: Path, atoll, raylets: Raylets) -> None:

@@ -3,13 +3,14 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from checkpoint.options import CheckpointOptions
 from launch.checks import Crew
 from launch.config import Config
 from launch.options import LaunchOptions
 from launch.policy import RESET_STEPS, FailurePolicy, ScalingPolicy
-from launch.worker import Failure
+from launch.worker import Failure, describe
 from parallel.options import ParallelOptions
 from trainer.options import TrainOptions
 
@@ -40,6 +41,16 @@ def test_what_would_come_again_is_not_tried_again() -> None:
     assert not policy.give_up(numbers, 40, True)
     assert "twice" in policy.give_up(numbers, 40, True)
     assert not policy.give_up(replace(DIED), 0, False), "a process may die at any time"
+
+
+def test_memory_that_is_short_before_the_first_step_would_come_again_and_an_error_of_cuda_may_not() -> None:
+    policy = FailurePolicy(max_failures=9, max_preemptions=9, max_rewinds=2)
+    short = describe(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert "before the first step" in policy.give_up(short, 0, False)
+    for text in ("CUDA error: an illegal memory access was encountered", "NCCL error: unhandled cuda error"):
+        failure = describe(RuntimeError(text))
+        assert failure.kind == "device", text
+        assert not policy.give_up(failure, 0, False), text
 
 
 def test_rewinds_have_a_budget_of_their_own_and_go_on_with_other_data() -> None:

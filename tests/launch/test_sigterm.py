@@ -122,6 +122,16 @@ def test_in_a_step_or_a_checkpoint(atoll_started, num: int, every_steps: int, tm
     assert steps_logged(tmp_path)[: len(done)] == done
 
 
+@workers
+def test_that_comes_twice_at_once(atoll_started, num: int) -> None:
+    """As `timeout` sends it: to the process, and to its group."""
+    run = atoll_started("train", *ENDLESS, f"launch.workers={num}")
+    wait_for(run, "step 1/")
+    run.send_signal(signal.SIGTERM)
+    time.sleep(0.1)  # two that wait for their handler are one
+    assert "the same command resumes it" in ends_resumable(run)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @workers

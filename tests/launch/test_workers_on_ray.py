@@ -46,6 +46,18 @@ def test_sigterm_for_every_process_ends_after_the_step(atoll_started) -> None:
     assert not left_running(run)
 
 
+def test_all_that_listens_on_one_machine_listens_on_loopback(atoll_started) -> None:
+    run = atoll_started("train", *ENDLESS)
+    assert any(line.startswith("step 1/") for line in run.stdout)
+    found = {}
+    for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
+        for socket in process.net_connections("tcp"):
+            if socket.status == psutil.CONN_LISTEN:
+                found[socket.laddr.ip.removeprefix("::ffff:"), socket.laddr.port] = process.name()
+    assert {name.split(".")[0] for name in found.values()} >= {"gcs_server", "raylet", "ray::Bootstrap", "atoll"}
+    assert {address for address, _ in found} == {"127.0.0.1"}, found
+
+
 def test_a_worker_that_is_killed_is_named(atoll_started) -> None:
     run = atoll_started("train", *ENDLESS, "launch.max_failures=0")
     assert any(line.startswith("step 1/") for line in run.stdout)
