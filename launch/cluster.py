@@ -3,6 +3,7 @@
 All errors are ValueErrors that name what was asked and what is there.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ from launch.checks import Crew, Machine
 from launch.devices import count_cores
 from launch.options import LaunchOptions
 
+log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 200 << 20
 """Ray's shared memory on this machine: only events pass through it."""
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -68,6 +70,12 @@ def _on_loopback() -> Iterator[None]:
     reads the variable for that (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER) once, when it is imported."""
     from ray._private import ray_constants
 
+    if not hasattr(ray_constants, "ENABLE_RAY_CLUSTER"):
+        log.warning(
+            "Ray %s cannot be told to listen on loopback alone: its servers take all interfaces", ray.__version__
+        )
+        yield
+        return
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
