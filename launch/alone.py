@@ -1,6 +1,6 @@
 """One worker, in the driver's process. It needs no supervisor: what ends it ends the driver, and the same command goes
-on from what is in memory or storage. Two things it does for itself: it goes back from bad numbers, and it watches
-itself. A hang, which it cannot get out of, ends the process, with a word on where it stood.
+on from what is in memory or storage. Three things it does for itself: it goes back from bad numbers and from a damaged
+checkpoint, and it watches itself. A hang, which it cannot get out of, ends the process, with a word on where it stood.
 
 Threads: training is the main thread's. The watchdog's only reads, until it finds a hang. A thread that keeps the
 interpreter to itself keeps the watchdog from it too.
@@ -19,7 +19,7 @@ from launch import EXIT_RESUMABLE
 from launch.config import Config
 from launch.leave import free_memory
 from launch.ledger import Ledger
-from launch.policy import FailurePolicy
+from launch.policy import FailurePolicy, by_itself
 from launch.watchdog import Limits, stands_still
 from launch.worker import Event, Failure, describe
 from trainer import timeline
@@ -60,12 +60,17 @@ class Alone:
             result = self._train(left_behind)
             if isinstance(result, Failure) and result.user and not self._ledger.watched.moved:
                 raise ValueError(result.cause)
-            if not isinstance(result, Failure) or result.next_batch is None:
+            if isinstance(result, Failure):
+                result = by_itself(result, self._job.run.resume)
+            if not isinstance(result, Failure) or result.next_batch is result.good_step is None:
                 return result
             if why := self._go_back(result):
                 return replace(result, cause=f"{result.cause} (not recovered from: {why})")
             self._job = replace(self._job, run=replace(self._job.run, resume="auto"))
-            left_behind = LeftBehind(steps_after=self._ledger.watched.step, batches_before=result.next_batch)
+            if result.next_batch is not None:
+                left_behind = LeftBehind(steps_after=self._ledger.watched.step, batches_before=result.next_batch)
+            else:
+                left_behind = replace(left_behind, steps_after=result.good_step)
 
     def _train(self, left_behind: LeftBehind) -> dict[str, Any] | Failure:
         self._ledger.watched.starts()
@@ -83,7 +88,7 @@ class Alone:
             self._trainer = None
 
     def _go_back(self, failure: Failure) -> str:
-        """Why not to start again after bad numbers; empty: do, memory is free."""
+        """Why not to start again; empty: do, memory is free."""
         watched, now = self._ledger.watched, time.time()
         watched.times = {"found": now}
         self._ledger.failed(failure, 0, WHERE, 1, found_s=now - watched.last_sign)

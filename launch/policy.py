@@ -31,6 +31,7 @@ class FailurePolicy:
         """
         rewinds = failure.next_batch is not None  # it goes on with other data
         own = failure.kind in ("error", "numbers") and not failure.symptom and not rewinds
+        own = own and failure.good_step is None  # it goes on from another step
         if own and not moved:
             return "it came before the first step, and would come again"
         if own and (failure.cause, step) == self._last:
@@ -52,6 +53,12 @@ class FailurePolicy:
             if self._failures > self.max_failures:
                 return _spent("failure", "launch.max_failures", self.max_failures)
         return ""
+
+
+def by_itself(failure: Failure, resume: str) -> Failure:
+    """As the run may recover from it: a checkpoint that ``run.resume`` names is the one that is wanted, and where that
+    is damaged the run goes on from no other by itself."""
+    return replace(failure, good_step=None) if resume.isdigit() else failure
 
 
 def _spent(what: str, option: str, most: int) -> str:

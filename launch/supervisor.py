@@ -38,7 +38,7 @@ from launch.ledger import Ledger
 from launch.member import Member
 from launch.options import LaunchOptions
 from launch.places import Node, Places, draining, gone
-from launch.policy import FailurePolicy, ScalingPolicy
+from launch.policy import FailurePolicy, ScalingPolicy, by_itself
 from launch.team import Team
 from launch.worker import Event, Failed, Failure
 from trainer.job import Job
@@ -188,10 +188,12 @@ class Supervisor:
                 if failure.kind in ("hang", "device"):
                     members.end(team.members[rank])
         rank = min(team.failures, key=lambda rank: _precedence(team.failures[rank]))  # of equals the first found
-        failure, node = team.failures[rank], team.members[rank].node
+        failure, node = by_itself(team.failures[rank], self._job.run.resume), team.members[rank].node
         self._ledger.failed(failure, rank, node.address, self.crew.workers, found_s=watched.times["found"] - last_sign)
         if failure.next_batch is not None:
             self._left_behind = replace(self._left_behind, batches_before=failure.next_batch)
+        if failure.good_step is not None:
+            self._left_behind = replace(self._left_behind, steps_after=failure.good_step)
         if why := self._budget.give_up(failure, watched.step, watched.moved):
             self._ledger.give_up()
             if failure.user and not watched.moved:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from checkpoint import CheckpointDamaged
 from launch.devices import count_cores
 from launch.failures import Cause
 from launch.fence import Fence
@@ -79,6 +80,8 @@ class Failure:
     """What sort of failure it is; the supervisor goes by it."""
     next_batch: int | None = None
     """Of bad numbers that are to be recovered from: the batch that the newest version is to go on with."""
+    good_step: int | None = None
+    """Of a damaged checkpoint: the step of the newest good one before it, where there is any."""
     user: bool = False
     """What was asked for is wrong, and `cause` alone says so: trying again would not help."""
 
@@ -380,6 +383,7 @@ def describe(error: BaseException) -> Failure:
         symptom=is_symptom(error),
         kind=kind_of(error),
         next_batch=error.next_batch if isinstance(error, Rewind) else None,
+        good_step=error.good_step if isinstance(error, CheckpointDamaged) else None,
         user=user,
     )
 
