@@ -150,6 +150,8 @@ def _run(config: "Config", args: list[str]) -> int:
     from launch.driver import run
 
     report = run(_name_in_sweep(config), overrides=[arg for arg in args if not arg.startswith("-")])
+    if report.exit_code == EXIT_RESUMABLE:  # the same SIGTERM, which may come twice, must not end what is left of us
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if report.status in ("stopped", "killed"):
         sys.exit(report.exit_code)  # a sweep ends here too
     return report.exit_code

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from launch.policy import ScalingPolicy
 
 EXIT_KILLED = 130
-REPEATED_S = 1.0
-"""What sends a SIGTERM may send it to the process and to its group, as `timeout` does: within so long it is one."""
+REPEATED_S = 5.0
+"""What sends a SIGTERM may send it to the process and to its group, as `timeout` does: within so long it is one. Python
+takes a signal when it comes back from C, which may be a step later."""
 
 
 @dataclass(frozen=True, kw_only=True)

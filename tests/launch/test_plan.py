@@ -68,8 +68,9 @@ def test_a_block_larger_than_a_shard_is_refused(placement: str) -> None:
         plan(composed(*SMALL, f"parallel={placement}", "parallel.quantize=all"), PRESETS["ethernet-25g"])
 
 
-def test_auto_takes_no_block_that_the_engine_would_refuse() -> None:
-    config, _ = settle(composed(*SMALL, "parallel=auto", "parallel.quantize=auto", "machine=ethernet-25g"), 256)
+def test_auto_takes_no_block_that_the_engine_would_refuse(tmp_path: Path) -> None:
+    asked = ("parallel=auto", "parallel.quantize=auto", "machine=ethernet-25g", f"run.root={tmp_path}")
+    config, _ = settle(composed(*SMALL, *asked), 256)
     assert config.parallel.quantize == "none" and not any("+" in name for name in config.parallel.candidates)
     check(config, Crew(256, 32, "cpu"))
 

@@ -123,12 +123,13 @@ def test_in_a_step_or_a_checkpoint(atoll_started, num: int, every_steps: int, tm
 
 
 @workers
-def test_that_comes_twice_at_once(atoll_started, num: int) -> None:
-    """As `timeout` sends it: to the process, and to its group."""
+@pytest.mark.parametrize("pause_s", [0.1, 0.5])
+def test_that_comes_twice_at_once(atoll_started, num: int, pause_s: float) -> None:
+    """As `timeout` sends it: to the process, and to its group. By the second time the run may be on its way out."""
     run = atoll_started("train", *ENDLESS, f"launch.workers={num}")
     wait_for(run, "step 1/")
     run.send_signal(signal.SIGTERM)
-    time.sleep(0.1)  # two that wait for their handler are one
+    time.sleep(pause_s)  # two that wait for their handler are one
     assert "the same command resumes it" in ends_resumable(run)
 
 
