@@ -60,9 +60,10 @@ class Alone:
             result = self._train(left_behind)
             if isinstance(result, Failure) and result.user and not self._ledger.watched.moved:
                 raise ValueError(result.cause)
-            if isinstance(result, Failure):
-                result = by_itself(result, self._job.run.resume)
-            if not isinstance(result, Failure) or result.next_batch is result.good_step is None:
+            if not isinstance(result, Failure):
+                return result
+            result = by_itself(result, self._job.run.resume)
+            if result.next_batch is None and result.good_step is None:
                 return result
             if why := self._go_back(result):
                 return replace(result, cause=f"{result.cause} (not recovered from: {why})")

@@ -30,8 +30,8 @@ class FailurePolicy:
         step: how many are done. moved: whether one of them was done since the driver started.
         """
         rewinds = failure.next_batch is not None  # it goes on with other data
-        own = failure.kind in ("error", "numbers") and not failure.symptom and not rewinds
-        own = own and failure.good_step is None  # it goes on from another step
+        elsewhere = rewinds or failure.good_step is not None  # or from another step
+        own = failure.kind in ("error", "numbers") and not failure.symptom and not elsewhere
         if own and not moved:
             return "it came before the first step, and would come again"
         if own and (failure.cause, step) == self._last:
