@@ -126,8 +126,8 @@ class Bench:
 
     def ours(self, case: str, name: str, cap: float, steps: int, warm_up: int, least_s: float, most_s: float) -> Row:
         budget_s = min(most_s, self.left_s()) - 12
-        # predicting a step of a long sequence means measuring blocks of it: 20 s at 65,536 tokens
-        more: Row = {"steps": steps, "warm_up": warm_up, "budget_s": budget_s, "predict": False}
+        # predicting a step of a long sequence means measuring blocks of it, 20 s at 65,536 tokens: `auto` has to
+        more: Row = {"steps": steps, "warm_up": warm_up, "budget_s": budget_s, "predict": name.startswith("auto")}
         started = command(name, case, cap=cap, clip=1.0, **more)
         assert started, f"{name}: no such run"
         return self.add(case, name, started, least_s, most_s)

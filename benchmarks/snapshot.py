@@ -13,10 +13,11 @@ without divided by that with, each a block. `--nodes`: so many snapshot processe
 over them. With `--states host` "copied" is what it would cost to copy the states that updates leave in the segment.
 
 The others save the same tensors after every step under the same rule, one save at a time. DCP writes to `--dcp-folder`
-(default: a tmpfs, as fast as can be). lm-resiliency (`pip install lm-resiliency`, left out with a word where it is not
-there) keeps two copies on this rank and, with several workers, two of another's; with one worker nothing leaves the
-process, whose death it does not survive. "memory" is what is held in host memory for two versions over the state;
-that PyTorch rounds pinned memory up is not in lm-resiliency's own figure. The last line printed is one JSON object.
+(default: a tmpfs, as fast as can be), as it comes and with all it has to get out of the way ("by a process").
+lm-resiliency (`pip install lm-resiliency`, left out with a word where it is not there) keeps two copies on this rank
+and, with several workers, two of another's; with one worker nothing leaves the process, whose death it does not
+survive. "memory" is what is held in host memory for two versions over the state; that PyTorch rounds pinned memory up
+is not in lm-resiliency's own figure. The last line printed is one JSON object.
 """
 
 import argparse
@@ -204,40 +205,77 @@ def measure_snapshots(
         snapshots.close(dropped=True)
 
 
-def measure_dcp(training: Training, args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """`torch.distributed.checkpoint.async_save` of the same tensors: it stages them, then writes in a thread."""
+def measure_dcp(
+    training: Training, args: argparse.Namespace, ranks: Ranks, folder: Path, *, by_process: bool = False
+) -> dict[str, Any]:
+    """`torch.distributed.checkpoint.async_save` of the same tensors: it stages them, then writes in a thread.
+
+    by_process: with all it has to get out of the way: staged into shared memory, on a GPU pinned and on a stream of its
+    own beside the next step, and written by several threads of a process of its own, without fsync.
+    """
     from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+    from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
     group = dist.new_group(backend="gloo")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # where its process meets those of other ranks
+
+    class Stager(DefaultStager):
+        """Kept from save to save, with the memory that it pinned: torch 2.11 closes any after the first."""
+
+        def close(self) -> None:
+            pass
+
+    stager = Stager(StagingOptions(training.cuda, True, training.cuda, training.cuda)) if by_process else None
+    kind = AsyncCheckpointerType.PROCESS if by_process else AsyncCheckpointerType.THREAD
+    staged_before = training.tensors() if by_process else {}  # it keeps its memory for as long as there are these
     stalls: list[float] = []
-    saves: list[tuple[Any, Path]] = []
+    saves: list[tuple[Any, Any, Path]] = []
 
     def settle() -> None:
         while saves:
-            future, path = saves.pop()
-            future.result()
+            _, written, path = saves.pop()
+            written.result()
             ranks.gather(b"done")  # nobody removes what another still writes
             if ranks.rank == 0:
                 shutil.rmtree(path)
+
+    def wait_staged() -> None:
+        start = time.perf_counter()
+        for staged, *_ in saves:
+            staged.result()
+        if stalls:
+            stalls[-1] += time.perf_counter() - start
 
     def save(step: int) -> None:
         start = time.perf_counter()
         settle()
         path = folder / f"dcp-{step}"
-        saved = dcp.async_save(training.tensors(), checkpoint_id=str(path), process_group=group)
-        saves.append((saved, path))
+        writer = dcp.FileSystemWriter(path, single_file_per_rank=False, sync_files=False, thread_count=args.dcp_threads)
+        answer = dcp.async_save(
+            training.tensors(), checkpoint_id=str(path), storage_writer=writer if by_process else None,
+            process_group=group, async_checkpointer_type=kind, async_stager=stager,
+        )  # fmt: skip
+        if isinstance(answer, AsyncSaveResponse):
+            saves.append((answer.staging_completion, answer.upload_completion, path))
+        else:
+            saves.append((SimpleNamespace(result=nothing), answer, path))
         stalls.append(time.perf_counter() - start)
 
     training.step(nothing, save)
     settle()
     stalls.clear()
     rounds = args.dcp_rounds or args.rounds
-    row = versus(training, argparse.Namespace(**vars(args) | {"rounds": rounds}), nothing, save, settle=settle)
+    row = versus(training, argparse.Namespace(**vars(args) | {"rounds": rounds}), wait_staged, save, settle=settle)
     size = sum(tensor.nbytes for tensor in training.tensors().values())
+    staged_before.clear()
+    if stager is not None:
+        DefaultStager.close(stager)
     return {
-        "side": "torch DCP async_save", **row, "stall_ms": round(1e3 * statistics.median(stalls), 1),
-        "stall_ms_worst": round(1e3 * max(stalls), 1), "state_bytes": size * ranks.world,
+        "side": f"torch DCP async_save{', by a process' if by_process else ''}", **row,
+        "stall_ms": round(1e3 * statistics.median(stalls), 1), "stall_ms_worst": round(1e3 * max(stalls), 1),
+        "state_bytes": size * ranks.world,
     }  # fmt: skip
 
 
@@ -311,6 +349,7 @@ def worker(args: argparse.Namespace, rank: int, port: int) -> None:
         sides: list[Callable[..., dict[str, Any] | None]] = [measure_snapshots]
         sides += [partial(measure_snapshots, copied=True)] if "copied" in args.beside and args.states == "host" else []
         sides += [measure_lm_resiliency] if "lmr" in args.beside else []
+        sides += [partial(measure_dcp, by_process=True)] if "dcp-process" in args.beside else []
         sides += [measure_dcp] if "dcp" in args.beside else []
         common = {"workers": world, "device": args.device, "model": args.model or f"dim {args.dim}"}
         common |= {"params": training.num_params, "states": args.states, "nodes": args.nodes}
@@ -339,10 +378,12 @@ def main() -> None:
     parser.add_argument(
         "--dcp-rounds", type=int, default=0, help="of DCP's blocks, which may be slow; default --rounds"
     )
+    parser.add_argument("--dcp-threads", type=int, default=8, help="that write, of its process")
     parser.add_argument("--nodes", type=int, default=1, help="snapshot processes")
     parser.add_argument("--parity", type=int, default=0)
     parser.add_argument("--states", choices=("none", "host"), default="none", help="host: offload.states=host")
-    parser.add_argument("--beside", nargs="*", choices=("copied", "dcp", "lmr"), default=["copied", "dcp", "lmr"])
+    sides = ("copied", "lmr", "dcp-process", "dcp")
+    parser.add_argument("--beside", nargs="*", choices=sides, default=list(sides))
     parser.add_argument("--dcp-folder", default="/dev/shm")
     parser.add_argument("--timeout-s", type=float, default=600)
     parser.add_argument("--out", default="")
