@@ -124,7 +124,7 @@ class Alone:
         while not ended.wait(every_s := self._limits.every_s):
             beat, _ = trainer.pulse.read()
             last, still_s = beat, still_s + every_s if beat is last else 0.0
-            if still_s > self._limits.of(beat):
+            if still_s >= self._limits.of(beat):
                 self._end(stands_still(0, trainer.pulse.look(), self._limits))
 
     def _end(self, failure: Failure) -> None:

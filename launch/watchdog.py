@@ -3,12 +3,15 @@
 The ranks beat as they go (`trainer/pulse.py`); the driver asks each for its last beat through its actor's ``control``
 threads, which answer while the training thread works or waits. Two things are a hang:
 
-- **silence**: a process that does not answer for ``launch.hang_timeout_s``, whatever it was at: it is stopped, or one
-  of its threads keeps the interpreter to itself;
-- **standing still**: a rank whose last beat is older than what it does may take. Reading the data, computing and
-  updating may take ``launch.hang_timeout_s`` each; what is done for the first time (it may compile kernels), saving a
-  checkpoint and the end, the longer of that and ``launch.collective_timeout_s``, which the others would not outwait
-  anyway; opening the corpus and building the model, any time.
+- **silence**: a process that does not answer, whatever it was at: it is stopped, or one of its threads keeps the
+  interpreter to itself;
+- **standing still**: a rank whose last beat is older than what it does may take.
+
+Both are found within ``launch.hang_timeout_s``: it counts from two looks before (`Limits.still_s`), as one may have
+been made just before, and in another all are asked how they stand. Reading the data, computing and updating may take
+that long each; what is done for the first time (it may compile kernels), saving a checkpoint and the end, the longer of
+that and ``launch.collective_timeout_s``, which the others would not outwait anyway; opening the corpus and building the
+model, any time.
 
 [Note: the culprit] When one rank stands still, soon all do: they wait for it in a collective. So when the first limit
 is passed all are looked at, and the culprit is, in this order: who does not answer; who has not entered a collective
@@ -18,8 +21,8 @@ in all of that are not told apart, and the report says so.
 After the user or the machine has asked for a stop, little time is left: ``launch.hang_timeout_s`` then gives way to a
 few of the run's usual steps (`Limits.stopping`), and ``launch.collective_timeout_s`` stays.
 
-The driver's main thread does all; nothing here blocks but `look` once a limit was passed, for `ANSWER_S` at most a
-rank that is silent.
+The driver's main thread does all; nothing here blocks but `look` once a limit was passed, for a look's time and
+`ANSWER_S` at most.
 """
 
 import signal
@@ -84,10 +87,14 @@ class Limits:
         """Between two looks; ``inf``: none is needed."""
         return min(5.0, max(0.1, self.hang_timeout_s / 10)) if self.hang_timeout_s else float("inf")
 
+    @property
+    def still_s(self) -> float:
+        """After which a rank that stands still, or is silent, is looked at; so that it is found in `hang_timeout_s`."""
+        return max(self.hang_timeout_s / 2, self.hang_timeout_s - 2 * self.every_s)
+
     def of(self, beat: Beat) -> float:
         """Seconds that what `beat` says may take."""
-        known = {"usual": self.hang_timeout_s, "long": max(self.hang_timeout_s, self.long_s), "none": float("inf")}
-        return known[beat.limit]
+        return {"usual": self.still_s, "long": max(self.still_s, self.long_s), "none": float("inf")}[beat.limit]
 
     def __str__(self) -> str:
         return self.asked or f"(launch.hang_timeout_s={self.hang_timeout_s:g})"
@@ -127,8 +134,10 @@ class Watchdog:
         return self._examine() if late else {}
 
     def _is_late(self, each: Watched, now: float) -> bool:
-        silent = now - each.answered_at_s > self.limits.hang_timeout_s
-        return silent or now - each.moved_at_s > self.limits.of(each.beat)
+        return self._is_silent(each, now) or now - each.moved_at_s > self.limits.of(each.beat)
+
+    def _is_silent(self, each: Watched, now: float) -> bool:
+        return now - each.answered_at_s > self.limits.still_s
 
     def _collect(self, wait_s: float) -> None:
         calls = {each.call: each for each in self._watched if each.call is not None}
@@ -149,14 +158,13 @@ class Watchdog:
 
     def _examine(self) -> dict[int, Failure]:
         """Look at all ranks; nothing where it was a hiccup of the driver, and all have moved meanwhile."""
-        self._collect(min(1.0, ANSWER_S))
+        self._collect(min(1.0, self.limits.every_s))
         now = time.monotonic()
         alive = [each for each in self._watched if not each.gone]
         if not any(self._is_late(each, now) for each in alive):
             return {}
-        calls = {
-            each.actor.look.options(concurrency_group="control").remote(): each for each in alive if each.call is None
-        }
+        asked = [each for each in alive if not self._is_silent(each, now)]
+        calls = {each.actor.look.options(concurrency_group="control").remote(): each for each in asked}
         ready = self._ray.wait(list(calls), num_returns=len(calls), timeout=ANSWER_S)[0] if calls else []
         looks: dict[int, Look] = {}
         for call in ready:

@@ -149,13 +149,13 @@ def test_a_stopped_process_and_one_that_stands_still_are_found_in_time() -> None
             return found, time.monotonic() - began
 
         os.kill(pids[1], signal.SIGSTOP)
-        found, took_s = find(1.0)
-        assert list(found) == [1] and 1.0 < took_s < 10
+        found, took_s = find(4.0)
+        assert list(found) == [1] and 2 < took_s < 4
         assert found[1].kind == "hang" and "is stopped (SIGSTOP): its stack cannot be taken" in found[1].cause
         os.kill(pids[1], signal.SIGCONT)
         ray.get([actors[0].beat.remote("data", 3), actors[1].beat.remote("data", 2)])
-        found, took_s = find(1.0)
-        assert list(found) == [1] and took_s < 10
+        found, took_s = find(4.0)
+        assert list(found) == [1] and 2 < took_s < 4
         assert "it stands still in reading data of step 1" in found[1].cause, found[1].cause
         assert Watchdog(watched, Limits(0, 60)).look() == {}
     finally:
