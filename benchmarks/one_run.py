@@ -100,6 +100,7 @@ def ours(spec: dict[str, Any]) -> None:
     from offload.choose import overrides
     from parallel import ShardedModel
     from parallel.sequence import SequenceParallel
+    from trainer import fit_activations
     from trainer.build import Rank, build_engine
     from trainer.forecast import settle
     from trainer.models import build_model
@@ -116,7 +117,10 @@ def ours(spec: dict[str, Any]) -> None:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         alone = SequenceParallel(None)
-        job, forecast = settle(job, llama, where, torch.bfloat16, Path(folder), print, sequence=alone)
+        job, counted = fit_activations.settle(job, llama, where, torch.bfloat16, print)
+        job, forecast = settle(
+            job, llama, where, torch.bfloat16, Path(folder), print, sequence=alone, activation_bytes=counted
+        )
     torch.cuda.reset_peak_memory_stats()
     print(f"measured and predicted in {time.perf_counter() - start:.1f} s", flush=True)
     start = time.perf_counter()
