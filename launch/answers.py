@@ -123,9 +123,12 @@ def _explain_preset(error: MissingConfigException) -> str:
 
 def _explain_key(cause: OmegaConfBaseException, overrides: list[str]) -> str:
     name = str(cause.full_key)
-    given = next((o for o in overrides if o.lstrip("+~").startswith((f"{name}=", f"{name}."))), None)
+    below = next((o for o in overrides if o.lstrip("+~").startswith(f"{name}.")), None)
+    given = below or next((o for o in overrides if o.lstrip("+~").startswith(f"{name}=")), None)
     typed, _, value = (given or name).lstrip("+~").partition("=")
     known = keys()
+    if below and name in known and not known[name].type.startswith("dict"):
+        return f"{below}: {name} is one value ({known[name].type}), there are no keys below it"
     key = known.get(name) or known.get(name.rpartition(".")[0])  # of an entry of a mapping, parallel.levels.node
     if key and (isinstance(cause, ValidationError) or key.type.startswith("dict")):
         received = f"received {value!r}" if given else str(cause.msg).splitlines()[0]

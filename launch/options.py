@@ -23,9 +23,9 @@ class LaunchOptions:
     """After a SIGTERM the run ends within this time, resumable, even if its step, validation or checkpoint then under
     way would take longer: set it below what the machine's owner leaves. 0: it ends after them."""
     hang_timeout_s: float = 300.0
-    """Within this time a rank that stands still is found and reported as a hang, with its stack and who waits for it; 0:
-    never. Finding it is part of that, a fifth of it or 10 s: give it a third more than the longest micro-batch takes.
-    What may compile, and checkpoints, have ``collective_timeout_s``."""
+    """Within this time a rank that stands still is found and reported as a hang, with its stack and who waits for it.
+    0: never. Finding it is part of that, a fifth or 10 s: give it a third more than the longest micro-batch takes. What
+    may compile, and checkpoints, have ``collective_timeout_s``."""
     max_failures: int = 16
     """Failures that are recovered from, in all; the count starts anew after 100 steps without one. 0: none is."""
     max_preemptions: int = 64

@@ -34,6 +34,10 @@ import pytest
         (["launch.workers=3", "parallel.levels={node:2,gpu:2}"], ["parallel.levels", "4", "launch.workers=3"]),
         (["parallel.levels=[2,2]"], ["parallel.levels=[2,2]", "dict[str, int]", "{name: value}"]),
         (["parallel.levels={node: two}"], ["parallel.levels.node", "'two'", "parallel.levels={name: value}"]),
+        (
+            ["machine=frontier", "+machine.links.node.size=3"],
+            ["+machine.links.node.size=3", "machine is one value (str)"],
+        ),
         (["launch.workers=3"], ["train.global_batch_size=16", "launch.workers=3"]),
         (["train.micro_batch_size=5"], ["train.micro_batch_size=5"]),
         (["launch.nodes=2"], ["launch.nodes=2", "launch.address"]),
