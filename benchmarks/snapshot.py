@@ -177,8 +177,8 @@ def measure_snapshots(
         snapshots.stats.copy_s.clear()
 
         def settle() -> None:
+            snapshots.wait()  # first: what a block's last copy takes after it is no stall
             snapshots.wait_copied()
-            snapshots.wait()
             if snapshots.error() is not None:
                 raise SystemExit(f"a snapshot failed: {snapshots.error()}")
 
