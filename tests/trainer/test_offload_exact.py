@@ -38,6 +38,9 @@ TIERS: dict[str, dict[str, Any]] = {
     "speculate": HOST | {"weights": "host", "update": "speculate", "speculate_share": 0.7},
     "nvme": HOST | {"states": "nvme"},
     "half": HOST | {"states": "nvme", "host_bytes": 1_000_000, "update": "speculate", "speculate_share": 1.0},
+    "weights": HOST | {"states": "nvme", "weights": "nvme"},
+    "half-weights": HOST
+    | {"states": "nvme", "weights": "nvme", "host_bytes": 1_500_000, "update": "speculate", "speculate_share": 1.0},
 }
 
 
@@ -134,7 +137,9 @@ def test_every_tier_trains_as_a_plain_loop_with_the_cpu_optimizer(
 ) -> None:
     expected, num_clipped = train_plainly(job_of(tmp_path, data, steps, {}))
     assert steps // 10 < num_clipped and len(expected) == steps
-    for name, offload in TIERS.items() if steps > 20 else [("half", TIERS["half"])]:
+    for name, offload in (
+        TIERS.items() if steps > 20 else [(name, TIERS[name]) for name in ("half", "weights", "half-weights")]
+    ):
         drives = {"nvme_path": [str(disk_folder)]} if offload["states"] == "nvme" else {}
         found = losses_of(job_of(tmp_path, data, steps, offload | drives, name=name))
         assert found == expected, (name, next(step for step in expected if found[step] != expected[step]))
