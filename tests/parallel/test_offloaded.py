@@ -62,6 +62,9 @@ def test_weights_on_drives_equal_a_plain_process_where_a_slot_is_the_shard(nvme:
         {"parallel": free1, "levels": {"node": 1, "gpu": 2}, "offload": weights | {"gpu_bytes": 10_000}},
     ]
     check(2, cases)
+    grads = {"check": "alike", "levels": {"node": 2}, "parallel": zero3 | {"grads_format": {"node": "int4"}}}
+    (answer,) = run_world(2, [grads | {"offloads": [STREAMED, weights, weights | {"host_bytes": 60_000}]}])
+    assert answer["different"] == [], answer
 
 
 @pytest.mark.timeout(200)
