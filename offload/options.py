@@ -93,7 +93,7 @@ class OffloadOptions:
     weights: str = "device"
     """Where the weights live that the device computes with: ``device``, or ``host``: a unit's are brought when it
     runs. ``nvme``, with ``states=nvme``: as ``host``, but those whose states are on drives are there too, and their
-    gradients go there; needs ``parallel`` to keep a parameter's weight where its states are (zero3, hsdp, or one
+    gradients go there; needs ``parallel`` to keep a parameter's weight where its states are (zero3, hsdp, ddp, or one
     worker), and weights that are not quantized. What is frozen stays in host memory."""
     update: str = "just_in_time"
     """When states in host memory are updated: ``just_in_time``, once the gradient norm is known, beside the next

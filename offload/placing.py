@@ -14,7 +14,7 @@ from offload.shard import Shard, host_bytes
 
 SLOT_APART = (
     "offload.weights=nvme: a rank must keep the weights of those parameters alone whose states it has, and not "
-    "quantized; set parallel=zero3 or hsdp, and quantize gradients alone, or choose offload.weights=host"
+    "quantized; set parallel=zero3, hsdp or ddp, and quantize gradients alone, or choose offload.weights=host"
 )
 
 

@@ -247,6 +247,7 @@ def test_drives_are_read_where_activations_go_on_to_them(states: str, tmp_path: 
     [
         ({"placement": "zero3"}, False),
         ({"placement": "hsdp"}, False),
+        ({"placement": "ddp"}, False),
         ({"placement": "zero3", "grads_format": {"node": "int4"}}, False),
         ({"placement": "hsdp", "quantize": "outer"}, False),
         ({"placement": "topo"}, True),
@@ -259,7 +260,7 @@ def test_weights_on_drives_need_their_states_beside_them(options: dict, refused:
     offload = OffloadOptions(states="nvme", weights="nvme", nvme_path=[str(tmp_path)], nvme_direct=False)
     config = Config(offload=offload, parallel=ParallelOptions(**options), run=RunOptions(root=str(tmp_path)))
     if refused:
-        with pytest.raises(ValueError, match="offload.weights=nvme: .*parallel=zero3 or hsdp"):
+        with pytest.raises(ValueError, match="offload.weights=nvme: .*parallel=zero3, hsdp or ddp"):
             check(config, Crew(4, 2, "cpu"))
     else:
         check(config, Crew(4, 2, "cpu"))

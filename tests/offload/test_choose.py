@@ -89,7 +89,7 @@ def test_weights_go_to_drives_where_host_memory_does_not_hold_them() -> None:
 
 def test_weights_that_cannot_be_on_drives_are_refused_where_shards_are_placed() -> None:
     options = OffloadOptions(states="nvme", weights="nvme", nvme_path=["/drive"])
-    with pytest.raises(ValueError, match="offload.weights=nvme: .*parallel=zero3 or hsdp"):
+    with pytest.raises(ValueError, match="offload.weights=nvme: .*parallel=zero3, hsdp or ddp"):
         place([*PARTS, replace(PARTS[0], slot_is_shard=False)], options)
     for states in ("none", "host"):
         with pytest.raises(ValueError, match="offload.weights=nvme needs offload.states=nvme"):

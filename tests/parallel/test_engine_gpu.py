@@ -160,7 +160,7 @@ HALF = SPECULATE | {"weights": "host", "speculate_share": 0.5}
 @pytest.mark.parametrize("placement", ["zero1", "zero3"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_states_and_weights_away_change_no_bit(nccl, disk_folder, placement, accumulation) -> None:
-    """Host memory, part of it on the device, NVMe, weights streamed, or on NVMe, too: near a plain loop, alike where all
+    """Host memory, part of it on the device, NVMe, weights streamed or on NVMe, too: near a plain loop, alike where all
     are away."""
     nvme = {"states": "nvme", "nvme_path": [str(disk_folder)], "threads": 4}
     weights = nvme | {"weights": "nvme"}  # of zero3 alone: with the others this mesh has ranks that refresh

@@ -58,6 +58,7 @@ def test_weights_on_drives_equal_a_plain_process_where_a_slot_is_the_shard(nvme:
         {"parallel": zero3 | {"prefetch_units": 0}, "offload": weights},
         {"parallel": zero3 | {"prefetch_units": 3}, "offload": weights, "recompute": True},
         {"parallel": zero3 | {"overlap": False}, "offload": weights},
+        {"parallel": {"placement": "ddp"}, "offload": weights},
         {"parallel": hsdp, "levels": {"node": 2, "gpu": 1}, "accumulation": 2, "offload": weights},
         {"parallel": free1, "levels": {"node": 1, "gpu": 2}, "offload": weights | {"gpu_bytes": 10_000}},
     ]
