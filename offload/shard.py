@@ -119,12 +119,12 @@ class Shard:
 
     @property
     def nvme_bytes(self) -> int:
-        return sum(chunk.size_bytes for chunk in self.chunks()) if self.on_nvme else 0
+        return sum(count * chunk.size_bytes for count, chunk in self.cut()) if self.on_nvme else 0
 
     @property
     def slot_bytes(self) -> int:
         """On NVMe: what a gradient takes to be stored, and the weights to be loaded."""
-        return sum(chunk.slot_bytes for chunk in self.chunks()) if self.slot_on_nvme else 0
+        return sum(count * chunk.slot_bytes for count, chunk in self.cut()) if self.slot_on_nvme else 0
 
     @property
     def passing_bytes(self) -> int:
@@ -139,6 +139,12 @@ class Shard:
             chunk = Chunk(start, stop, place, self.dtype, self.slot_follows)
             yield chunk
             place += chunk.size_bytes
+
+    def cut(self) -> "list[tuple[int, Chunk]]":
+        """How many chunks there are of each size, the larger first; without their places."""
+        whole, rest = divmod(self.numel, CHUNK)
+        sizes = [(whole, CHUNK), (min(1, rest), rest)]
+        return [(count, Chunk(0, numel, 0, self.dtype, self.slot_follows)) for count, numel in sizes if count]
 
 
 @dataclass(frozen=True)
@@ -184,7 +190,7 @@ class Chunk:
         return buffer[: self.numel * self.dtype.itemsize].view(self.dtype)
 
 
-class Part(NamedTuple):
+class Section(NamedTuple):
     """Elements of a shard from `start` on, in host memory for a moment, or there for good."""
 
     start: int
@@ -212,8 +218,8 @@ class Buffers:
 
     @classmethod
     def of(cls, shards: Sequence[Shard]) -> "Buffers":
-        largest = [next(shard.chunks()) for shard in shards if shard.on_nvme]  # the first of each, or as large
-        cut = sorted((-(-shard.numel // CHUNK) for shard in shards if shard.slot_on_nvme), reverse=True)
+        largest = [shard.cut()[0][1] for shard in shards if shard.on_nvme]
+        cut = sorted((sum(n for n, _ in shard.cut()) for shard in shards if shard.slot_on_nvme), reverse=True)
         return cls(
             chunk_bytes=max((chunk.size_bytes for chunk in largest), default=0),
             piece_bytes=max((chunk.slot_bytes for chunk in largest), default=0),

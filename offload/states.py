@@ -58,7 +58,7 @@ from torch import Tensor
 from offload.adamw import State, adamw
 from offload.arena import ALIGN, Arena
 from offload.hostpool import HostPool
-from offload.shard import LEAVING, OUTGOING, Buffers, Part, Shard, Terms, Update, host_bytes, nvme_bytes
+from offload.shard import LEAVING, OUTGOING, Buffers, Section, Shard, Terms, Update, host_bytes, nvme_bytes
 from offload.slots_on_drives import Arrival
 from offload.space import round_up
 from offload.state import MASTER, Destination, Movable
@@ -433,12 +433,12 @@ class AwayStates:
 
     # ------------------------------------------------------------------------------------------------ state
 
-    def walk(self, shards: Sequence[Shard], *, write: bool) -> Iterator[Part]:
+    def walk(self, shards: Sequence[Shard], *, write: bool) -> Iterator[Section]:
         """The states of shards, one after the other. A part on NVMe is there until the next is asked for; with `write`
         it is then stored again. One walk at a time."""
         with self._through_ring(shards, write=write) as walk:
             for shard in shards:
-                yield from walk.through(shard) if walk else (Part(0, shard.state, shard.weight),)
+                yield from walk.through(shard) if walk else (Section(0, shard.state, shard.weight),)
 
     def _through_ring(self, shards: Sequence[Shard], *, write: bool) -> AbstractContextManager[Walk | None]:
         return self._on_drives.walk(shards, write=write) if self._on_drives else nullcontext()

@@ -18,7 +18,7 @@ from offload.arena import Arena
 from offload.drive import BLOCK
 from offload.hostpool import HostPool
 from offload.nvme import NvmeTier
-from offload.shard import RING, Buffers, Chunk, Part, Shard, nvme_bytes
+from offload.shard import RING, Buffers, Chunk, Section, Shard, nvme_bytes
 from offload.slots_on_drives import SlotsOnDrives
 
 
@@ -87,16 +87,16 @@ class Walk:
         self._seen: _Passing | None = None
         self._read_ahead()
 
-    def through(self, shard: Shard) -> Iterator[Part]:
+    def through(self, shard: Shard) -> Iterator[Section]:
         """The next shard's states, part by part, each there until the next is asked for. When they end, the stores of
         all of them have been asked for: who loads a slot from then on finds what is new."""
         if not shard.on_nvme:
-            yield Part(0, shard.state, shard.weight)
+            yield Section(0, shard.state, shard.weight)
             return
         for _ in shard.chunks():
             chunk, buffer, _ = self._next()
             weight = chunk.slot_in(buffer[chunk.states_bytes :]) if chunk.has_slot else shard.slot[chunk.start :]
-            yield Part(chunk.start, chunk.states_in(buffer), weight[: chunk.numel])
+            yield Section(chunk.start, chunk.states_in(buffer), weight[: chunk.numel])
         self._put_back()
 
     def __enter__(self) -> "Walk":

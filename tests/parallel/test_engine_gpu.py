@@ -175,7 +175,7 @@ def test_states_and_weights_away_change_no_bit(nccl, disk_folder, placement, acc
             nvme | {"weights": "host"},
             SPECULATE,
             HALF,
-            *([weights, weights | {"host_bytes": 20_000_000}] if placement == "zero3" else []),
+            *([weights, weights | {"host_bytes": 30_000_000}] if placement == "zero3" else []),
             HOST | {"gpu_bytes": 10_000_000},
         )
     ]

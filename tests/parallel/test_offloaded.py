@@ -41,7 +41,7 @@ def test_one_worker_equals_a_plain_process(nvme: dict) -> None:
             nvme,
             nvme | {"weights": "host", "host_bytes": 75_000},
             nvme | WEIGHTS,
-            nvme | WEIGHTS | {"gpu_bytes": 20_000, "host_bytes": 75_000},
+            nvme | WEIGHTS | {"gpu_bytes": 12_000, "host_bytes": 150_000},
         )
     ]
     check(1, cases)
@@ -54,7 +54,7 @@ def test_weights_on_drives_equal_a_plain_process_where_a_slot_is_the_shard(nvme:
     zero3, hsdp, free1 = {"placement": "zero3"}, {"placement": "hsdp"}, free(1, 1, 1)
     cases = [
         {"parallel": zero3, "accumulation": 2, "offload": weights},
-        {"parallel": zero3, "accumulation": 2, "offload": weights | {"host_bytes": 60_000}, "evaluate": True},
+        {"parallel": zero3, "accumulation": 2, "offload": weights | {"host_bytes": 125_000}, "evaluate": True},
         {"parallel": zero3 | {"prefetch_units": 0}, "offload": weights},
         {"parallel": zero3 | {"prefetch_units": 3}, "offload": weights, "recompute": True},
         {"parallel": zero3 | {"overlap": False}, "offload": weights},
@@ -64,7 +64,7 @@ def test_weights_on_drives_equal_a_plain_process_where_a_slot_is_the_shard(nvme:
     ]
     check(2, cases)
     grads = {"check": "alike", "levels": {"node": 2}, "parallel": zero3 | {"grads_format": {"node": "int4"}}}
-    (answer,) = run_world(2, [grads | {"offloads": [STREAMED, weights, weights | {"host_bytes": 60_000}]}])
+    (answer,) = run_world(2, [grads | {"offloads": [STREAMED, weights, weights | {"host_bytes": 125_000}]}])
     assert answer["different"] == [], answer
 
 
@@ -91,7 +91,7 @@ def test_where_states_are_changes_no_bit(nvme: dict) -> None:
         nvme | {"weights": "host"},
         nvme | {"host_bytes": 75_000},
         nvme | WEIGHTS,
-        nvme | WEIGHTS | {"host_bytes": 75_000, "update": "speculate", "speculate_share": 1.0},
+        nvme | WEIGHTS | {"host_bytes": 150_000, "update": "speculate", "speculate_share": 1.0},
     ]
     cases = [
         {

@@ -40,7 +40,7 @@ TIERS: dict[str, dict[str, Any]] = {
     "half": HOST | {"states": "nvme", "host_bytes": 1_000_000, "update": "speculate", "speculate_share": 1.0},
     "weights": HOST | {"states": "nvme", "weights": "nvme"},
     "half-weights": HOST
-    | {"states": "nvme", "weights": "nvme", "host_bytes": 1_500_000, "update": "speculate", "speculate_share": 1.0},
+    | {"states": "nvme", "weights": "nvme", "host_bytes": 1_700_000, "update": "speculate", "speculate_share": 1.0},
 }
 
 
