@@ -94,7 +94,7 @@ class OffloadOptions:
     """Where the weights live that the device computes with: ``device``, or ``host``: a unit's are brought when it
     runs. ``nvme``, with ``states=nvme``: as ``host``, but those whose states are on drives are there too, and their
     gradients go there; needs ``parallel`` to keep a parameter's weight where its states are (zero3, hsdp, ddp, or one
-    worker), and weights that are not quantized. What is frozen stays in host memory."""
+    worker), and weights that are not quantized. Weights that do not train stay in host memory."""
     update: str = "just_in_time"
     """When states in host memory are updated: ``just_in_time``, once the gradient norm is known, beside the next
     forward; or ``speculate``: those of `speculate_share` beside the backward, and again where the norm then asks for

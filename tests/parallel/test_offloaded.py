@@ -128,6 +128,7 @@ def test_no_rank_keeps_a_trace_of_a_step_that_is_not_accepted(nvme: dict) -> Non
     offloads = [{}, HOST, SPECULATE, HALF, nvme, STREAMED]
     check_skipping(nvme, 4, {"node": 2, "gpu": 2}, ("topo",), offloads)
     check_skipping(nvme, 2, {}, ("zero2",), [HALF, {}])
+    check_skipping(nvme, 2, {}, ("zero3",), [nvme | WEIGHTS, nvme | WEIGHTS | {"host_bytes": 125_000}])
 
 
 @pytest.mark.timeout(200)
@@ -179,7 +180,15 @@ def check_snapshots(world: int, levels: dict, cases: list[tuple[str, dict, str]]
 @pytest.mark.timeout(100)
 def test_what_is_updated_into_snapshots_is_what_it_is_elsewhere_and_stays(nvme: dict) -> None:
     half = nvme | {"host_bytes": 150_000}
-    offloads = [(HOST, "3"), (STREAMED, "1"), (HALF, "2"), (SPLIT, "1"), (half, "3"), (nvme, "1")]
+    offloads = [
+        (HOST, "3"),
+        (STREAMED, "1"),
+        (HALF, "2"),
+        (SPLIT, "1"),
+        (half, "3"),
+        (nvme, "1"),
+        (nvme | WEIGHTS, "2"),
+    ]
     answers = check_snapshots(1, {}, [("zero3", offload, every) for offload, every in offloads])
     copied = [answer["copied"] / answer["state_bytes"] for answer in answers]
     assert max(copied[:2]) < 0.2 and copied[4] < 0.9 < copied[5], copied  # what is frozen is on the device
