@@ -54,7 +54,9 @@ RUNS = [
     Run("1b:4096:4", "drive", 0, 40),
     Run("1b:4096:4", "nvme", 4, 100, warm_up=2),
     Run("1b:4096:4", "nvme/8.5", 5, 75, warm_up=2),
+    Run("1b:4096:4", "nvme-weights", 4, 130, warm_up=2),
     Run("10b:4096:1", "nvme-streamed+11/98", 3, 190, warm_up=1),
+    Run("10b:4096:1", "nvme-weights+11/98", 3, 190, warm_up=1),
     Run("3b:4096:8", "memory-ckpt", 8, 60),
     Run("3b:4096:8", "streamed+12~0.6", 10, 70),
     Run("3b:4096:8", "auto", 10, 80),
@@ -66,7 +68,8 @@ RUNS = [
     Run("8b:4096:4", "zero3-cpu", 4, 150),
 ]
 """``nvme/8.5`` is 1b with half of its states in 8.5 GiB of host memory, the rest on the drive. 10b is 10.3 billion
-parameters: 27 GB of its states on the drive, 86 GB in host memory, the rest on the GPU."""
+parameters: 27 GB of its states on the drive, 86 GB in host memory, the rest on the GPU. ``nvme-weights``: weights and
+gradients are on the drive where the states are."""
 LEAST_S = 25.0
 """A run that has less time left is not started."""
 START_S = 15.0

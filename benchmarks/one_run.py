@@ -32,6 +32,7 @@ TIERS: dict[str, dict[str, Any]] = {
     "streamed": {"states": "host", "weights": "host"},
     "nvme": {"states": "nvme"},
     "nvme-streamed": {"states": "nvme", "weights": "host"},
+    "nvme-weights": {"states": "nvme", "weights": "nvme"},
     "auto": {"states": "auto"},
 }
 
@@ -230,7 +231,7 @@ def timing(
     return found | {
         "predicted_s": round(predicted.step_s, 4), "predicted_clipped_s": round(predicted.clipped_step_s, 4),
         "bottleneck": predicted.bottleneck, "ratio": round(median / expected_s, 3),
-        "nvme_bytes_per_step": 2 * predicted.written_bytes,
+        "nvme_bytes_per_step": predicted.read_bytes + predicted.written_bytes,
     }  # fmt: skip
 
 

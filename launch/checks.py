@@ -15,6 +15,8 @@ from trainer.job import Job
 from trainer.options import HFOptions, LlamaOptions
 
 if TYPE_CHECKING:
+    from parallel.mesh import Mesh
+    from parallel.placement import Placement
     from parallel.transport import Transport
 
 BASELINE_PLACEMENTS = {"fsdp2": ("ddp", "zero2", "zero3", "hsdp"), "deepspeed": ("zero1", "zero2", "zero3")}
@@ -128,12 +130,25 @@ def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
     _check_unread(options, any(each.quantizes for each in every))
     for each in every:
         placement = Placement.of(each, len(levels))
-        if each.quantizes:
+        if each.quantizes or config.offload.weights == "nvme":
             from parallel.mesh import Mesh
             from parallel.transport import Transport
 
-            check_quantized(config, Transport.of(each, Mesh(levels), placement), crew.workers)
+            mesh = Mesh(levels)
+            transport = Transport.of(each, mesh, placement)
+            check_quantized(config, transport, crew.workers)
+            if config.offload.weights == "nvme":
+                _check_slots(mesh, placement, transport)
     return replace(options, levels=levels)
+
+
+def _check_slots(mesh: "Mesh", placement: "Placement", transport: "Transport") -> None:
+    """That a slot on drives can be the only place of a weight: as the engine does (`offload.placing`)."""
+    from offload.placing import SLOT_APART
+
+    kept, owned = (mesh.shard(mesh.world, levels) for levels in (placement.params, placement.optim))
+    if kept != owned or any(transport.weights):
+        raise ValueError(SLOT_APART)
 
 
 def _check_unread(options: ParallelOptions, quantizes: bool) -> None:

@@ -1,8 +1,8 @@
 """``offload.states=auto``: what lives where, so that a step is the shortest that fits into the memory there is.
 
-Every tier, with the weights on the device or streamed, and a grid of shares to speculate on, is a candidate; each keeps
-as much on the device as there is room for. Of those within 1% of the shortest step the one that wears the drives least
-is taken, and of these the one that needs the least host memory.
+Every tier, with the weights on the device, streamed, or on drives beside their states, and a grid of shares to
+speculate on, is a candidate; each keeps as much on the device as there is room for. Of those within 1% of the shortest
+step the one that wears the drives least is taken, and of these the one that needs the least host memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,7 +48,7 @@ def device_bytes(
     a layer (`Layer.held_bytes`)."""
     parts = [(number, part) for number, layer in enumerate(layers) for part in layer.parts]
     placed = place([part for _, part in parts], options)
-    streams = options.states != "none" and options.weights == "host"
+    streams = options.streams_weights
     largest = max((layer.gathered_bytes for layer in layers), default=0)
     needed = activation_bytes + largest  # one layer's gradients, as the backward makes them
     needed += 3 * largest if streams else sum(layer.frozen_bytes for layer in layers)
@@ -88,7 +88,7 @@ def choose(
     how much is missing where."""
     found: list[Chosen] = []
     short: dict[str, tuple[float, str]] = {}  # by tier, what the candidate that needs least has too little of
-    for candidate in _candidates(options, room):
+    for candidate in _candidates(layers, options, room):
         fitted, needed = _fill_device(layers, candidate, room.device_bytes * HEADROOM, micro_batches, activation_bytes)
         missing = (needed, "on the device")
         if fitted is not None:
@@ -118,12 +118,13 @@ def choose(
     return replace(best, why=_why(best, found))
 
 
-def _candidates(options: OffloadOptions, room: MemoryBudget) -> Iterator[OffloadOptions]:
+def _candidates(layers: Sequence[Layer], options: OffloadOptions, room: MemoryBudget) -> Iterator[OffloadOptions]:
+    slots_can_follow = all(part.slot_is_shard for layer in layers for part in layer.parts)
     yield replace(options, states="none", device_bytes=None)
     tiers = ["host", "nvme"] if options.nvme_path else ["host"]
     for states in tiers:
         host_bytes = int(room.host_bytes) if states == "nvme" else options.host_bytes
-        for weights in ("device", "host"):
+        for weights in ("device", "host", *(["nvme"] if states == "nvme" and slots_can_follow else [])):
             for share in SHARES:
                 yield replace(
                     options,
@@ -144,7 +145,7 @@ def _fill_device(
     parts: list[Part] = [part for layer in layers for part in layer.parts]
 
     def with_first(count: int) -> OffloadOptions:
-        streamed = options.weights == "host"
+        streamed = options.streams_weights
         return replace(options, gpu_bytes=sum(12 * p.numel + streamed * p.weight_bytes for p in parts[:count]))
 
     def needed(count: int) -> int:
@@ -165,7 +166,8 @@ def _fill_device(
 
 def _named(options: OffloadOptions) -> str:
     """What a candidate of this tier would be typed as."""
-    return f"offload.states={options.states}" + (" offload.weights=host" if options.weights == "host" else "")
+    weights = f" offload.weights={options.weights}" if options.weights != "device" else ""
+    return f"offload.states={options.states}{weights}"
 
 
 def overrides(options: OffloadOptions) -> str:

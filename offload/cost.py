@@ -1,9 +1,10 @@
 """How long a step takes while states are away, and what limits it: predicted from measured rates.
 
 `predict` plays one rank's steps on five things that each do one thing at a time: the device computes; a link brings
-weights to it, another takes gradients away; a thread updates, in host memory or through the drives. A step is then the
-largest of what each is busy, plus what one waits for another at the ends: the first units' updates, the last units'
-gradients. The rules are those of `offload/states.py`; times are of micro-batches that the device computes alone.
+weights to it, another takes gradients away; a thread updates, in host memory or through the drives, which weights and
+gradients may pass, too. A step is then the largest of what each is busy, plus what one waits for another at the ends:
+the first units' updates, the last units' gradients. The rules are those of `offload/states.py`; times are of
+micro-batches that the device computes alone.
 
 Source: Fuyou, arXiv 2403.06504, sec. 4.3 (its cost model has the same terms, without the order within a step).
 """
@@ -17,6 +18,7 @@ from offload.placing import Part, place
 from offload.shard import Shard, host_bytes, nvme_bytes
 
 COMPUTE, HOST, DRIVE, INTO, OUT = "compute", "host memory", "the drives", "the link to the device", "the link from it"
+READ, WRITTEN = "read", "written"
 STEPS = 4
 """Played until one follows the other alike."""
 MICRO_BATCHES = 3
@@ -80,7 +82,9 @@ class Prediction:
     host_bytes: int
     nvme_bytes: int
     written_bytes: int
-    """To the drives, a step; as much is read."""
+    """To the drives, a step."""
+    read_bytes: int
+    """From the drives, a step."""
     into_bytes: int
     """To the device, a step."""
     out_bytes: int
@@ -108,7 +112,6 @@ def predict(layers: Sequence[Layer], options: OffloadOptions, rates: Rates, *, m
     play.lasting_s(clipped=False)  # what it was busy with is asked below
     away_s = play.busy[HOST] * rates.shared
     slower = max(0.0, play.busy[COMPUTE] + away_s - step_s)
-    written = nvme_bytes(play.shards)
     return Prediction(
         step_s=step_s + slower,
         clipped_step_s=clipped_s + slower,
@@ -116,10 +119,11 @@ def predict(layers: Sequence[Layer], options: OffloadOptions, rates: Rates, *, m
         bottleneck=HOST if slower > 0.05 * step_s else play.bottleneck(step_s),
         busy_s=dict(play.busy),
         host_bytes=host_bytes(play.shards) + play.apart_bytes,
-        nvme_bytes=written,
-        written_bytes=written,
-        into_bytes=play.into_bytes,
-        out_bytes=play.out_bytes,
+        nvme_bytes=nvme_bytes(play.shards),
+        written_bytes=int(play.moved[WRITTEN]),
+        read_bytes=int(play.moved[READ]),
+        into_bytes=int(play.moved[INTO]),
+        out_bytes=int(play.moved[OUT]),
     )
 
 
@@ -130,43 +134,49 @@ class _Play:
         self._layers, self._rates = layers, rates
         self._micro_batches = min(micro_batches, MICRO_BATCHES)
         self._more = micro_batches - self._micro_batches
-        self._streams = options.states != "none" and options.weights == "host"
+        streams = options.streams_weights
         parts = [part for layer in layers for part in layer.parts]
-        frozen_bytes = sum(layer.frozen_bytes for layer in layers) if self._streams else 0
+        frozen_bytes = sum(layer.frozen_bytes for layer in layers) if streams else 0
         placed = iter(zip(parts, place(parts, options, extra_bytes=frozen_bytes), strict=True))
         self._away: list[list[Shard]] = []
         self._brought: list[int] = []  # bytes that a use of the layer brings to the device
         self._resident, self.apart_bytes = 0, frozen_bytes
         for layer in layers:
-            away, brought = [], layer.frozen_bytes if self._streams else 0
+            away, brought = [], layer.frozen_bytes if streams else 0
             for _ in layer.parts:
                 part, shard = next(placed)
                 if shard is None:
                     self._resident += part.numel
                     continue
                 away.append(shard)
-                if self._streams:
+                if streams:
                     brought += part.weight_bytes
                     self.apart_bytes += 0 if part.slot_is_shard else part.weight_bytes
             self._away.append(away)
             self._brought.append(brought)
         self.shards = [shard for away in self._away for shard in away]
-        self.busy: defaultdict[str, float] = defaultdict(float)
-        self.waits: defaultdict[str, float] = defaultdict(float)
-        self.into_bytes = self.out_bytes = 0
+        self._loaded = [sum(shard.slot_bytes for shard in away) for away in self._away]  # from drives, for a use of it
+        self._reset()
 
     def lasting_s(self, *, clipped: bool) -> float:
         """Seconds of a step that follows others like it."""
-        self._device = self._into = self._out = self._host = self._known = self._before = 0.0
+        self._device = self._into = self._out = self._host = self._drives = self._known = self._before = 0.0
+        self._asked: dict[int, float] = {}  # when the weights of layers that were asked for have been loaded
         self._arrived: dict[Shard, float] = dict.fromkeys(self.shards, 0.0)
         self._stands: dict[Shard, float] = {}
         before = 0.0
         for _ in range(STEPS):
             before = self._known
-            self.busy, self.waits = defaultdict(float), defaultdict(float)
-            self.into_bytes = self.out_bytes = 0
+            self._reset()
             self._step(clipped)
         return self._known - before
+
+    def _reset(self) -> None:
+        """Begin to count anew, for a step."""
+        self.busy: defaultdict[str, float] = defaultdict(float)
+        self.waits: defaultdict[str, float] = defaultdict(float)
+        self.moved: defaultdict[str, float] = defaultdict(float)
+        """Bytes, by what carries them; `READ` and `WRITTEN` by the drives."""
 
     def bottleneck(self, step_s: float) -> str:
         """Compute, or what makes the device wait most where it waits for more than 5% of the step."""
@@ -174,15 +184,19 @@ class _Play:
         return cause if sum(self.waits.values()) > 0.05 * step_s else COMPUTE
 
     def _step(self, clipped: bool) -> None:
-        ready = [self._update(away) for away in self._away]
+        ready = [self._update(i) for i in range(len(self._layers))]
         self._stands = {}
         order, last = range(len(self._layers)), self._micro_batches - 1
         for micro in range(self._micro_batches):
-            begin = self._device, self.into_bytes, self.busy.copy(), self.waits.copy()
+            begin = self._device, self.busy.copy(), self.waits.copy(), self.moved.copy()
             for i in order:
                 self._compute(i, self._layers[i].forward_s, ready[i] if micro == 0 else (0.0, HOST))
+                if micro and i < order[-1]:
+                    self._ask(i + 1)
             for i in reversed(order):
                 self._compute(i, self._layers[i].backward_s, (0.0, HOST), gathered=i == order[-1])
+                if i or micro < last:
+                    self._ask(max(0, i - 1))
                 for shard in self._away[i] if micro == last else ():
                     self._leave(shard)
             if micro == 1:
@@ -195,36 +209,52 @@ class _Play:
             for shard in away:
                 self._guess(shard)
 
-    def _repeat(self, begin_s: float, into_bytes: int, busy: dict[str, float], waits: dict[str, float]) -> None:
-        """Let the micro-batches that are not played take what the one since `begin_s` took."""
+    def _repeat(self, begin_s: float, *before: dict[str, float]) -> None:
+        """Let the micro-batches that are not played take what the one since `begin_s` took. before: what was counted
+        then."""
         passed_s = self._more * (self._device - begin_s)
         self._device, self._into, self._before = (t + passed_s for t in (self._device, self._into, self._before))
-        self.into_bytes += self._more * (self.into_bytes - into_bytes)
-        for counter, before in ((self.busy, busy), (self.waits, waits)):
+        self._drives += passed_s
+        self._asked = {i: loaded + passed_s for i, loaded in self._asked.items()}
+        for counter, counted in zip((self.busy, self.waits, self.moved), before, strict=True):
             for name in counter:
-                counter[name] += self._more * (counter[name] - before.get(name, 0.0))
+                counter[name] += self._more * (counter[name] - counted.get(name, 0.0))
 
-    def _update(self, away: Sequence[Shard]) -> tuple[float, str]:
+    def _update(self, i: int) -> tuple[float, str]:
         """Just in time: when a layer's new weights are there, and what they waited for last."""
         ready, cause = 0.0, HOST
-        for shard in away:
+        for shard in self._away[i]:
             if shard in self._stands:
                 ready = max(ready, self._stands[shard])
                 continue
             start = max(self._host, self._known, self._arrived[shard])
             cause = OUT if start == self._arrived[shard] > max(self._host, self._known) else HOST
             seconds_ = shard.numel / self._rates.update
-            if shard.on_nvme:
-                assert self._rates.drive is not None
-                drive_s = 2 * shard.nvme_bytes / self._rates.drive
-                self.busy[DRIVE] += drive_s
-                cause, seconds_ = (DRIVE if drive_s > seconds_ else HOST), max(drive_s, seconds_)
-                self.busy[HOST] += shard.numel / self._rates.update
-            else:
-                self.busy[HOST] += seconds_
+            self.busy[HOST] += seconds_
             self._host = start + seconds_
+            if shard.on_nvme:
+                stored = self._pass(start, read=shard.nvme_bytes, written=shard.nvme_bytes)
+                cause = DRIVE if stored > self._host else HOST
+                self._host = max(self._host, stored)
             ready = max(ready, self._send(shard))
+        if self._loaded[i]:
+            ready, cause = self._pass(self._host, read=self._loaded[i]), DRIVE
         return ready, cause
+
+    def _pass(self, start: float, *, read: int = 0, written: int = 0) -> float:
+        """When the drives are through with what was asked of them at `start`."""
+        assert self._rates.drive is not None
+        taken_s = (read + written) / self._rates.drive
+        self._drives = max(self._drives, start) + taken_s
+        self.busy[DRIVE] += taken_s
+        self.moved[READ] += read
+        self.moved[WRITTEN] += written
+        return self._drives
+
+    def _ask(self, i: int) -> None:
+        """Ask for the weights of the layer that runs next, as one begins to compute."""
+        if self._loaded[i]:
+            self._asked[i] = self._pass(self._before, read=self._loaded[i])
 
     def _guess(self, shard: Shard) -> None:
         """Speculation, in what is left of the backward once the gradient is there."""
@@ -242,12 +272,12 @@ class _Play:
         taken_s = size_bytes / self._rates.into
         self._into = max(self._into, start) + taken_s
         self.busy[INTO] += taken_s
-        self.into_bytes += size_bytes
+        self.moved[INTO] += size_bytes
         return self._into
 
     def _compute(self, i: int, compute_s: float, ready: tuple[float, str], gathered: bool = False) -> None:
         """A layer's forward or backward. gathered: its weights are there from its forward."""
-        after, cause = ready
+        after, cause = max(ready, (self._asked.pop(i, 0.0), DRIVE))
         if self._brought[i] and not gathered:
             brought = self._bring(self._brought[i], max(after, self._before))
             if brought > max(after, self._device) + 1e-9 and after <= self._device:
@@ -265,4 +295,6 @@ class _Play:
         self._out = max(self._out, self._device) + taken_s
         self._arrived[shard] = self._out
         self.busy[OUT] += taken_s
-        self.out_bytes += size_bytes
+        self.moved[OUT] += size_bytes
+        if shard.slot_on_nvme:
+            self._arrived[shard] = self._pass(self._out, written=shard.slot_bytes)

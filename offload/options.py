@@ -6,7 +6,7 @@ ACTIVATIONS = ("keep", "swap", "input", "recompute", "auto", "checkpoint", "stre
 STREAM_TOKENS = 32768
 """Of a tile where none are given: kernels work well on so many, and what is inside a block of them takes a few GB."""
 STATES = ("none", "host", "nvme", "auto")
-WEIGHTS = ("device", "host")
+WEIGHTS = ("device", "host", "nvme")
 UPDATES = ("just_in_time", "speculate")
 
 
@@ -92,7 +92,9 @@ class OffloadOptions:
     step within `device_bytes`, `host_bytes` and `nvme_bytes`; drives are used where `nvme_path` names them."""
     weights: str = "device"
     """Where the weights live that the device computes with: ``device``, or ``host``: a unit's are brought when it
-    runs."""
+    runs. ``nvme``, with ``states=nvme``: as ``host``, but those whose states are on drives are there too, and their
+    gradients go there; needs ``parallel`` to keep a parameter's weight where its states are (zero3, hsdp, ddp, or one
+    worker), and weights that are not quantized. Weights that do not train stay in host memory."""
     update: str = "just_in_time"
     """When states in host memory are updated: ``just_in_time``, once the gradient norm is known, beside the next
     forward; or ``speculate``: those of `speculate_share` beside the backward, and again where the norm then asks for
@@ -101,16 +103,16 @@ class OffloadOptions:
     """Of the parameters whose states are away, the share that is speculated on, from those that run last: 12 bytes each
     more (14 with ``weights=host``). The others are updated just in time."""
     gpu_bytes: int = 0
-    """Device memory for optimizer states, 12 bytes a parameter (and for weights, with ``weights=host``): the units that
-    run first get it."""
+    """Device memory for optimizer states, 12 bytes a parameter (and for weights, unless ``weights=device``): the units
+    that run first get it."""
     device_bytes: int | None = None
     """Device memory that ``states=auto`` and ``activations=auto`` may plan with, all of it: weights, states,
     activations. None: for states 92% of what is free on a GPU when the run starts, on a CPU what is available; for
     activations what the GPU has, or this process may take of it."""
     host_bytes: int | None = None
-    """Host memory for all that is kept there. With ``states=nvme`` the states that do not fit go to NVMe; else it is an
-    error. None: ``states=host`` takes what it needs, ``states=nvme`` puts no states there, ``states=auto`` plans with
-    85% of this rank's part of what is available."""
+    """Host memory for all that is kept there. With ``states=nvme`` what does not fit goes to NVMe: states, and weights
+    with ``weights=nvme``; else it is an error. None: ``states=host`` takes what it needs, ``states=nvme`` puts no
+    states there, ``states=auto`` plans with 85% of this rank's part of what is available."""
     nvme_path: list[str] = field(default_factory=list)
     """Folders on drives, one a drive; each file is scratch and removed by itself. For states, and for activations that
     swap where host memory is short; both share the drives."""
@@ -137,6 +139,11 @@ class OffloadOptions:
         if self.weights == "host" and self.states == "none":
             raise ValueError(
                 "offload.weights=host needs offload.states=host or nvme: the states would take more memory"
+            )
+        if self.weights == "nvme" and self.states in ("none", "host"):
+            raise ValueError(
+                f"offload.weights=nvme needs offload.states=nvme: offload.states={self.states} leaves what takes more "
+                f"memory in front of the drives"
             )
         if self.update == "speculate" and self.states == "none":
             raise ValueError("offload.update=speculate needs offload.states=host, or nvme, for the part in host memory")
@@ -178,3 +185,8 @@ class OffloadOptions:
     def away(self) -> bool:
         """Whether anything but activations leaves the device."""
         return self.states != "none"
+
+    @property
+    def streams_weights(self) -> bool:
+        """Whether weights whose states are away are brought to the device when they are used."""
+        return self.away and self.weights != "device"

@@ -12,6 +12,11 @@ import torch
 from offload.options import OffloadOptions
 from offload.shard import Shard, host_bytes
 
+SLOT_APART = (
+    "offload.weights=nvme: a rank must keep the weights of those parameters alone whose states it has, and not "
+    "quantized; set parallel=zero3, hsdp or ddp, and quantize gradients alone, or choose offload.weights=host"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -32,11 +37,13 @@ class Part:
 def place(parts: Sequence[Part], options: OffloadOptions, *, extra_bytes: int = 0) -> list[Shard | None]:
     """The shard of each part whose states are away; None where they stay on the device.
 
-    extra_bytes: host memory that is taken beside the shards.
+    extra_bytes: host memory that is taken beside the shards. ValueError where weights cannot be on drives.
     """
     if options.states == "none":
         return [None] * len(parts)
-    streams, room = options.weights == "host", options.gpu_bytes
+    if options.weights == "nvme" and not all(part.slot_is_shard for part in parts):
+        raise ValueError(SLOT_APART)
+    streams, room = options.streams_weights, options.gpu_bytes
     stay = 0
     for part in parts:
         room -= 12 * part.numel + (part.weight_bytes if streams else 0)
@@ -46,9 +53,12 @@ def place(parts: Sequence[Part], options: OffloadOptions, *, extra_bytes: int = 
     away = parts[stay:]
     speculated = _speculated(away, options)
     shards = [
-        Shard(numel=p.numel, dtype=p.slot_dtype, on_nvme=options.states == "nvme", pingpong=doubles, stays=streams)
+        Shard(
+            numel=p.numel, dtype=p.slot_dtype, on_nvme=options.states == "nvme", pingpong=doubles, stays=streams,
+            slot_follows=options.weights == "nvme",
+        )
         for p, doubles in zip(away, speculated, strict=True)
-    ]
+    ]  # fmt: skip
     if options.states == "nvme":
         apart_bytes = sum(part.weight_bytes for part in away if streams and not part.slot_is_shard)
         _fill_host(shards, (options.host_bytes or 0) - extra_bytes - apart_bytes)
@@ -64,7 +74,7 @@ def _speculated(away: Sequence[Part], options: OffloadOptions) -> list[bool]:
             room -= away[i].numel
             if room < 0:
                 break
-            chosen[i] = away[i].slot_is_shard if options.weights == "host" else away[i].weights_direct
+            chosen[i] = away[i].slot_is_shard if options.streams_weights else away[i].weights_direct
     return chosen
 
 

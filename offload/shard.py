@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ LEAVING = 2
 """Gradients on their way to host memory, beside the one that is made."""
 RING = 5
 """Buffers of a chunk each, between the drives and the update."""
+NEIGHBOURS = 2
+"""Shards whose slots have room in host memory on their way to drives, and as many on their way back: one is copied
+while the other is stored or loaded."""
 OUTGOING = 3
 """Buffers for weights of ping-pong shards on their way to the device."""
 
@@ -68,8 +72,11 @@ class Shard:
     pingpong: bool = False
     """Whether the states are there twice, in host memory."""
     stays: bool = False
-    """Whether the weights have no `target`: they are used from `weight`, in host memory."""
+    """Whether the weights have no `target`: they are used from where the update leaves them."""
+    slot_follows: bool = False
+    """Whether the slot is on NVMe where the states are."""
     slot: Tensor = field(init=False)
+    """In host memory, if it is not `slot_on_nvme`."""
     target: Tensor | None = None
     """Where on the device new weights go; None: they stay in host memory."""
     apart: Tensor | None = None
@@ -88,6 +95,10 @@ class Shard:
     """After which the weights in the slot have been read."""
 
     @property
+    def slot_on_nvme(self) -> bool:
+        return self.on_nvme and self.slot_follows
+
+    @property
     def weight(self) -> Tensor:
         """Where the update leaves new weights in host memory."""
         return self.slot if self.apart is None else self.apart
@@ -100,26 +111,92 @@ class Shard:
 
     @property
     def host_bytes(self) -> int:
+        if self.slot_on_nvme:
+            return 0
         if self.on_nvme:
             return round_up(self.numel * self.dtype.itemsize, ALIGN)
         return _together(self.numel, tuple(self.dtypes))
 
     @property
     def nvme_bytes(self) -> int:
-        return sum(chunk_bytes(stop - start) for start, stop, _ in self.chunks()) if self.on_nvme else 0
+        return sum(count * chunk.size_bytes for count, chunk in self.cut()) if self.on_nvme else 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """On NVMe: what a gradient takes to be stored, and the weights to be loaded."""
+        return sum(count * chunk.slot_bytes for count, chunk in self.cut()) if self.slot_on_nvme else 0
 
     @property
     def passing_bytes(self) -> int:
         """Of weights that pass through host memory to the device apart from the slot."""
         return self.numel * self.dtype.itemsize if self.pingpong and not self.stays else 0
 
-    def chunks(self) -> Iterator[tuple[int, int, int]]:
-        """Elements ``start:stop`` and the place in the tier of each chunk."""
+    def chunks(self) -> "Iterator[Chunk]":
+        """In their order, of a shard on NVMe."""
         place = self.place
         for start in range(0, self.numel, CHUNK):
             stop = min(start + CHUNK, self.numel)
-            yield start, stop, place
-            place += chunk_bytes(stop - start)
+            chunk = Chunk(start, stop, place, self.dtype, self.slot_follows)
+            yield chunk
+            place += chunk.size_bytes
+
+    def cut(self) -> "list[tuple[int, Chunk]]":
+        """How many chunks there are of each size, the larger first; without their places."""
+        whole, rest = divmod(self.numel, CHUNK)
+        sizes = [(whole, CHUNK), (min(1, rest), rest)]
+        return [(count, Chunk(0, numel, 0, self.dtype, self.slot_follows)) for count, numel in sizes if count]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Elements ``start:stop`` of a shard, as they lie on a drive: ``master | exp_avg | exp_avg_sq`` (fp32) in whole
+    blocks, and ``slot`` in whole blocks, where that is there too."""
+
+    start: int
+    stop: int
+    place: int
+    """Bytes from the start of the tier."""
+    dtype: torch.dtype
+    """Of the slot."""
+    has_slot: bool
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def states_bytes(self) -> int:
+        return round_up(12 * self.numel, BLOCK)
+
+    @property
+    def slot_bytes(self) -> int:
+        return round_up(self.numel * self.dtype.itemsize, BLOCK) if self.has_slot else 0
+
+    @property
+    def size_bytes(self) -> int:
+        return self.states_bytes + self.slot_bytes
+
+    @property
+    def slot_place(self) -> int:
+        return self.place + self.states_bytes
+
+    def states_in(self, buffer: Tensor) -> State:
+        """The states in bytes that were loaded from `place`."""
+        master, exp_avg, exp_avg_sq = buffer[: 12 * self.numel].view(torch.float32).split(self.numel)
+        return master, exp_avg, exp_avg_sq
+
+    def slot_in(self, buffer: Tensor) -> Tensor:
+        """The slot in bytes that were loaded from `slot_place`."""
+        return buffer[: self.numel * self.dtype.itemsize].view(self.dtype)
+
+
+class Section(NamedTuple):
+    """Elements of a shard from `start` on, in host memory for a moment, or there for good."""
+
+    start: int
+    state: State
+    weight: Tensor
+    """Where the update leaves new weights; on NVMe the gradient was there."""
 
 
 @lru_cache
@@ -127,25 +204,38 @@ def _together(numel: int, dtypes: tuple[torch.dtype, ...]) -> int:
     return layout(numel, dtypes)[1]
 
 
-def chunk_bytes(numel: int) -> int:
-    """Of the three states of `numel` elements, fp32, on a drive or in the ring: whole blocks."""
-    return round_up(12 * numel, BLOCK)
+@dataclass(frozen=True)
+class Buffers:
+    """Host memory between drives and what is done with what comes from them; see `offload/states_on_drives.py` and
+    `offload/slots_on_drives.py`."""
 
+    chunk_bytes: int
+    """Of each of the `RING` that states pass through."""
+    piece_bytes: int
+    """A chunk's slot."""
+    num_pieces: int
+    """Of gradients, and as many of weights."""
 
-def largest_chunk(shards: Sequence[Shard]) -> int:
-    """Parameters in the largest chunk on NVMe; 0 where there is none."""
-    return max((min(CHUNK, shard.numel) for shard in shards if shard.on_nvme), default=0)
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> "Buffers":
+        largest = [shard.cut()[0][1] for shard in shards if shard.on_nvme]
+        cut = sorted((sum(n for n, _ in shard.cut()) for shard in shards if shard.slot_on_nvme), reverse=True)
+        return cls(
+            chunk_bytes=max((chunk.size_bytes for chunk in largest), default=0),
+            piece_bytes=max((chunk.slot_bytes for chunk in largest), default=0),
+            num_pieces=max(2, sum(cut[:NEIGHBOURS])) if cut else 0,
+        )
 
-
-def ring_bytes(shards: Sequence[Shard]) -> int:
-    """Of host memory, between the drives and the update: `RING` chunks."""
-    return RING * chunk_bytes(largest_chunk(shards))
+    @property
+    def size_bytes(self) -> int:
+        return RING * self.chunk_bytes + 2 * self.num_pieces * self.piece_bytes
 
 
 def host_bytes(shards: Sequence[Shard]) -> int:
     """Of host memory that shards take, with the buffers that they share."""
     passing = max((shard.passing_bytes for shard in shards), default=0)
-    return sum(shard.host_bytes for shard in shards) + ring_bytes(shards) + OUTGOING * round_up(passing, ALIGN)
+    shared = Buffers.of(shards).size_bytes + OUTGOING * round_up(passing, ALIGN)
+    return sum(shard.host_bytes for shard in shards) + shared
 
 
 def nvme_bytes(shards: Sequence[Shard]) -> int:

@@ -27,6 +27,12 @@ copy is made later. The version before is not touched from then on: it is the sn
 snapshot is due or its slot is not to be had, states go home, to the arena. What is speculated goes there if the room is
 known by then, and nobody waits for it. States on NVMe stay.
 
+[Note: slots on drives] A slot may lie on the drives beside its states. The gradient then goes there through a few
+pieces of host memory (`offload/slots_on_drives.py`), the update finds it in the chunk that it loads anyway, and leaves
+the new weight there; `fetch` loads it when the unit is to run. The tier answers as if in the order asked, so all that
+is needed is to ask in order: gradients are stored by the updating thread, whose queue they are in before the update,
+and an update is answered when all its stores have been asked for.
+
 [Note: gradients on their way] A gradient's memory on the device is wanted again at once, and the host is ahead of the
 device: it cannot see when a copy is over. So whoever makes gradients waits, on its stream, until no more than `LEAVING`
 are on their way. Were memory given back as the host sees copies end, there would be gradients of as many layers as the
@@ -40,8 +46,10 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,19 +58,11 @@ from torch import Tensor
 from offload.adamw import State, adamw
 from offload.arena import ALIGN, Arena
 from offload.hostpool import HostPool
-from offload.shard import (
-    LEAVING,
-    OUTGOING,
-    Shard,
-    Terms,
-    Update,
-    host_bytes,
-    nvme_bytes,
-    ring_bytes,
-)
+from offload.shard import LEAVING, OUTGOING, Buffers, Section, Shard, Terms, Update, host_bytes, nvme_bytes
+from offload.slots_on_drives import Arrival
 from offload.space import round_up
 from offload.state import MASTER, Destination, Movable
-from offload.states_on_drives import StatesOnDrives
+from offload.states_on_drives import StatesOnDrives, Walk
 
 KINDS = (MASTER, "exp_avg", "exp_avg_sq")
 
@@ -84,14 +84,6 @@ class _Batch:
     """See `Movable`."""
     over: threading.Event = field(default_factory=threading.Event)
     """What it stores is there, and the ring whole, which a walk needs."""
-
-
-@dataclass(frozen=True)
-class _Guess:
-    """An update to be made before the factor is known."""
-
-    shard: Shard
-    terms: Terms
 
 
 class AwayStates:
@@ -127,7 +119,8 @@ class AwayStates:
         self._in = torch.cuda.Stream(device) if self._cuda else None
         self._compute = torch.cuda.current_stream(device) if self._cuda else None
         """Whose memory gradients are in, if not the caller's of `take`."""
-        self._batches: queue.SimpleQueue[_Batch | _Guess | None] = queue.SimpleQueue()
+        self._batches: queue.SimpleQueue[_Batch | Callable[[], None] | None] = queue.SimpleQueue()
+        """Updates, and what is to be done before them: guesses, gradients that go on to drives."""
         self._thread: threading.Thread | None = None
         self._last: _Batch | None = None
         """Asked for, and not settled yet."""
@@ -161,11 +154,17 @@ class AwayStates:
         little."""
         if not self.host_bytes:
             return
-        in_arena = self.host_bytes - ring_bytes(self.shards)
-        self.arena = Arena(in_arena, register=self._device if self._cuda else None, pool=self.pool)
+        register = self._device if self._cuda else None
+        if in_arena := self.host_bytes - Buffers.of(self.shards).size_bytes:
+            self.arena = Arena(in_arena, register=register, pool=self.pool)
         if self.nvme_bytes:
-            self._on_drives = StatesOnDrives(self.shards, self._folders, direct=self._direct, pool=self.pool)
+            self._on_drives = StatesOnDrives(
+                self.shards, self._folders, direct=self._direct, pool=self.pool, register=register
+            )
         for shard in self.shards:
+            if shard.slot_on_nvme:
+                continue
+            assert self.arena is not None
             if shard.on_nvme:
                 shard.slot = self.arena.take(shard.numel, shard.dtype)
             else:
@@ -175,6 +174,7 @@ class AwayStates:
                 shard.homes = [(a, b, c) for a, b, c in zip(states[::3], states[1::3], states[2::3], strict=True)]
                 shard.state = shard.homes[0]
         if passing := max((shard.passing_bytes for shard in self.shards), default=0):
+            assert self.arena is not None
             self._outgoing.extend((self.arena.take(passing, torch.uint8), None) for _ in range(OUTGOING))
         self._thread = threading.Thread(target=self._work, name="offload-update", daemon=True)
         self._thread.start()
@@ -199,7 +199,7 @@ class AwayStates:
         """Start moving a gradient (numel, on the device) into the shard's slot; the caller lets go of it. The shard's
         last update has been finished. See [Note: gradients on their way]."""
         if self._out is None:
-            shard.slot.copy_(grad)
+            self._land(shard, grad)
             return
         assert self._compute is not None
         current = torch.cuda.current_stream()
@@ -211,9 +211,23 @@ class AwayStates:
         with torch.cuda.stream(self._out):
             if shard.left is not None:
                 self._out.wait_event(shard.left)
-            shard.slot.copy_(grad, non_blocking=True)
+            self._land(shard, grad)
             shard.arrived = self._out.record_event()
         self._leaving.append((grad, shard.arrived))
+
+    def _land(self, shard: Shard, grad: Tensor) -> None:
+        """Copy a gradient to its slot, or have it go on there, on the current stream."""
+        if not shard.slot_on_nvme:
+            shard.slot.copy_(grad, non_blocking=True)
+            return
+        assert self._on_drives is not None
+        for store in self._on_drives.slots.depart(shard, grad):
+            self._batches.put(store)
+
+    def fetch(self, shard: Shard) -> Arrival:
+        """Start loading the weights of a shard whose slot is on NVMe; its last update has been finished."""
+        assert self._on_drives is not None
+        return self._on_drives.slots.ask(shard)
 
     @property
     def leaving_bytes(self) -> int:
@@ -225,7 +239,7 @@ class AwayStates:
         self._submitted = False
         if shard.pingpong and not self._clipped:
             self.guesses += 1
-            self._batches.put(_Guess(shard, terms))
+            self._batches.put(partial(self._guess, shard, terms))
 
     def update(self, work: Sequence[tuple[Shard, Terms]], *, scale: Tensor | None) -> list[Update]:
         """Start updating shards from the gradients in their slots, in this order.
@@ -277,13 +291,13 @@ class AwayStates:
     def _work(self) -> None:
         if self._cuda:
             torch.cuda.set_device(self._device.index)
-        failed: BaseException | None = None  # of a guess: told to those who wait for the step's updates
+        failed: BaseException | None = None  # before an update: told to those who wait for it
         while item := self._batches.get():
-            if isinstance(item, _Guess):
+            if not isinstance(item, _Batch):
                 try:
-                    self._guess(item.shard, item.terms)
+                    item()
                 except BaseException as error:
-                    failed = error
+                    failed = failed or error
                 continue
             answers = deque(answer for *_, answer in item.work)
             try:
@@ -318,34 +332,31 @@ class AwayStates:
 
     def _update(self, batch: _Batch) -> Iterator[torch.cuda.Event | None]:
         """Update the shards of a batch; yields each one's event."""
-        states = self.walk([shard for shard, *_ in batch.work if shard.on_nvme], write=True)
-        if batch.known is not None:
-            batch.known.synchronize()
-        scale = 1.0 if batch.scale is None else float(batch.scale)
-        self._clipped = scale != 1.0
-        start_s = time.perf_counter()
-        for shard, terms, _ in batch.work:
-            self._await_gradient(shard)
-            made, shard.made = shard.made, None
-            if made is not None and scale == 1.0 and made[0] == terms:
-                self.hits += 1
-                shard.state = made[1]
-                yield shard.left
-                continue
-            if shard.left is not None:  # of a guess, whose weights must not arrive after these
-                shard.left.synchronize()
-            if shard.on_nvme:
-                done = 0
-                while done < shard.numel:
-                    start, state = next(states)
-                    done = start + state[0].numel()
-                    self._step(shard, terms, scale, start, state, state, shard.weight)
-            else:
-                out = self._place(shard, batch.room)
-                self._step(shard, terms, scale, 0, shard.state, out, shard.weight)
-                shard.state = out
-            yield self._send(shard, shard.weight)
-        next(states, None)  # hands the last chunk to the drives
+        with self._through_ring([shard for shard, *_ in batch.work], write=True) as walk:
+            if batch.known is not None:
+                batch.known.synchronize()
+            scale = 1.0 if batch.scale is None else float(batch.scale)
+            self._clipped = scale != 1.0
+            start_s = time.perf_counter()
+            for shard, terms, _ in batch.work:
+                self._await_gradient(shard)
+                made, shard.made = shard.made, None
+                if made is not None and scale == 1.0 and made[0] == terms:
+                    self.hits += 1
+                    shard.state = made[1]
+                    yield shard.left
+                    continue
+                if shard.left is not None:  # of a guess, whose weights must not arrive after these
+                    shard.left.synchronize()
+                if shard.on_nvme:
+                    assert walk is not None
+                    for start, state, weight in walk.through(shard):
+                        self._step(terms, scale, start, state, weight, state, weight)
+                else:
+                    out = self._place(shard, batch.room)
+                    self._step(terms, scale, 0, shard.state, shard.slot, out, shard.weight)
+                    shard.state = out
+                yield self._send(shard)
         self.update_s = time.perf_counter() - start_s
 
     @staticmethod
@@ -356,19 +367,20 @@ class AwayStates:
     def _make(self, shard: Shard, terms: Terms, out: State) -> None:
         """Make a next version of the states from the current one, and send the weights."""
         if shard.apart is not None:
-            self._step(shard, terms, 1.0, 0, shard.state, out, shard.apart)
+            self._step(terms, 1.0, 0, shard.state, shard.slot, out, shard.apart)
             return
         buffer, used = self._outgoing.popleft()
         if used is not None:
             used.synchronize()
         weight = buffer[: shard.numel * shard.dtype.itemsize].view(shard.dtype)
-        self._step(shard, terms, 1.0, 0, shard.state, out, weight)
-        self._outgoing.append((buffer, self._send(shard, weight)))
+        self._step(terms, 1.0, 0, shard.state, shard.slot, out, weight)
+        self._outgoing.append((buffer, self._bring(shard, weight)))
 
     def _step(
-        self, shard: Shard, terms: Terms, scale: float, start: int, state: State, out: State, weight: Tensor
+        self, terms: Terms, scale: float, start: int, state: State, grad: Tensor, out: State, weight: Tensor
     ) -> None:
-        """Update `state`, which begins with element `start` of the shard, into `out`, and its weights into `weight`."""
+        """Update `state` by `grad` into `out`, and its weights into `weight`: n elements each, from element `start` of
+        their shard on."""
         stop, place = start + state[0].numel(), start
 
         def keep(low: int, high: int) -> None:
@@ -378,7 +390,7 @@ class AwayStates:
                 for target, source in zip(out, state, strict=True):
                     if target is not source:
                         target[part] = source[part]
-                weight[low:high] = state[0][part]
+                weight[part] = state[0][part]
 
         for run in terms.runs:
             low, high = max(start, run.start), min(stop, run.stop)
@@ -391,8 +403,8 @@ class AwayStates:
                 master[part],
                 exp_avg[part],
                 exp_avg_sq[part],
-                shard.slot[low:high],
-                weight[low:high],
+                grad[part],
+                weight[part],
                 scale=scale,
                 lr=terms.lr,
                 beta1=self._adamw.beta1,
@@ -405,10 +417,12 @@ class AwayStates:
             )
         keep(place, stop)
 
-    def _send(self, shard: Shard, weight: Tensor) -> torch.cuda.Event | None:
-        """Start bringing new weights to the device."""
-        if shard.target is None:
-            return None
+    def _send(self, shard: Shard) -> torch.cuda.Event | None:
+        """Start bringing new weights to the device, if they are used there."""
+        return None if shard.target is None else self._bring(shard, shard.weight)
+
+    def _bring(self, shard: Shard, weight: Tensor) -> torch.cuda.Event | None:
+        assert shard.target is not None
         if self._in is None:
             shard.target.copy_(weight)
             return None
@@ -419,12 +433,12 @@ class AwayStates:
 
     # ------------------------------------------------------------------------------------------------ state
 
-    def walk(self, shards: Sequence[Shard], *, write: bool) -> Iterator[tuple[int, State]]:
-        """The states of shards, one after the other, in parts ``(first element, (master, exp_avg, exp_avg_sq))``.
+    def walk(self, shards: Sequence[Shard], *, write: bool) -> Iterator[Section]:
+        """The states of shards, one after the other. A part on NVMe is there until the next is asked for; with `write`
+        it is then stored again. One walk at a time."""
+        with self._through_ring(shards, write=write) as walk:
+            for shard in shards:
+                yield from walk.through(shard) if walk else (Section(0, shard.state, shard.weight),)
 
-        A part on NVMe is there until the next is asked for; with `write` it is then stored again. Reading begins with
-        the call. One walk at a time.
-        """
-        if self._on_drives is not None:
-            return self._on_drives.walk(shards, write=write)
-        return ((0, shard.state) for shard in shards)
+    def _through_ring(self, shards: Sequence[Shard], *, write: bool) -> AbstractContextManager[Walk | None]:
+        return self._on_drives.walk(shards, write=write) if self._on_drives else nullcontext()

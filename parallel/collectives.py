@@ -6,7 +6,8 @@ generator that yields wherever it would wait. A `Lane` runs it:
 
 - on CUDA at once, on a side stream that first waits for the compute stream. The host never blocks; `Chain.finish` makes
   the compute stream wait for the chain. Because every chain waits for the compute stream before it starts, memory that
-  compute has let go of may be written by a later chain without further events.
+  compute has let go of may be written by a later chain without further events. A chain that must make the host wait,
+  for a drive, yields `WHEN_FINISHED` before: what follows is issued by `Chain.finish`, on the same stream.
 - on CPU by asynchronous gloo work. A chain moves on only in `launch` and `finish`, which every rank calls in the same
   order: moving on whenever work happens to be done would let two ranks issue collectives of one group in
   different orders.
@@ -19,7 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Steps = Generator[dist.Work, None, None]
+
+class _WhenFinished:
+    """See [Note: chains]."""
+
+    def wait(self) -> None:
+        """Nothing: whoever goes on waits."""
+
+
+WHEN_FINISHED = _WhenFinished()
+Step = dist.Work | _WhenFinished
+Steps = Generator[Step, None, None]
 Group = dist.ProcessGroup
 
 # torch 2.13 renamed both; 2.11 has the old names alone
@@ -34,7 +45,7 @@ def all_gather(out: Tensor, shard: Tensor, group: Group) -> Steps:
         yield work
 
 
-def reduce_scatter(flat: Tensor, group: Group) -> Generator[dist.Work, None, Tensor]:
+def reduce_scatter(flat: Tensor, group: Group) -> Generator[Step, None, Tensor]:
     """The sum over ranks of this rank's part (k) of ``flat`` (n * k)."""
     n = group.size()
     if flat.device.type == "cuda":
@@ -70,26 +81,32 @@ class Chain:
     """A chain of collectives under way, see [Note: chains]."""
 
     def __init__(self, steps: Steps, stream: torch.cuda.Stream | None) -> None:
-        self._steps = steps
-        self._work: dist.Work | None = None
+        self._steps, self._stream = steps, stream
+        self._work: Step | None = None
         self._event: torch.cuda.Event | None = None
         self.done = False
-        if stream is None:
-            self.advance()
-        else:
+        if stream is not None:
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for work in steps:
-                    work.wait()
-                self._event = stream.record_event()
-            self.done = True
+        self.advance()
 
     def advance(self) -> None:
-        """Wait for the collective under way and issue the next."""
+        """Wait for the collective under way and issue the next; on a stream, all that the host need not wait for."""
+        if self._stream is not None:
+            self._issue(self._stream)
+            return
         if self._work is not None:
             self._work.wait()
         self._work = next(self._steps, None)
         self.done = self._work is None
+
+    def _issue(self, stream: torch.cuda.Stream) -> None:
+        with torch.cuda.stream(stream):
+            for work in self._steps:
+                if work is WHEN_FINISHED:
+                    return
+                work.wait()
+            self._event = stream.record_event()
+        self.done = True
 
     def finish(self) -> None:
         """Let what follows on this thread (CPU) or stream (CUDA) see the chain's result."""

@@ -2,12 +2,14 @@
 
 [Note: a slot that is the shard] Where a rank's parameter range is its optimizer range and the weights live in host
 memory, one place serves as weight and gradient: the gradient overwrites the weights when the unit's backward is done
-with them, the update overwrites the gradient with new weights. 14 bytes a parameter in all.
+with them, the update overwrites the gradient with new weights. 14 bytes a parameter in all. Such a slot can be on
+drives, with its states: the weights are then loaded when they are used.
 """
 
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from offload.state import Movable
 from offload.states import KINDS, AdamW, AwayStates
 from parallel import optimizer as optimizers
 from parallel.options import OptimizerOptions
-from parallel.unit import Flat, TrainableFlat, Unit
+from parallel.unit import Fetch, Flat, TrainableFlat, Unit
 
 
 class Offloader:
@@ -59,7 +61,7 @@ class Offloader:
         self._place(units, options, kinds)
 
     def _place(self, units: Sequence[Unit], options: OffloadOptions, kinds: Sequence[str]) -> None:
-        states, streams = self._states, options.weights == "host"
+        states, streams = self._states, options.streams_weights
         assert states is not None
         flats = [flat for unit in units for flat in unit.trainable]
         frozen: list[Flat] = [unit.frozen for unit in units if unit.frozen] if streams else []
@@ -75,12 +77,13 @@ class Offloader:
         _check_limits(states, options)
         states.allocate()
 
-        def memory(flat: Flat) -> Tensor | None:
-            """Where the parameter shard lies in host memory; None: on the device."""
+        def memory(flat: Flat) -> Tensor | Fetch | None:
+            """Where the parameter shard lies in host memory, or how it comes from drives; None: on the device."""
             if flat not in streamed:
                 return None
             if flat not in apart:
-                return shards[flat].weight
+                shard = shards[flat]
+                return partial(states.fetch, shard) if shard.slot_on_nvme else shard.weight
             assert states.arena is not None
             return states.arena.take(flat.shard_numel, flat.shard_dtype).zero_()
 
@@ -158,11 +161,11 @@ class Offloader:
         for flat in self.flats:
             done = 0
             while done < flat.chunk:
-                start, state = next(parts)
+                start, state, weight = next(parts)
                 yield flat, flat.optim_start + start, dict(zip(KINDS, state, strict=True))
                 done = start + state[0].numel()
-                if write and flat.away:
-                    flat.away.weight[start:done] = state[0]
+                if write:
+                    weight.copy_(state[0])
         next(parts, None)
 
     def movable(self) -> Movable:

@@ -19,16 +19,15 @@ from fnmatch import fnmatchcase
 from itertools import zip_longest
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import BufferPool, Group, all_gather, all_to_all, reduce_scatter
+from parallel.collectives import BufferPool, Group, Step, all_gather, all_to_all, reduce_scatter
 from parallel.mesh import Mesh
 from parallel.options import ParallelOptions
 from parallel.placement import Placement
 from parallel.quantize import Format, dequantize, dequantize_sum, dequantize_sum_quantize, quantize
 
-Values = Generator[dist.Work, None, Tensor]
+Values = Generator[Step, None, Tensor]
 
 
 @dataclass(frozen=True)

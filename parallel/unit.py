@@ -14,12 +14,12 @@ the frozen ones. Of the whole buffer
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from offload.shard import Shard, Update
+from offload.slots_on_drives import Arrival
 from offload.state import Fill, Piece
-from parallel.collectives import BufferPool, Chain, Steps, all_gather, all_reduce
+from parallel.collectives import WHEN_FINISHED, BufferPool, Chain, Step, Steps, all_gather, all_reduce
 from parallel.layout import ALIGN, Layout
 from parallel.mesh import Mesh
 from parallel.placement import Placement
@@ -27,6 +27,8 @@ from parallel.quantize import dequantize, quantize
 from parallel.transport import Hop, Transport, replicate_sum, scatter_sum
 
 Named = Sequence[tuple[str, nn.Parameter]]
+Fetch = Callable[[], Arrival]
+"""Has a parameter shard loaded from drives."""
 RESIDUAL = "residual"
 """Kind of state of what error feedback carries from one step to the next."""
 
@@ -54,8 +56,10 @@ class Flat:
         self.start, self.stop = mesh.shard(self.layout.size, placement.params)
         self.device = device
         self.shard: Tensor
+        self.fetch: Fetch | None = None
+        """How the parameter shard comes from drives, if it lies there; there is no `shard` then."""
         self.streamed = False
-        """Whether `shard` is in host memory, and a gather begins by copying it to the device."""
+        """Whether `shard` is in host memory or on drives, and a gather begins by bringing it to the device."""
         self.holds_gradient = False
         """Whether a gradient has left, and may lie where the weights in host memory were: until `step`."""
         self.sharded = mesh.group(mesh.num_levels - placement.params, mesh.num_levels) is not None
@@ -74,13 +78,16 @@ class Flat:
     def shard_dtype(self) -> torch.dtype:
         return self.dtype
 
-    def place(self, shard: Tensor | None) -> None:
-        """Give the parameter shard its memory: `shard`, in host memory, or new memory on the device."""
+    def place(self, shard: Tensor | Fetch | None) -> None:
+        """Give the parameter shard its memory: `shard`, in host memory or on drives, or new memory on the device."""
         self.streamed = shard is not None
         self.sharded = self.sharded or self.streamed
-        self.shard = (
-            torch.zeros(self.shard_numel, dtype=self.shard_dtype, device=self.device) if shard is None else shard
-        )
+        if shard is None:
+            self.shard = torch.zeros(self.shard_numel, dtype=self.shard_dtype, device=self.device)
+        elif isinstance(shard, Tensor):
+            self.shard = shard
+        else:
+            self.fetch = shard
         if self.sharded:
             self.release()
         else:
@@ -100,7 +107,7 @@ class Flat:
 
     def gather(self, out: Tensor, scratch: BufferPool) -> Steps:
         """All-gather the parameter shards into `out`, the slowest level first: it then carries the least."""
-        shard = self._arrive(out[self.start : self.stop])
+        shard = yield from self._arrive(out[self.start : self.stop])
         yield from self._gather_exact(shard, out, self.mesh.num_levels - self.placement.params)
 
     def _gather_exact(self, source: Tensor, out: Tensor, first: int) -> Steps:
@@ -111,7 +118,7 @@ class Flat:
 
     def _spread(
         self, source: Tensor, first: int, last: int, place: Callable[[int, int], Tensor]
-    ) -> Generator[dist.Work, None, Tensor]:
+    ) -> Generator[Step, None, Tensor]:
         """All-gather `source` over the levels ``first:last``, the slowest first, each into ``place(start, stop)`` for
         elements ``start:stop`` of the flat buffer. Returns what arrived last."""
         for level in range(first, last):
@@ -133,9 +140,14 @@ class Flat:
             self.refreshing.finish()
             self.refreshing = None
 
-    def _arrive(self, place: Tensor) -> Tensor:
-        """The shard on the device: itself, or copied to `place` from host memory."""
-        return place.copy_(self.shard, non_blocking=True) if self.streamed else self.shard
+    def _arrive(self, place: Tensor) -> Generator[Step, None, Tensor]:
+        """The shard on the device: itself, or brought to `place` from host memory or drives."""
+        if self.fetch is None:
+            return place.copy_(self.shard, non_blocking=True) if self.streamed else self.shard
+        arrival = self.fetch()
+        yield WHEN_FINISHED
+        arrival.into(place)
+        return place
 
     def pieces(self, kind: str, tensor: Tensor, start: int) -> Iterator[Piece]:
         """What this rank checkpoints of elements `start` and following of the flat buffer: replicas share the work,
@@ -250,7 +262,7 @@ class TrainableFlat(Flat):
         """Whether, in host memory, one place can serve as the slot and as the parameter shard."""
         return self._format is None and (self.start, self.stop) == (self.optim_start, self.optim_stop)
 
-    def place(self, shard: Tensor | None) -> None:
+    def place(self, shard: Tensor | Fetch | None) -> None:
         super().place(shard)
         if self._format and self._packed_shard:
             self.packed = self._packed_place(self.shard, self.start)(self.optim_start, self.optim_stop)
@@ -324,10 +336,12 @@ class TrainableFlat(Flat):
     def gather(self, out: Tensor, scratch: BufferPool) -> Steps:
         first = self.mesh.num_levels - self.placement.params
         if not self._packed_shard:
-            yield from self._gather_exact(self._arrive(out[self.start : self.stop]), out, first)
+            shard = yield from self._arrive(out[self.start : self.stop])
+            yield from self._gather_exact(shard, out, first)
         else:
             place = scratch.take(self.shard_numel, torch.uint8) if self.streamed else self.shard
-            target = yield from self._unpack(self._arrive(place), first, lambda start, stop: out[start:stop], scratch)
+            shard = yield from self._arrive(place)
+            target = yield from self._unpack(shard, first, lambda start, stop: out[start:stop], scratch)
             if self.streamed:
                 scratch.give(place)
             yield from self._spread(
@@ -336,7 +350,7 @@ class TrainableFlat(Flat):
 
     def _unpack(
         self, source: Tensor, first: int, place: Callable[[int, int], Tensor], scratch: BufferPool
-    ) -> Generator[dist.Work, None, Tensor]:
+    ) -> Generator[Step, None, Tensor]:
         """All-gather `source` packed, from level `first` through the last quantized one, and dequantize what arrived to
         its place, which is returned."""
         assert self._format is not None

@@ -65,7 +65,7 @@ class Weights:
             if flat.full is None:
                 if flat.streamed and flat.holds_gradient:
                     raise RuntimeError(
-                        "with offload.weights=host nothing runs between a step's last backward and step()"
+                        "with offload.weights=host or nvme nothing runs between a step's last backward and step()"
                     )
                 full = self._slots.take(flat.layout.size, flat.dtype)
                 flat.gathering = self._lane.launch(flat.gather(full, self._lane.scratch))

@@ -119,7 +119,10 @@ class AwayPlan:
             lines.append(f"  {name:22}{needed / GIB:12.3f}{limit}{said}")
         held = self.prediction
         links = f"{held.into_bytes / 1e9:.4g} GB to the device, {held.out_bytes / 1e9:.4g} from it"
-        drives = f"; drives {held.written_bytes / 1e9:.4g} GB read and as much written" if held.written_bytes else ""
+        drives = ""
+        if held.written_bytes:
+            written = "as much" if held.read_bytes == held.written_bytes else f"{held.written_bytes / 1e9:.4g}"
+            drives = f"; drives {held.read_bytes / 1e9:.4g} GB read and {written} written"
         waits = f" and {seconds(self.waits_s)} for links between ranks" if self.waits_s > 0.005 * self.step_s else ""
         lines += ["", f"moves      {links}{drives}", f"with away  {held}{waits}"]
         if self.chosen:

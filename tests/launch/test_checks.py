@@ -242,6 +242,30 @@ def test_drives_are_read_where_activations_go_on_to_them(states: str, tmp_path: 
                 check(config, Crew(2, 1, "cpu"))
 
 
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"placement": "zero3"}, False),
+        ({"placement": "hsdp"}, False),
+        ({"placement": "ddp"}, False),
+        ({"placement": "zero3", "grads_format": {"node": "int4"}}, False),
+        ({"placement": "hsdp", "quantize": "outer"}, False),
+        ({"placement": "topo"}, True),
+        ({"placement": "zero2"}, True),
+        ({"placement": "zero3", "quantize": "outer"}, True),
+        ({"placement": "zero3", "auto_steps": 2, "candidates": ["zero3", "hfsdp"]}, True),
+    ],
+)
+def test_weights_on_drives_need_their_states_beside_them(options: dict, refused: bool, tmp_path: Path) -> None:
+    offload = OffloadOptions(states="nvme", weights="nvme", nvme_path=[str(tmp_path)], nvme_direct=False)
+    config = Config(offload=offload, parallel=ParallelOptions(**options), run=RunOptions(root=str(tmp_path)))
+    if refused:
+        with pytest.raises(ValueError, match="offload.weights=nvme: .*parallel=zero3, hsdp or ddp"):
+            check(config, Crew(4, 2, "cpu"))
+    else:
+        check(config, Crew(4, 2, "cpu"))
+
+
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
 def test_another_engine_with_what_it_has(engine: str, tmp_path: Path) -> None:
     config = Config(engine=engine, run=RunOptions(root=str(tmp_path)))

@@ -94,6 +94,7 @@ SPECULATE = ["offload.weights=host", "offload.update=speculate", "offload.specul
         ("host", [], 3),
         ("host", SPECULATE, 3),
         ("nvme", [], 3),
+        ("nvme", ["offload.weights=nvme"], 3),
     ],
 )
 def test_killed_run_with_states_away_goes_on_to_the_last_bit(

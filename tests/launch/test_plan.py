@@ -165,6 +165,24 @@ def test_auto_and_endurance_are_planned() -> None:
         )
 
 
+def test_weights_on_drives_are_planned() -> None:
+    """3b with all on the drives: 34 bytes a parameter move in a step, of host memory a buffer's worth is taken."""
+    drives = ("offload=nvme", "offload.weights=nvme", "offload.nvme_path=[/drive]", "offload.nvme_tbw=600")
+    planned = plan(composed(*AWAY, *drives), PRESETS["single"])
+    assert planned.away is not None
+    held, numel = planned.away.prediction, 3015355392
+    assert held.nvme_bytes / numel == pytest.approx(14, rel=1e-3)
+    assert held.written_bytes / numel == pytest.approx(16, rel=1e-3)
+    assert held.host_bytes / numel < 0.4
+    assert planned.away.step_s == pytest.approx((held.read_bytes + held.written_bytes) / 2.3e9, rel=0.02)
+    text = show(planned)
+    for said in ("GB read and 48.25 written", "bottleneck the drives", "drives rated for 600 TB last"):
+        assert said in text, text
+    apart = ("launch.workers=16", "machine=dgx-h100", "parallel=topo", "train.global_batch_size=64")
+    with pytest.raises(ValueError, match="offload.weights=nvme: .*parallel=zero3, hsdp or ddp"):
+        plan(composed(*AWAY, *drives, *apart), PRESETS["dgx-h100"])
+
+
 def test_what_is_away_and_does_not_fit_is_said() -> None:
     planned = plan(composed(*AWAY, "model=70b", "offload=host"), PRESETS["single"])
     assert planned.away is not None and "does NOT fit" in show(planned)

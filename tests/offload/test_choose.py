@@ -71,6 +71,40 @@ def test_drives_take_what_host_memory_cannot() -> None:
     assert 0 < found.prediction.nvme_bytes < 12 * 8e7 and found.prediction.host_bytes <= 9e8
 
 
+def test_weights_go_to_drives_where_host_memory_does_not_hold_them() -> None:
+    """Of large units, beside which what passes through is little; never where the slots' owners are others."""
+    part = replace(PARTS[0], numel=200_000_000, weight_bytes=400_000_000)
+    large = [replace(LAYERS[0], parts=(part,), gathered_bytes=400_000_000) for _ in range(40)]
+    room = MemoryBudget(device_bytes=4 * 2**30, host_bytes=17e9, nvme_bytes=1e12)
+    host = choose(large, AUTO, RATES, room, micro_batches=1, activation_bytes=ACTIVATIONS)
+    assert host.options.states == "nvme" and host.options.weights == "host"
+    short = replace(room, host_bytes=4e9)
+    found = choose(large, AUTO, RATES, short, micro_batches=1, activation_bytes=ACTIVATIONS)
+    assert found.options.weights == "nvme" and "offload.weights=nvme" in found.why
+    assert found.prediction.host_bytes <= 4e9 and found.prediction.step_s > host.prediction.step_s
+    apart = [replace(layer, parts=(replace(part, slot_is_shard=False),)) for layer in large]
+    with pytest.raises(ValueError, match="nothing fits"):
+        choose(apart, AUTO, RATES, short, micro_batches=1, activation_bytes=ACTIVATIONS)
+
+
+def test_weights_that_cannot_be_on_drives_are_refused_where_shards_are_placed() -> None:
+    options = OffloadOptions(states="nvme", weights="nvme", nvme_path=["/drive"])
+    with pytest.raises(ValueError, match="offload.weights=nvme: .*parallel=zero3, hsdp or ddp"):
+        place([*PARTS, replace(PARTS[0], slot_is_shard=False)], options)
+    for states in ("none", "host"):
+        with pytest.raises(ValueError, match="offload.weights=nvme needs offload.states=nvme"):
+            OffloadOptions(states=states, weights="nvme")
+
+
+def test_slots_come_to_host_memory_with_their_states() -> None:
+    options = OffloadOptions(states="nvme", weights="nvme", nvme_path=["/drive"], host_bytes=900_000_000)
+    placed = [shard for shard in place(PARTS, options) if shard]
+    here = [shard for shard in placed if not shard.on_nvme]
+    assert 0 < len(here) < 8 and placed[: len(here)] == here and not any(shard.slot_on_nvme for shard in here)
+    assert all(shard.host_bytes == 0 and shard.slot_bytes >= 2 * shard.numel for shard in placed[len(here) :])
+    assert 900_000_000 - 145_000_000 < host_bytes(placed) <= 900_000_000
+
+
 def test_nothing_fits_is_one_error_that_says_what_is_missing() -> None:
     room = MemoryBudget(device_bytes=0.4 * 2**30, host_bytes=1e8, nvme_bytes=1e9)
     with pytest.raises(ValueError, match=r"nothing fits.*states=none needs 1\.\d+ GiB on the dev.*offload\.nvme_path"):

@@ -11,7 +11,8 @@ import torch
 from offload import cost
 from offload.cost import COMPUTE, DRIVE, HOST, Layer, Rates, predict
 from offload.options import OffloadOptions
-from offload.placing import Part
+from offload.placing import Part, place
+from offload.shard import Buffers
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SHAPES = {  # hidden, ffn, layers, heads, kv heads, head size: conf/model
@@ -111,6 +112,34 @@ def test_drives_bound_a_step_by_24_bytes_a_parameter() -> None:
         predict(layers(), options, replace(RATES, drive=None), micro_batches=1)
 
 
+def test_weights_on_drives_cost_ten_bytes_a_parameter_more() -> None:
+    """Four in the update, two as the gradient goes, two for each use but the last layer's second."""
+    options = OffloadOptions(states="nvme", weights="nvme", nvme_path=["/drive"])
+    host = predict(layers(), replace(options, weights="host"), RATES, micro_batches=1)
+    found = predict(layers(), options, RATES, micro_batches=1)
+    assert found.written_bytes == pytest.approx(16 * 8e7, rel=1e-3)
+    assert found.read_bytes == pytest.approx((14 + 2 + 2 * 7 / 8) * 8e7, rel=1e-3)
+    assert found.busy_s[DRIVE] == pytest.approx((found.written_bytes + found.read_bytes) / RATES.drive)
+    assert found.busy_s[DRIVE] <= found.step_s < 1.1 * found.busy_s[DRIVE] and found.bottleneck == DRIVE
+    assert found.into_bytes == host.into_bytes and found.out_bytes == host.out_bytes
+    assert found.nvme_bytes == pytest.approx(14 / 12 * host.nvme_bytes, rel=1e-3)
+    buffers = Buffers.of([shard for shard in place([p for layer in layers() for p in layer.parts], options) if shard])
+    assert found.host_bytes == buffers.size_bytes < host.host_bytes
+    several = predict(layers(), options, RATES, micro_batches=5)
+    assert several.written_bytes == found.written_bytes
+    assert several.read_bytes - found.read_bytes == pytest.approx(4 * (2 + 2 * 7 / 8) * 8e7, rel=1e-3)
+
+
+def test_drives_that_are_quick_hide_behind_what_the_device_computes() -> None:
+    """Weights are asked for ahead, before a gradient that is made meanwhile."""
+    options = OffloadOptions(states="nvme", weights="nvme", nvme_path=["/drive"])
+    quick = replace(RATES, drive=4.5e9, update=1e10)
+    found = predict(layers(forward_s=0.1), options, quick, micro_batches=1)
+    assert found.bottleneck == COMPUTE and found.busy_s[DRIVE] == pytest.approx(33.75 * 8e7 / 4.5e9, rel=1e-3)
+    first_s = 34e7 / 4.5e9  # of a layer's update, weights and gradient, which nothing hides
+    assert found.step_s < 8 * 0.3 + first_s + 0.02
+
+
 def test_updates_hide_behind_the_forward_and_speculation_behind_the_backward() -> None:
     late = predict(layers(), OffloadOptions(states="host"), RATES, micro_batches=1)
     assert late.bottleneck == HOST and late.step_s > 8 * 0.03 + 0.03
@@ -130,14 +159,15 @@ def test_more_on_the_device_is_never_slower() -> None:
     assert all(after <= before + 1e-3 for before, after in zip(times, times[1:], strict=False)) and times[8] < times[0]
 
 
-@pytest.mark.parametrize("weights", ["device", "host"])
+@pytest.mark.parametrize("weights", ["device", "host", "nvme"])
 def test_micro_batches_between_are_taken_as_one_another(monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
-    options = OffloadOptions(states="host", weights=weights)
+    tier = {"states": "nvme", "nvme_path": ["/drive"]} if weights == "nvme" else {"states": "host"}
+    options = OffloadOptions(weights=weights, **tier)
     short = predict(layers(forward_s=0.0005), options, RATES, micro_batches=12)
     monkeypatch.setattr(cost, "MICRO_BATCHES", 12)
     whole = predict(layers(forward_s=0.0005), options, RATES, micro_batches=12)
     assert short.step_s == pytest.approx(whole.step_s, rel=1e-6) and short.into_bytes == whole.into_bytes
-    assert short.busy_s == pytest.approx(whole.busy_s)
+    assert short.busy_s == pytest.approx(whole.busy_s) and short.read_bytes == whole.read_bytes
 
 
 def test_an_update_takes_the_cores_that_compute() -> None:

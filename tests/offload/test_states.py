@@ -45,7 +45,7 @@ def test_a_walk_waits_for_what_the_last_update_stores(tmp_path: Path) -> None:
     try:
         for shard in states.shards:
             shard.target = torch.zeros(NUMEL)
-        for _, state in states.walk(states.shards, write=True):
+        for _, state, _ in states.walk(states.shards, write=True):
             for tensor in state:
                 tensor.zero_()
         assert states._on_drives is not None
@@ -66,7 +66,7 @@ def test_a_walk_waits_for_what_the_last_update_stores(tmp_path: Path) -> None:
             held.let_go(RING)
             settled.result(timeout=10)
         assert not early
-        walked = [master.clone() for _, (master, _, _) in states.walk(states.shards, write=False)]
+        walked = [master.clone() for _, (master, _, _), _ in states.walk(states.shards, write=False)]
         assert all(torch.equal(master, shard.target) for master, shard in zip(walked, states.shards, strict=True))
     finally:
         states.close()
@@ -81,14 +81,14 @@ def test_after_a_walk_that_was_given_up_another_finds_all(tmp_path: Path, write:
     states.add(Shard(numel=NUMEL, dtype=torch.float32, on_nvme=True, pingpong=False) for _ in range(2 * RING))
     states.allocate()
     try:
-        for number, (_, state) in enumerate(states.walk(states.shards, write=True)):
+        for number, (_, state, _) in enumerate(states.walk(states.shards, write=True)):
             for tensor in state:
                 tensor.fill_(number)
         given_up = states.walk(states.shards, write=write)
         for _ in range(3):
             next(given_up)
         given_up.close()  # type: ignore[attr-defined]
-        found = [state[0][0].item() for _, state in states.walk(states.shards, write=False)]
+        found = [state[0][0].item() for _, state, _ in states.walk(states.shards, write=False)]
         assert found == list(range(2 * RING))
     finally:
         states.close()

@@ -8,6 +8,7 @@ HOST = {"states": "host", "threads": 1}
 STREAMED = HOST | {"weights": "host"}
 SPECULATE = HOST | {"update": "speculate", "speculate_share": 1.0}
 HALF = SPECULATE | {"speculate_share": 0.5, "weights": "host"}
+WEIGHTS = {"weights": "nvme"}
 SPLIT = HOST | {"gpu_bytes": 20_000}
 ALL_ON_DEVICE = HOST | {"gpu_bytes": 1_000_000}
 
@@ -39,9 +40,32 @@ def test_one_worker_equals_a_plain_process(nvme: dict) -> None:
             SPLIT | STREAMED,
             nvme,
             nvme | {"weights": "host", "host_bytes": 75_000},
+            nvme | WEIGHTS,
+            nvme | WEIGHTS | {"gpu_bytes": 12_000, "host_bytes": 150_000},
         )
     ]
     check(1, cases)
+
+
+@pytest.mark.timeout(200)
+def test_weights_on_drives_equal_a_plain_process_where_a_slot_is_the_shard(nvme: dict) -> None:
+    """Ranks that share sequences of collectives, replicas, gradients quantized or not, prefetching much or nothing."""
+    weights = nvme | WEIGHTS
+    zero3, hsdp, free1 = {"placement": "zero3"}, {"placement": "hsdp"}, free(1, 1, 1)
+    cases = [
+        {"parallel": zero3, "accumulation": 2, "offload": weights},
+        {"parallel": zero3, "accumulation": 2, "offload": weights | {"host_bytes": 125_000}, "evaluate": True},
+        {"parallel": zero3 | {"prefetch_units": 0}, "offload": weights},
+        {"parallel": zero3 | {"prefetch_units": 3}, "offload": weights, "recompute": True},
+        {"parallel": zero3 | {"overlap": False}, "offload": weights},
+        {"parallel": {"placement": "ddp"}, "offload": weights},
+        {"parallel": hsdp, "levels": {"node": 2, "gpu": 1}, "accumulation": 2, "offload": weights},
+        {"parallel": free1, "levels": {"node": 1, "gpu": 2}, "offload": weights | {"gpu_bytes": 10_000}},
+    ]
+    check(2, cases)
+    grads = {"check": "alike", "levels": {"node": 2}, "parallel": zero3 | {"grads_format": {"node": "int4"}}}
+    (answer,) = run_world(2, [grads | {"offloads": [STREAMED, weights, weights | {"host_bytes": 125_000}]}])
+    assert answer["different"] == [], answer
 
 
 @pytest.mark.timeout(200)
@@ -66,6 +90,8 @@ def test_where_states_are_changes_no_bit(nvme: dict) -> None:
         nvme,
         nvme | {"weights": "host"},
         nvme | {"host_bytes": 75_000},
+        nvme | WEIGHTS,
+        nvme | WEIGHTS | {"host_bytes": 150_000, "update": "speculate", "speculate_share": 1.0},
     ]
     cases = [
         {
@@ -93,7 +119,7 @@ def check_skipping(nvme: dict, world: int, levels: dict, placements: tuple[str, 
 
 
 def test_a_step_that_is_not_accepted_leaves_no_trace(nvme: dict) -> None:
-    check_skipping(nvme, 1, {}, ("zero3",), [{}, STREAMED, SPECULATE, nvme | {"weights": "host"}])
+    check_skipping(nvme, 1, {}, ("zero3",), [{}, STREAMED, SPECULATE, nvme | {"weights": "host"}, nvme | WEIGHTS])
 
 
 @pytest.mark.slow
@@ -102,6 +128,7 @@ def test_no_rank_keeps_a_trace_of_a_step_that_is_not_accepted(nvme: dict) -> Non
     offloads = [{}, HOST, SPECULATE, HALF, nvme, STREAMED]
     check_skipping(nvme, 4, {"node": 2, "gpu": 2}, ("topo",), offloads)
     check_skipping(nvme, 2, {}, ("zero2",), [HALF, {}])
+    check_skipping(nvme, 2, {}, ("zero3",), [nvme | WEIGHTS, nvme | WEIGHTS | {"host_bytes": 125_000}])
 
 
 @pytest.mark.timeout(200)
@@ -124,7 +151,13 @@ def test_quantized_transport_of_offloaded_weights_is_that_of_others(placements: 
 def test_state_moves_between_tiers(nvme: dict) -> None:
     cases = [
         {"check": "resumed", "parallel": {"placement": "zero3"}, "offload": first, "then": {"offload": then}}
-        for first, then in ((HOST, nvme), (nvme, STREAMED), (STREAMED, HOST))
+        for first, then in (
+            (HOST, nvme),
+            (nvme, STREAMED),
+            (STREAMED, HOST),
+            (nvme | WEIGHTS, HOST),
+            (nvme, nvme | WEIGHTS),
+        )
     ]
     for answer in run_world(1, cases):
         assert answer["bitwise"], answer
@@ -147,7 +180,15 @@ def check_snapshots(world: int, levels: dict, cases: list[tuple[str, dict, str]]
 @pytest.mark.timeout(100)
 def test_what_is_updated_into_snapshots_is_what_it_is_elsewhere_and_stays(nvme: dict) -> None:
     half = nvme | {"host_bytes": 150_000}
-    offloads = [(HOST, "3"), (STREAMED, "1"), (HALF, "2"), (SPLIT, "1"), (half, "3"), (nvme, "1")]
+    offloads = [
+        (HOST, "3"),
+        (STREAMED, "1"),
+        (HALF, "2"),
+        (SPLIT, "1"),
+        (half, "3"),
+        (nvme, "1"),
+        (nvme | WEIGHTS, "2"),
+    ]
     answers = check_snapshots(1, {}, [("zero3", offload, every) for offload, every in offloads])
     copied = [answer["copied"] / answer["state_bytes"] for answer in answers]
     assert max(copied[:2]) < 0.2 and copied[4] < 0.9 < copied[5], copied  # what is frozen is on the device

@@ -85,7 +85,7 @@ def test_with_states_and_weights_in_host_memory_too(tmp_path: Path, data: Path, 
     assert leave == stay
 
 
-@pytest.mark.parametrize("states", [{}, {"states": "nvme", "weights": "host"}])
+@pytest.mark.parametrize("states", [{}, *({"states": "nvme", "weights": weights} for weights in ("host", "nvme"))])
 def test_what_goes_on_to_a_drive_is_told(
     tmp_path: Path, data: Path, kept: list[float], disk_folder: Path, states: dict[str, Any]
 ) -> None:
@@ -152,9 +152,10 @@ def test_whole_blocks_run_by_tiles(
     assert "4 run by tiles of 24 tokens" in text
 
 
-def test_tiles_go_on_to_a_drive(tmp_path: Path, data: Path, kept: list[float], disk_folder: Path) -> None:
-    """Beside states on it, and weights in host memory."""
-    drives = {"states": "nvme", "weights": "host", "nvme_path": [str(disk_folder)]}
+@pytest.mark.parametrize("weights", ["host", "nvme"])
+def test_tiles_go_on_to_a_drive(tmp_path: Path, data: Path, kept: list[float], disk_folder: Path, weights: str) -> None:
+    """Beside states on it, and weights in host memory or there, too."""
+    drives = {"states": "nvme", "weights": weights, "nvme_path": [str(disk_folder)]}
     losses, text = run(tmp_path, "nvme", data, offload=drives, mode="stream", tile_tokens=24, host_bytes=100_000)
     assert losses == pytest.approx(kept, rel=1e-5)
     assert "host memory holds 2 of them" in text and "goes on to NVMe" in text

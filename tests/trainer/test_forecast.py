@@ -80,6 +80,36 @@ def test_auto_trains_as_what_it_chose_and_says_so(
 
 
 @pytest.mark.timeout(200)
+def test_what_weights_on_drives_move_is_what_was_predicted(
+    tmp_path: Path, data: Path, disk_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte as it is written, and as host memory is taken; what is read, but for the embedding, whose backward
+    needs no weights."""
+    moved: list[tuple[int, int, int]] = []
+    close, announce, predicted = AwayStates.close, forecast.Forecast.announce, []
+
+    def counting(self: AwayStates) -> None:
+        if there := self._on_drives:
+            taken = there._arena.size_bytes + (self.arena.size_bytes if self.arena else 0)
+            moved.append((there.tier.bytes_written, there.tier.bytes_read, taken))
+        close(self)
+
+    monkeypatch.setattr(AwayStates, "close", counting)
+    monkeypatch.setattr(forecast.Forecast, "announce", lambda self: predicted.append(self.prediction) or announce(self))
+    tier = {"states": "nvme", "weights": "nvme", "nvme_path": [str(disk_folder)]}
+    whole, _ = run(tmp_path, data, name="host", states="host", predict=False)
+    for name, host_bytes in (("all", 0), ("part", 5_000_000)):
+        losses, told = run(tmp_path, data, name=name, **tier, host_bytes=host_bytes)
+        assert losses == whole and "limited by" in told
+        written, read, taken = moved[-1]
+        (expected,) = predicted[-1:]
+        assert written == expected.nvme_bytes + STEPS * expected.written_bytes
+        assert 0.95 * STEPS * expected.read_bytes < read <= (STEPS + 3) * expected.read_bytes
+        assert expected.host_bytes <= taken < expected.host_bytes + 3 * 4096
+    assert moved[-1][0] < moved[1][0]
+
+
+@pytest.mark.timeout(200)
 def test_a_resumed_run_measures_nothing_and_stays_as_it_was(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,9 @@ TIERS: dict[str, dict[str, Any]] = {
     "speculate": HOST | {"weights": "host", "update": "speculate", "speculate_share": 0.7},
     "nvme": HOST | {"states": "nvme"},
     "half": HOST | {"states": "nvme", "host_bytes": 1_000_000, "update": "speculate", "speculate_share": 1.0},
+    "weights": HOST | {"states": "nvme", "weights": "nvme"},
+    "half-weights": HOST
+    | {"states": "nvme", "weights": "nvme", "host_bytes": 1_700_000, "update": "speculate", "speculate_share": 1.0},
 }
 
 
@@ -134,7 +137,9 @@ def test_every_tier_trains_as_a_plain_loop_with_the_cpu_optimizer(
 ) -> None:
     expected, num_clipped = train_plainly(job_of(tmp_path, data, steps, {}))
     assert steps // 10 < num_clipped and len(expected) == steps
-    for name, offload in TIERS.items() if steps > 20 else [("half", TIERS["half"])]:
+    for name, offload in (
+        TIERS.items() if steps > 20 else [(name, TIERS[name]) for name in ("half", "weights", "half-weights")]
+    ):
         drives = {"nvme_path": [str(disk_folder)]} if offload["states"] == "nvme" else {}
         found = losses_of(job_of(tmp_path, data, steps, offload | drives, name=name))
         assert found == expected, (name, next(step for step in expected if found[step] != expected[step]))
@@ -193,7 +198,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[int, flo
 
 def fail_and_resume(
     root: Path, data: Path, folder: Path, whole: dict[int, float], said: str, break_it: Callable[[], None],
-    mend: Callable[[], Path],
+    mend: Callable[[], Path], weights: str = "device",
 ) -> None:  # fmt: skip
     """A run on a drive that breaks stops with an error that says `said`; the same run on what `mend` returns goes on
     from its last checkpoint, bitwise."""
@@ -205,7 +210,7 @@ def fail_and_resume(
         if event["type"] == "step" and event["step"] == FAILS_AT - 1:
             break_it()
 
-    on_drive = HOST | {"states": "nvme", "nvme_path": [str(folder)]}
+    on_drive = HOST | {"states": "nvme", "weights": weights, "nvme_path": [str(folder)]}
     with pytest.raises(DriveError, match=said) as raised:
         losses_of(job_of(root, data, STEPS, on_drive, every=EVERY), seen)
     text = str(raised.value)
@@ -219,6 +224,7 @@ def fail_and_resume(
     assert rest == {step: loss for step, loss in whole.items() if step >= EVERY}
 
 
+@pytest.mark.parametrize("weights", ["device", "nvme"])
 @pytest.mark.parametrize(("act", "failure", "said"), FAULTS)
 @pytest.mark.timeout(200)
 def test_a_drive_that_fails_stops_the_run_and_leaves_its_checkpoint(
@@ -230,6 +236,7 @@ def test_a_drive_that_fails_stops_the_run_and_leaves_its_checkpoint(
     act: str,
     failure: Callable[..., Any],
     said: str,
+    weights: str,
 ) -> None:
     fault = Fault(getattr(os, act), failure)
     monkeypatch.setattr("offload.nvme.SystemCalls", lambda: SystemCalls(**{act: fault}))
@@ -241,7 +248,7 @@ def test_a_drive_that_fails_stops_the_run_and_leaves_its_checkpoint(
         fault.armed = False
         return disk_folder
 
-    fail_and_resume(tmp_path, data, disk_folder, whole, said, break_it, mend)
+    fail_and_resume(tmp_path, data, disk_folder, whole, said, break_it, mend, weights)
 
 
 @pytest.fixture
@@ -259,9 +266,10 @@ def loop_drive(disk_folder: Path) -> Iterator[tuple[Path, Path]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("weights", ["device", "nvme"])
 @pytest.mark.timeout(200)
 def test_a_drive_that_dies_under_a_run(
-    tmp_path: Path, data: Path, disk_folder: Path, loop_drive: tuple[Path, Path], whole: dict[int, float]
+    tmp_path: Path, data: Path, disk_folder: Path, loop_drive: tuple[Path, Path], whole: dict[int, float], weights: str
 ) -> None:
     folder, image = loop_drive
     said = "(read|write) of .*Input/output error.*resume from the last checkpoint"
@@ -273,4 +281,4 @@ def test_a_drive_that_dies_under_a_run(
             os.truncate(image, 64 * 1024)  # a write under way may make it longer again
             subprocess.run(["losetup", "-c", device], check=True)
 
-    fail_and_resume(tmp_path, data, folder, whole, said, break_it, lambda: disk_folder)
+    fail_and_resume(tmp_path, data, folder, whole, said, break_it, lambda: disk_folder, weights)
