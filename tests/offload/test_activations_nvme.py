@@ -184,6 +184,7 @@ def test_a_graph_may_be_gone_through_twice(disk_folder: Path) -> None:
     swap.close()
 
 
+@pytest.mark.slow
 def test_a_graph_that_is_dropped_gives_its_memory_back(disk_folder: Path) -> None:
     """Before its backward, and within it."""
     expected, model = gradients(llama(), *batch()), llama()

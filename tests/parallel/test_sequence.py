@@ -43,6 +43,8 @@ CASES = {
     "fewer tokens than ranks": {"heads": 8, "kv": 8, "tokens": 1, "batch": 1},
 }
 
+WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
+
 
 @cache
 def answers(world: int) -> dict[str, float | str]:
@@ -51,8 +53,7 @@ def answers(world: int) -> dict[str, float | str]:
     return dict(zip(CASES, map(json.loads, lines), strict=True))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("case", list(CASES)[:13])
 def test_loss_and_gradients_are_those_of_one_rank(world: int, case: str) -> None:
     difference = answers(world)[case]
@@ -60,12 +61,12 @@ def test_loss_and_gradients_are_those_of_one_rank(world: int, case: str) -> None
     assert difference < 1e-12
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", WORLDS)
 def test_heads_that_cannot_be_shared_are_refused(world: int) -> None:
     assert f"5 are not divisible by {world}" in str(answers(world)["heads that ranks do not divide"])
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", WORLDS)
 def test_too_short_a_sequence_is_refused(world: int) -> None:
     assert f"1 tokens a sequence over {world} ranks" in str(answers(world)["fewer tokens than ranks"])
 
