@@ -356,8 +356,8 @@ class Tape:
         out = self._seen(region.output)
         source = self.sources[region.output.of]
         if source.stored < source.numel:
-            with torch.no_grad():
-                product(inputs, out, source.stored // out.size(-1))
+            with torch.no_grad():  # .data: other results lie in the same buffer, and would count as written to
+                product(inputs, out.data, source.stored // out.size(-1))
         return out.requires_grad_(region.requires_grad)
 
 

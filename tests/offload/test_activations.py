@@ -127,6 +127,32 @@ def test_dropout_drops_the_same_again(alpha: float) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+class Split(nn.Module):
+    """One part of a product goes through others before another part of it is looked at, as in DeepSeek's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.first, self.last = nn.Linear(32, 64), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> tuple[Tensor, None]:
+        a, b = self.both(x).split(32, dim=-1)
+        a = torch.tanh(self.first(a))
+        return x + self.last(a * torch.tanh(b)) * scale[:, :32].mean(), None
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_parts_of_a_product_that_are_used_apart(alpha: float) -> None:
+    found = []
+    for away in (False, True):
+        torch.manual_seed(3)
+        model, x = Chain([Split() for _ in range(3)]), torch.randn(2, 32, 32)
+        if away:
+            leaving(model, "swap", alpha, keep_last=0)
+        found.append(gradients(model, x))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 class NoisyAttention(nn.Module):
     """Drops in attention and after it."""
 
