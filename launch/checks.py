@@ -16,6 +16,7 @@ from trainer.options import HFOptions, LlamaOptions
 
 if TYPE_CHECKING:
     from parallel.transport import Transport
+    from trainer.models import LanguageModel
 
 BASELINE_PLACEMENTS = {"fsdp2": ("ddp", "zero2", "zero3", "hsdp"), "deepspeed": ("zero1", "zero2", "zero3")}
 """What one sharding for parameters, gradients and optimizer states (FSDP2), or a ZeRO stage, can express."""
@@ -104,6 +105,7 @@ def check(config: Config, crew: Crew) -> Config:
     _check_checkpoint(config.checkpoint, crew)
     if config.launch.address is None:
         _check_files(config)
+        _check_shared(config)
     check_run(config.job())
     return config
 
@@ -153,16 +155,9 @@ def check_quantized(config: Config, transport: "Transport", workers: int) -> Non
         return
     from fnmatch import fnmatchcase
 
-    import torch
-
     from parallel.cut import cut_units
-    from trainer.data.tokenizer import open_tokenizer
-    from trainer.models import build_model
 
-    vocab_size, meta = open_tokenizer(config.data.tokenizer).vocab_size, torch.device("meta")
-    model = build_model(
-        config.model, vocab_size=vocab_size, seq_len=config.train.seq_len, dtype=torch.float32, device=meta
-    )
+    model = _without_memory(config)
     names = [name for name, _ in model.named_parameters()]
     for pattern in transport.exact:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -180,6 +175,16 @@ def check_quantized(config: Config, transport: "Transport", workers: int) -> Non
             f"parallel.quantize, parallel.weights_format and parallel.grads_format"
         )
     transport.check_blocks(max(sizes), workers)
+
+
+def _without_memory(job: Job) -> "LanguageModel":
+    import torch
+
+    from trainer.data.tokenizer import open_tokenizer
+    from trainer.models import build_model
+
+    vocab_size, meta = open_tokenizer(job.data.tokenizer).vocab_size, torch.device("meta")
+    return build_model(job.model, vocab_size=vocab_size, seq_len=job.train.seq_len, dtype=torch.float32, device=meta)
 
 
 def check_sequence(config: Config, levels: Mapping[str, int]) -> None:
@@ -306,6 +311,16 @@ def _check_files(job: Job) -> None:
         raise ValueError(f"offload.nvme_path={error.filename}: {error.strerror}") from error
     if job.checkpoint.url:
         Folder.at(job.checkpoint.url).check_writable()
+
+
+def _check_shared(job: Job) -> None:
+    """That of a Hugging Face model, whose folder says whether ranks can share its sequences."""
+    if job.parallel.sequence_ranks == 1 or not isinstance(job.model, HFOptions):
+        return
+    from parallel.sequence import SequenceParallel
+    from trainer.workload import check_shared
+
+    check_shared(job, _without_memory(job), SequenceParallel.pretended(job.parallel.sequence_ranks))
 
 
 def _check_checkpoint(options: CheckpointOptions, crew: Crew) -> None:

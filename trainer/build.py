@@ -22,6 +22,7 @@ from trainer.data import Corpus
 from trainer.job import Job
 from trainer.models import LanguageModel
 from trainer.run import RunFolder, run_id
+from trainer.workload import check_shared
 
 log = logging.getLogger(__name__)
 
@@ -135,13 +136,12 @@ def mesh_of(job: Job, where: Rank) -> Mesh:
 
 
 def share_sequences(job: Job, model: LanguageModel, where: Rank) -> SequenceParallel:
-    """The ranks that have the other tokens of this rank's sequences. Collective. ValueError where heads or tokens
-    cannot be shared."""
+    """The ranks that have the other tokens of this rank's sequences. Collective. ValueError where they cannot be
+    shared."""
     if not job.parallel.sequence:
         return SequenceParallel(None, number=where.rank, count=where.world)
     sequence = SequenceParallel.of(mesh_of(job, where), job.parallel.sequence)
-    sequence.check_heads(*model.num_heads)
-    sequence.lengths(job.train.seq_len)
+    check_shared(job, model, sequence)
     return sequence
 
 

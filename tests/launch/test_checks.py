@@ -147,6 +147,20 @@ def test_sequences_that_cannot_be_shared(model: LlamaOptions, train: dict, messa
         check(config, Crew(6, 2, "cpu"))
 
 
+@pytest.mark.filterwarnings("ignore:.*no fused attention")
+def test_sequences_of_a_model_whose_attention_is_its_own(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.BloomConfig(vocab_size=256, hidden_size=64, n_layer=2, n_head=4).save_pretrained(tmp_path / "hf")
+    config = Config(
+        model=HFOptions(path=str(tmp_path / "hf"), from_scratch=True),
+        parallel=ParallelOptions(sequence="worker"),
+        run=RunOptions(root=str(tmp_path)),
+    )
+    check(config, Crew(1, 1, "cpu"))
+    with pytest.raises(ValueError, match="a BloomModel cannot share sequences over ranks, as its attention is its own"):
+        check(config, Crew(2, 1, "cpu"))
+
+
 def test_tiles_of_blocks_share_sequences(tmp_path: Path) -> None:
     config = Config(
         offload=OffloadOptions(activations=ActivationOptions(mode="stream")),
