@@ -385,12 +385,15 @@ def test_drives_behind_host_memory_are_planned_where_they_hide() -> None:
 
 
 def test_a_model_that_fake_tensors_do_not_run_is_estimated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of experts' products in 32 bits there are none."""
     transformers = pytest.importorskip("transformers")
     transformers.MixtralConfig(
         vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4,
     ).save_pretrained(tmp_path)  # fmt: skip
-    config = composed("model=hf", f"model.path={tmp_path}", "model.from_scratch=true", "launch.workers=1")
+    config = composed(
+        "model=hf", f"model.path={tmp_path}", "model.from_scratch=true", "launch.workers=1", "train.dtype=fp32"
+    )
     planned = plan(config, PRESETS["single"])
     assert planned.activations is None and planned.candidate.cost.memory["activations"] > 0
     assert "activations are estimated from layers' widths alone" in caplog.text
