@@ -6,7 +6,7 @@ override would take is by `trainer.footprint`, which knows no compiler: a compil
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -99,15 +99,18 @@ def _smaller(
     if micro > 1:
         half = sizes(options, micro // 2)
         saved[f"train.micro_batch_size={micro // 2}"] = now - half.device_bytes(options)
-    if options.tile_tokens is None and job.engine == "native":
-        tokens = min(TILE_TOKENS, max(1, job.train.seq_len * micro // 4))
+    tokens = (
+        min(TILE_TOKENS, job.train.seq_len * micro // 4) if options.tile_tokens is None else options.tile_tokens // 2
+    )
+    if tokens and job.engine == "native":
         tiled = replace(options, tile_tokens=tokens)
-        saved[f"offload.activations.tile_tokens={tokens}"] = now - sizes(tiled, micro).device_bytes(tiled)
+        with suppress(ValueError):  # a model without plain MLPs
+            saved[f"offload.activations.tile_tokens={tokens}"] = now - sizes(tiled, micro).device_bytes(tiled)
     if job.engine == "native" and offload.states == "none":
-        saved["offload=host"] = held["optimizer states"]
+        saved["offload.states=host"] = held["optimizer states"]
     if job.engine == "native" and offload.weights == "device":
-        both = "offload=host offload.weights=host" if offload.states == "none" else "offload.weights=host"
-        saved[both] = saved.get("offload=host", 0) + held["parameters"]
+        both = "offload.states=host offload.weights=host" if offload.states == "none" else "offload.weights=host"
+        saved[both] = saved.get("offload.states=host", 0) + held["parameters"]
     return {text: size for text, size in saved.items() if size > 0}
 
 
