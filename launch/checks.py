@@ -105,7 +105,7 @@ def check(config: Config, crew: Crew) -> Config:
     _check_checkpoint(config.checkpoint, crew)
     if config.launch.address is None:
         _check_files(config)
-        _check_shared(config)
+        _check_model(config, crew.device)
     check_run(config.job())
     return config
 
@@ -313,14 +313,21 @@ def _check_files(job: Job) -> None:
         Folder.at(job.checkpoint.url).check_writable()
 
 
-def _check_shared(job: Job) -> None:
-    """That of a Hugging Face model, whose folder says whether ranks can share its sequences."""
-    if job.parallel.sequence_ranks == 1 or not isinstance(job.model, HFOptions):
+def _check_model(job: Job, device: str) -> None:
+    """That the model can run by tiles, and its sequences be shared, where that is asked for."""
+    activations = job.offload.activations
+    tiled = activations.streams or activations.tile_tokens is not None
+    if not tiled and (job.parallel.sequence_ranks == 1 or isinstance(job.model, LlamaOptions)):
         return
+    import torch
+
     from parallel.sequence import SequenceParallel
+    from trainer.build import run_by_tiles
     from trainer.workload import check_shared
 
-    check_shared(job, _without_memory(job), SequenceParallel.pretended(job.parallel.sequence_ranks))
+    model = _without_memory(job)
+    run_by_tiles(activations, model, torch.float32 if job.train.dtype == "fp32" else torch.bfloat16, device)
+    check_shared(job, model, SequenceParallel.pretended(job.parallel.sequence_ranks))
 
 
 def _check_checkpoint(options: CheckpointOptions, crew: Crew) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,8 +10,10 @@ from checkpoint.options import CheckpointOptions
 from launch.checks import Crew, Machine, check, find_crew
 from launch.config import Config
 from launch.options import LaunchOptions
+from launch.plan import plan
 from offload.options import ActivationOptions, OffloadOptions
 from parallel.options import OptimizerOptions, ParallelOptions
+from parallel.planning.machine import load_machine
 from trainer.options import DataOptions, HFOptions, LlamaOptions, RunOptions, TrainOptions
 
 CPU = Machine("a", 8, 0)
@@ -159,6 +162,36 @@ def test_sequences_of_a_model_whose_attention_is_its_own(tmp_path: Path) -> None
     check(config, Crew(1, 1, "cpu"))
     with pytest.raises(ValueError, match="a BloomModel cannot share sequences over ranks, as its attention is its own"):
         check(config, Crew(2, 1, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("tiles", "message"),
+    [({"mode": "stream"}, "GPT2Block does not say how it runs by tiles"), ({"tile_tokens": 64}, "no MLP of plain")],
+)
+def test_tiles_of_a_model_that_has_none(tiles: dict[str, Any], message: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4).save_pretrained(tmp_path / "hf")
+    config = Config(
+        model=HFOptions(path=str(tmp_path / "hf"), from_scratch=True),
+        offload=OffloadOptions(activations=ActivationOptions(**tiles)),
+        run=RunOptions(root=str(tmp_path)),
+        launch=LaunchOptions(workers=1),
+    )
+    with pytest.raises(ValueError, match=message):
+        check(config, Crew(1, 1, "cpu"))
+    with pytest.raises(ValueError, match=message):
+        plan(config, load_machine("single"))
+
+
+def test_tiles_in_32_bits_on_a_gpu(tmp_path: Path) -> None:
+    config = Config(
+        offload=OffloadOptions(activations=ActivationOptions(mode="stream")),
+        run=RunOptions(root=str(tmp_path)),
+        train=TrainOptions(dtype="fp32"),
+    )
+    check(config, Crew(1, 1, "cpu"))
+    with pytest.raises(ValueError, match="set train.dtype=bf16"):
+        check(config, Crew(1, 1, "cuda"))
 
 
 def test_tiles_of_blocks_share_sequences(tmp_path: Path) -> None:
