@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.activations import Activations
+from offload.activations_memory import spare_bytes
 from offload.activations_plan import BlockCost, Choice, choose, choose_alpha
 from offload.options import ActivationOptions
 from tests.offload.leaving import (
@@ -119,6 +120,27 @@ def test_auto_measures_and_then_chooses() -> None:
     assert found.rest_bytes == 4 * tokens * (128 + 64 + 2 * o.ffn_dim)
     assert found.kept_bytes == kept_by_a_block()
     assert swap.choices[0].alpha > 0, "a copy in memory is faster than a block"
+
+
+def test_what_is_left_over_is_of_what_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`offload.device_bytes`, where that is less than the device has."""
+    limits: list[int | None] = []
+    monkeypatch.setattr("offload.activations.spare_bytes", lambda _, limit: limits.append(limit))
+    model = llama()
+    Activations(ActivationOptions(mode="auto"), CPU, device_bytes=10**9, poison=True).wrap(model.blocks())
+    for _ in range(4):
+        gradients(model, *batch())
+    assert limits == [10**9]
+
+
+@pytest.mark.gpu
+def test_what_is_left_over_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    held = torch.empty(2**28, dtype=torch.uint8, device=device)
+    of_all, of_some = spare_bytes(device), spare_bytes(device, 2**30)
+    assert of_all is not None and of_some is not None
+    assert 0 < of_some <= 2**30 - held.nbytes < of_all
+    assert spare_bytes(device, 2**20) == 0
 
 
 @pytest.mark.parametrize(("same_bits", "alpha"), [(False, 0.5), (True, 0.0)])
