@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from launch.config import Config
+from offload.activations_memory import HOST_SHARE
 from offload.activations_plan import STEP, BlockCost, DriveRoom, choose
 from offload.attention_tiles import check_dtype
 from offload.options import ActivationOptions
@@ -41,6 +42,8 @@ class ActivationPlan:
     """Bytes of host memory for them, where what it does not hold goes on to drives."""
     hides: bool = False
     """Whether `auto` lets it."""
+    host_most: float = math.inf
+    """Bytes of host memory that may be taken for them."""
 
     @property
     def settled(self) -> ActivationOptions:
@@ -79,6 +82,9 @@ class ActivationPlan:
             sizes = self.footprint.device_bytes(one), *self._host_bytes(one)
             columns = "".join(f"{size / 2**30:12.3f}" for size in sizes[: len(heads)])
             lines.append(f"{'*' if text == mine else ' '} {text:{width - 2}}{columns}")
+        over = self._host_bytes(self.settled)[0] - self.host_most
+        if over > 0 and not self.asked.chooses:
+            lines.append(f"  does NOT fit: {over / 2**30:.3g} GiB more than there is of host memory for activations")
         return [*lines, f"  {self.why}"]
 
 
@@ -99,7 +105,8 @@ def plan_activations(
         log.warning("activations are estimated from layers' widths alone: %s: %s", type(error).__name__, error)
         return None
     options = config.offload.activations
-    host = host_room(config.offload, machine.memory.get("host", math.inf), work.numel / mesh.world)
+    there, numel = machine.memory.get("host", math.inf), work.numel / mesh.world
+    host = host_room(config.offload, HOST_SHARE * there, numel)
     drives = None
     if config.offload.nvme_path and options.swaps:
         size_bytes = config.offload.nvme_bytes or machine.memory.get("nvme", math.inf)
@@ -113,7 +120,8 @@ def plan_activations(
         why = f"{why}; {narrowed.why}" if narrowed.why else why
     else:
         auto, why, hides = narrowed.options, f"{narrowed.options.mode}: {narrowed.why}", True
-    return ActivationPlan(found, options, auto, why, host if drives else math.inf, hides)
+    most = host_room(config.offload, there, numel)
+    return ActivationPlan(found, options, auto, why, host if drives else math.inf, hides, most)
 
 
 def _traffic(config: Config, work: Workload, machine: Machine, mesh: Mesh) -> Traffic:

@@ -388,6 +388,27 @@ def test_auto_is_planned_with_what_host_memory_holds() -> None:
     assert again[0] < again[1] == again[2] == 1
 
 
+def test_what_host_memory_does_not_hold_is_said() -> None:
+    """A run refuses it in its first step. 1b: 16 blocks, 0.54 GB of input and attention's output each."""
+    asked = ("experiment=longcontext", "model=1b", "train.seq_len=65536", "offload.activations.mode=swap",
+             "offload.activations.alpha=0", "offload.activations.keep_last=0")  # fmt: skip
+    for host_bytes, fits in ((88 * 10**8, True), (87 * 10**8, False)):
+        planned = plan(composed(*asked, f"offload.activations.host_bytes={host_bytes}"), PRESETS["single"])
+        assert ("of host memory for activations" in "\n".join(activation_rows(planned))) == (not fits)
+
+
+def test_auto_leaves_a_fifth_of_host_memory() -> None:
+    """As a run does. 1b: 8.7 GB of inputs and attention's outputs, beside 15.5 GB of states."""
+    asked = ("experiment=longcontext", "model=1b", "train.seq_len=65536", "offload.device_bytes=16000000000",
+             "offload.activations.keep_last=0")  # fmt: skip
+    modes = []
+    for host in (31e9, 30e9):
+        planned = plan(composed(*asked), replace(PRESETS["single"], memory={"gpu": 80e9, "host": host}))
+        assert planned.activations is not None
+        modes.append(planned.activations.settled.mode)
+    assert modes == ["swap", "input"]
+
+
 def test_drives_behind_host_memory_are_planned_where_they_hide() -> None:
     """1b: 8.7 GB a block at 1,048,576 tokens, which take it 8 s; 0.27 GB at 32,768, which take it 30 ms."""
     chosen = []

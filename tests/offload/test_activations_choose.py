@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.activations import Activations
-from offload.activations_memory import spare_bytes
+from offload.activations_memory import GPU_SHARE, spare_bytes
 from offload.activations_plan import BlockCost, Choice, choose, choose_alpha
 from offload.options import ActivationOptions
 from tests.offload.leaving import (
@@ -137,10 +137,11 @@ def test_what_is_left_over_is_of_what_may_be_taken(monkeypatch: pytest.MonkeyPat
 def test_what_is_left_over_on_a_gpu() -> None:
     device = torch.device("cuda")
     held = torch.empty(2**28, dtype=torch.uint8, device=device)
-    of_all, of_some = spare_bytes(device), spare_bytes(device, 2**30)
-    assert of_all is not None and of_some is not None
-    assert 0 < of_some <= 2**30 - held.nbytes < of_all
-    assert spare_bytes(device, 2**20) == 0
+    most, spare = torch.cuda.max_memory_reserved(device), spare_bytes(device)
+    assert held.nbytes <= most and spare is not None
+    limit = most + 2**30
+    assert spare_bytes(device, limit) == min(spare, int(GPU_SHARE * limit) - most)
+    assert spare_bytes(device, most) == 0
 
 
 @pytest.mark.parametrize(("same_bits", "alpha"), [(False, 0.5), (True, 0.0)])
