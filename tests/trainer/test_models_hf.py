@@ -179,6 +179,11 @@ UNSHARED = {
         8,
         "in more than",
     ),
+    "a state beside attention": (
+        lambda: transformers.FalconH1Config(**SHAPE, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
+        8,
+        "in more than attention",
+    ),  # its config has an infinity in it
     "convolutions": (lambda: transformers.Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]), 8, "conv, full"),
     "one token": (CONFIGS["llama"], 3, "each of 2 needs two tokens"),
 }

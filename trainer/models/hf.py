@@ -7,7 +7,6 @@ Invariant: `hf_names` gives each of our names its name in a Hugging Face checkpo
 """
 
 import difflib
-import json
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -144,7 +143,8 @@ def load_config(options: HFOptions) -> transformers.PreTrainedConfig:
         raise ValueError(f"model.path={options.path}: its weights are quantized, which cannot be trained")
     changes = {name: _override(config, name, value) for name, value in options.overrides.items()}
     try:  # a new config, not setattr: other fields may follow from those that change
-        return type(config).from_dict(json.loads(file.read_text()) | changes | {"use_cache": False})
+        known, _ = type(config).get_config_dict(file.parent, local_files_only=True)  # knows how they write infinity
+        return type(config).from_dict(known | changes | {"use_cache": False})
     except Exception as error:  # of many types, transformers' own among them
         raise ValueError(f"model.overrides={options.overrides}: {error}") from error
 
