@@ -50,10 +50,10 @@ def _exchange(job: Job, model: LanguageModel, micro_batch_size: int, compute_byt
 
 def check_shared(job: Job, model: LanguageModel, sequence: SequenceParallel) -> None:
     """ValueError where the ranks of `sequence` cannot share heads, or tokens, or nothing that this model makes."""
-    sequence.check_heads(*model.num_heads)
-    sequence.lengths(job.train.seq_len)
     if sequence.size > 1:
         model.check_shared(job.train.seq_len, sequence.size)
+        sequence.check_heads(*model.num_heads)
+        sequence.lengths(job.train.seq_len)
 
 
 def tiles_of(job: Job, sequence: SequenceParallel, micro_batch_size: int) -> Tiling:

@@ -151,16 +151,21 @@ def test_sequences_that_cannot_be_shared(model: LlamaOptions, train: dict, messa
 
 
 @pytest.mark.filterwarnings("ignore:.*no fused attention")
-def test_sequences_of_a_model_whose_attention_is_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("bloom", "as its attention is its own"), ("mamba", "as its tokens meet in more than attention")],
+)
+def test_sequences_of_a_model_that_ranks_cannot_share(kind: str, message: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    transformers.BloomConfig(vocab_size=256, hidden_size=64, n_layer=2, n_head=4).save_pretrained(tmp_path / "hf")
+    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2}
+    transformers.AutoConfig.for_model(kind, **sizes).save_pretrained(tmp_path / "hf")
     config = Config(
         model=HFOptions(path=str(tmp_path / "hf"), from_scratch=True),
         parallel=ParallelOptions(sequence="worker"),
         run=RunOptions(root=str(tmp_path)),
     )
     check(config, Crew(1, 1, "cpu"))
-    with pytest.raises(ValueError, match="a BloomModel cannot share sequences over ranks, as its attention is its own"):
+    with pytest.raises(ValueError, match=f"Model cannot share sequences over ranks, {message}"):
         check(config, Crew(2, 1, "cpu"))
 
 

@@ -203,3 +203,10 @@ def test_models_whose_sequences_ranks_cannot_share(name, tmp_path):
 def test_models_whose_sequences_ranks_share(name, tmp_path):
     CONFIGS[name]().save_pretrained(tmp_path)
     build(tmp_path, seq_len=8, from_scratch=True).check_shared(8, 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*no fused attention")
+def test_a_model_without_attention_has_flops_too(tmp_path):
+    transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
+    model = build(tmp_path, from_scratch=True)
+    assert model.flops_per_token(8) == model.flops_per_token(16) == 6 * sum(p.numel() for p in model.parameters())

@@ -102,7 +102,9 @@ class HFModel(LanguageModel):
     def flops_per_token(self, seq_len: int) -> int:
         """6 N + 6 L H E S, where N counts every parameter but the experts that a token does not visit."""
         config = self.config.get_text_config()
-        attention = config.num_hidden_layers * config.num_attention_heads * self.head_dim * seq_len
+        attention = 0  # as of Mamba
+        if hasattr(config, "num_attention_heads"):
+            attention = config.num_hidden_layers * config.num_attention_heads * self.head_dim * seq_len
         num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
         experts = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name) if num_experts else 0
         idle = experts - experts * config.num_experts_per_tok // num_experts if num_experts else 0
