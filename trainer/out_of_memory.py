@@ -69,16 +69,16 @@ def report(job: Job, where: Rank, engine: Engine, vocab_size: int, step: int, er
     most = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else owned + estimate
     held[ACTIVATIONS] = max(0, most - owned)
     largest = sorted(((size, name) for name, size in held.items() if size), reverse=True)
-    lines.append("largest owners: " + ", ".join(f"{name} {_gib(size)}" for size, name in largest))
+    lines.append("largest owners: " + ", ".join(f"{name} {gib(size)}" for size, name in largest))
     if limit is not None:
-        lines[-1] += f"; {_gib(most)} of the {_gib(limit)} allowed were in use at once"
+        lines[-1] += f"; {gib(most)} of the {gib(limit)} allowed were in use at once"
     if smaller:
         now = owned + estimate
-        lines.append(f"by estimate this takes {_gib(now)}; less would take:")
+        lines.append(f"by estimate this takes {gib(now)}; less would take:")
         width = max(map(len, smaller))
         for text, saved in sorted(smaller.items(), key=lambda pair: pair[1]):
             fits = "" if limit is None else ", fits" if now - saved <= FULL * limit else ", not enough by itself"
-            lines.append(f"  {text:{width}}  {_gib(now - saved)}{fits}")
+            lines.append(f"  {text:{width}}  {gib(now - saved)}{fits}")
     return "\n".join(lines)
 
 
@@ -114,5 +114,6 @@ def _smaller(
     return {text: size for text, size in saved.items() if size > 0}
 
 
-def _gib(size_bytes: float) -> str:
+def gib(size_bytes: float) -> str:
+    """In words."""
     return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**27 else f"{size_bytes / 2**20:.2f} MiB"

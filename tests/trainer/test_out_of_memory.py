@@ -10,6 +10,7 @@ import torch
 
 from offload.activations_memory import Pools
 from offload.options import ActivationOptions, OffloadOptions
+from parallel import sharded
 from trainer.job import Job
 from trainer.loop import Trainer
 from trainer.models import llama
@@ -81,6 +82,30 @@ def test_in_the_backward_of_a_run_that_swaps(tmp_path: Path, data: Path, monkeyp
     monkeypatch.setattr(Pools, "take_buffer", full_once(Pools.take_buffer))
     with pytest.raises(torch.OutOfMemoryError, match="offload.activations=swap offload.activations.alpha=0 "):
         train(tmp_path, data, activations={"mode": "swap", "alpha": 1.0}, states="host")
+
+
+@pytest.mark.parametrize(
+    ("states", "said"),
+    [
+        (
+            "none",
+            ["parameters ", "optimizer states ", "offload.states=host ", "offload.states=host offload.weights=host "],
+        ),
+        ("host", ["offload.weights=host "]),
+    ],
+)
+def test_weights_and_states_that_do_not_fit(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, states: str, said: list[str]
+) -> None:
+    monkeypatch.setattr(sharded, "make_unit", full_once(sharded.make_unit))
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        train(tmp_path, data, states=states, predict=states == "none")
+    text = str(caught.value)
+    assert text.startswith("out of memory on rank 0 before the first step: CUDA out of memory. Tried to allocate 2.00 ")
+    for words in ("by count it takes ", *said):
+        assert words in text, text
+    taken = [float(size) for size in re.findall(r"^(?:by count it takes|  .*=host ) *([\d.]+) MiB", text, re.MULTILINE)]
+    assert len(taken) > 1 and taken == sorted(taken, reverse=True)
 
 
 def test_overrides_may_be_added_to_those_of_the_run(
