@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from parallel.mesh import Mesh
     from parallel.placement import Placement
     from parallel.transport import Transport
+    from trainer.models import LanguageModel
 
 BASELINE_PLACEMENTS = {"fsdp2": ("ddp", "zero2", "zero3", "hsdp"), "deepspeed": ("zero1", "zero2", "zero3")}
 """What one sharding for parameters, gradients and optimizer states (FSDP2), or a ZeRO stage, can express."""
@@ -106,6 +107,7 @@ def check(config: Config, crew: Crew) -> Config:
     _check_checkpoint(config.checkpoint, crew)
     if config.launch.address is None:
         _check_files(config)
+        _check_model(config, crew.device)
     check_run(config.job())
     return config
 
@@ -168,16 +170,9 @@ def check_quantized(config: Config, transport: "Transport", workers: int) -> Non
         return
     from fnmatch import fnmatchcase
 
-    import torch
-
     from parallel.cut import cut_units
-    from trainer.data.tokenizer import open_tokenizer
-    from trainer.models import build_model
 
-    vocab_size, meta = open_tokenizer(config.data.tokenizer).vocab_size, torch.device("meta")
-    model = build_model(
-        config.model, vocab_size=vocab_size, seq_len=config.train.seq_len, dtype=torch.float32, device=meta
-    )
+    model = _without_memory(config)
     names = [name for name, _ in model.named_parameters()]
     for pattern in transport.exact:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -195,6 +190,16 @@ def check_quantized(config: Config, transport: "Transport", workers: int) -> Non
             f"parallel.quantize, parallel.weights_format and parallel.grads_format"
         )
     transport.check_blocks(max(sizes), workers)
+
+
+def _without_memory(job: Job) -> "LanguageModel":
+    import torch
+
+    from trainer.data.tokenizer import open_tokenizer
+    from trainer.models import build_model
+
+    vocab_size, meta = open_tokenizer(job.data.tokenizer).vocab_size, torch.device("meta")
+    return build_model(job.model, vocab_size=vocab_size, seq_len=job.train.seq_len, dtype=torch.float32, device=meta)
 
 
 def check_sequence(config: Config, levels: Mapping[str, int]) -> None:
@@ -321,6 +326,23 @@ def _check_files(job: Job) -> None:
         raise ValueError(f"offload.nvme_path={error.filename}: {error.strerror}") from error
     if job.checkpoint.url:
         Folder.at(job.checkpoint.url).check_writable()
+
+
+def _check_model(job: Job, device: str) -> None:
+    """That the model can run by tiles, and its sequences be shared, where that is asked for."""
+    activations = job.offload.activations
+    tiled = activations.streams or activations.tile_tokens is not None
+    if not tiled and (job.parallel.sequence_ranks == 1 or isinstance(job.model, LlamaOptions)):
+        return
+    import torch
+
+    from parallel.sequence import SequenceParallel
+    from trainer.build import run_by_tiles
+    from trainer.workload import check_shared
+
+    model = _without_memory(job)
+    run_by_tiles(activations, model, torch.float32 if job.train.dtype == "fp32" else torch.bfloat16, device)
+    check_shared(job, model, SequenceParallel.pretended(job.parallel.sequence_ranks))
 
 
 def _check_checkpoint(options: CheckpointOptions, crew: Crew) -> None:

@@ -145,19 +145,22 @@ def read_workload(
 ) -> tuple[Workload, ActivationPlan | None, int]:
     """The job's numbers, from its model on ``meta``, what its activations take, and its model FLOPs a token. cap_bytes:
     of the device's memory, what may be used."""
+    from trainer.build import run_by_tiles
     from trainer.data.tokenizer import open_tokenizer
     from trainer.models import build_model
     from trainer.workload import workload_of
 
     bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and machine.tier == "gpu")
+    dtype = torch.bfloat16 if bf16 else torch.float32
     model = build_model(
         config.model,
         vocab_size=open_tokenizer(config.data.tokenizer).vocab_size,
         seq_len=config.train.seq_len,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        dtype=dtype,
         device=torch.device("meta"),
     )
-    work = workload_of(config, model, mesh.world, compute_bytes=2 if bf16 else 4)
+    run_by_tiles(config.offload.activations, model, dtype, "cuda" if machine.tier == "gpu" else "cpu")
+    work = workload_of(config, model, mesh.world, compute_bytes=dtype.itemsize)
     activations = plan_activations(config, work, machine, mesh, cap_bytes)
     if activations:
         job = replace(config, offload=config.offload.with_activations(activations.settled))

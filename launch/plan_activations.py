@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from launch.config import Config
-from offload.activations_plan import BlockCost, DriveRoom, choose
+from offload.activations_memory import HOST_SHARE
+from offload.activations_plan import STEP, BlockCost, DriveRoom, choose
 from offload.attention_tiles import check_dtype
 from offload.options import ActivationOptions
 from parallel.mesh import Mesh
@@ -22,7 +23,7 @@ from parallel.planning.machine import Machine
 from parallel.planning.traffic import EXACT, Traffic
 from parallel.planning.workload import Workload
 from parallel.transport import Transport
-from trainer.fit_activations import ActivationBudget, Narrowed, forward_s, host_room, narrow, others_bytes
+from trainer.fit_activations import ActivationBudget, forward_s, host_room, narrow, others_bytes
 from trainer.footprint import Footprint, alternatives, footprint
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class ActivationPlan:
     """Bytes of host memory for them, where what it does not hold goes on to drives."""
     hides: bool = False
     """Whether `auto` lets it."""
+    host_most: float = math.inf
+    """Bytes of host memory that may be taken for them."""
 
     @property
     def settled(self) -> ActivationOptions:
@@ -79,6 +82,9 @@ class ActivationPlan:
             sizes = self.footprint.device_bytes(one), *self._host_bytes(one)
             columns = "".join(f"{size / 2**30:12.3f}" for size in sizes[: len(heads)])
             lines.append(f"{'*' if text == mine else ' '} {text:{width - 2}}{columns}")
+        over = self._host_bytes(self.settled)[0] - self.host_most
+        if over > 0 and not self.asked.chooses:
+            lines.append(f"  does NOT fit: {over / 2**30:.3g} GiB more than there is of host memory for activations")
         return [*lines, f"  {self.why}"]
 
 
@@ -99,20 +105,23 @@ def plan_activations(
         log.warning("activations are estimated from layers' widths alone: %s: %s", type(error).__name__, error)
         return None
     options = config.offload.activations
-    host = host_room(config.offload, machine.memory.get("host", math.inf), work.numel / mesh.world)
+    there, numel = machine.memory.get("host", math.inf), work.numel / mesh.world
+    host = host_room(config.offload, HOST_SHARE * there, numel)
     drives = None
     if config.offload.nvme_path and options.swaps:
         size_bytes = config.offload.nvme_bytes or machine.memory.get("nvme", math.inf)
         drives = DriveRoom(size_bytes, rates_of(machine).drive or 0.0)
     traffic = _traffic(config, work, machine, mesh)
     cost = found.cost(_forward_s(work, machine, traffic))
-    narrowed = _narrowed(config, machine, traffic, found, cost, host, drives, cap_bytes)
+    room = _room(config, machine, traffic, host, drives, cap_bytes)
+    narrowed = narrow(replace(options, mode="auto", alpha=None), found, room, cost.forward_s)
     if narrowed.options.mode == "auto":
-        auto, why, hides = _auto(narrowed.options, machine, found, cost, host, drives)
+        auto, why, hides = _auto(config, narrowed.options, machine, found, cost, room, drives)
         why = f"{why}; {narrowed.why}" if narrowed.why else why
     else:
         auto, why, hides = narrowed.options, f"{narrowed.options.mode}: {narrowed.why}", True
-    return ActivationPlan(found, options, auto, why, host if drives else math.inf, hides)
+    most = host_room(config.offload, there, numel)
+    return ActivationPlan(found, options, auto, why, host if drives else math.inf, hides, most)
 
 
 def _traffic(config: Config, work: Workload, machine: Machine, mesh: Mesh) -> Traffic:
@@ -131,29 +140,19 @@ def _forward_s(work: Workload, machine: Machine, traffic: Traffic) -> float:
     return forward_s(work, machine.compute) + sent_s
 
 
-def _narrowed(
-    config: Config,
-    machine: Machine,
-    traffic: Traffic,
-    found: Footprint,
-    cost: BlockCost,
-    host_bytes: float,
-    drives: DriveRoom | None,
-    cap_bytes: float,
-) -> Narrowed:
-    """What ``auto`` may begin with, as a run finds it."""
+def _room(
+    config: Config, machine: Machine, traffic: Traffic, host_bytes: float, drives: DriveRoom | None, cap_bytes: float
+) -> ActivationBudget:
     work = traffic.work
     if machine.tier != "gpu" and config.offload.device_bytes is None:
         cap_bytes = math.inf
     known: Callable[[], DriveRoom] | None = None if drives is None else lambda: drives
-    room = ActivationBudget(
+    return ActivationBudget(
         device_bytes=max(0.0, cap_bytes - others_bytes(config.offload, work, traffic)),
         host_bytes=host_bytes,
         drives=known,
         refused=_refused(work, machine),
     )
-    asked = replace(config.offload.activations, mode="auto", alpha=None)
-    return narrow(asked, found, room, cost.forward_s)
 
 
 def _refused(work: Workload, machine: Machine) -> str:
@@ -167,34 +166,46 @@ def _refused(work: Workload, machine: Machine) -> str:
 
 
 def _auto(
+    config: Config,
     options: ActivationOptions,
     machine: Machine,
     found: Footprint,
     cost: BlockCost,
-    host: float,
+    room: ActivationBudget,
     drives: DriveRoom | None,
 ) -> tuple[ActivationOptions, str, bool]:
     """What ``auto`` would come to, why, and whether it has drives behind host memory."""
-    rate = link_rate(machine)
+    rate, host = link_rate(machine), room.host_bytes
+    asked, spare = options.num_kept(found.num_blocks), None
+    if machine.tier == "gpu" and math.isfinite(room.device_bytes) and config.offload.states != "auto":
+        # what a run finds left over: on a CPU it does not ask, and states that are chosen fill the device before
+        spare = max(0, int(room.device_bytes) - found.device_bytes(replace(options, mode="swap", alpha=0.0)))
     choices = choose(
-        [cost] * found.num_blocks,
+        [cost] * (found.num_blocks - asked),
         link_bytes_per_s=rate,
         host_bytes=None if host == math.inf else int(host),
-        keep_last=min(options.keep_last, found.num_blocks),
+        gpu_bytes=spare,
+        keep_last=0,
         drives=drives,
+        step=1 if config.train.deterministic else STEP,
     )
+    more = sum(choice.mode == "keep" for choice in choices)
     away = [choice for choice in choices if choice.mode != "keep"]
     mode, alpha = (away[0].mode, away[0].alpha) if away else ("keep", 0.0)
     hides = rate * cost.forward_s
+    chosen = f"α = {alpha:.2f}" if away else "no block swaps"
     why = (
-        f"α = {alpha:.2f}: a block takes {1e3 * cost.forward_s:.3g} ms forward, in which {hides / 1e9:.3g} GB leave "
+        f"{chosen}: a block takes {1e3 * cost.forward_s:.3g} ms forward, in which {hides / 1e9:.3g} GB leave "
         f"at {rate / 1e9:.0f} GB/s, of {cost.least_bytes / 1e9:.3g} GB and α times {cost.rest_bytes / 1e9:.3g} GB"
     )
     if inputs := sum(choice.mode == "input" for choice in away):
         why += f"; host memory does not hold inputs and attention: {inputs} blocks swap their input alone"
     if recomputed := sum(choice.mode == "recompute" for choice in away):
         why += f"; it does not hold the inputs of {recomputed} blocks: they are recomputed"
-    settled = replace(options, mode=mode, alpha=alpha if mode == "swap" else None)
+    if more:
+        assert spare is not None
+        why += f"; the last {asked + more} blocks keep all, as the device has {spare / 1e9:.3g} GB left over"
+    settled = replace(options, mode=mode, alpha=alpha if mode == "swap" else None, keep_last=asked + more)
     if drives and mode == "swap" and (size_bytes := found.host_bytes(settled, host)[1]):
         why += (
             f"; {size_bytes / 1e9:.3g} GB, which host memory does not hold, go on to NVMe at "

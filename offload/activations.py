@@ -44,7 +44,7 @@ from offload.activations_memory import (
     spare_bytes,
     wait,
 )
-from offload.activations_plan import BlockCost, Choice, DriveRoom, choose, fit
+from offload.activations_plan import STEP, BlockCost, Choice, DriveRoom, choose, fit
 from offload.activations_slots import Drives, Event
 from offload.activations_stream import Place, Streaming
 from offload.activations_tape import Tape
@@ -71,22 +71,26 @@ class Activations:
         pack: Callable[[Tensor], Any] | None = None,
         unpack: Callable[[Any], Tensor] | None = None,
         sharing: int = 1,
+        device_bytes: int | None = None,
         most_tokens: int | None = None,
         threads: int | None = None,
         drives: Drives | None = None,
+        least: Callable[[int], int] = int,
         say: Callable[[str], None] = log.info,
         poison: bool = False,
     ) -> None:
         """pack, unpack: hooks for weights that are gathered, as `torch.autograd.graph.saved_tensors_hooks` takes them;
         what `pack` returns unchanged is an activation. sharing: how many ranks take of this machine's memory.
-        most_tokens: of a forward that is to come, all its sequences together; None: not known. threads: that take the
-        pages of host memory; None: one for each core. drives: for what host memory does not hold. say: gets what
-        ``auto`` chose, and what goes to drives. poison: fill memory with NaN when it is given back, to find who still
-        reads it."""
-        self.options, self.device, self._say = options, device, say
+        device_bytes: of a GPU, what all together may take; None: what this process may. most_tokens: of a forward that
+        is to come, all its sequences together; None: not known. threads: that take the pages of host memory; None: one
+        for each core. drives: for what host memory does not hold. least: of what all ranks give it, where there are
+        several, collective: with ``auto`` as many blocks keep on each, as where sequences are shared those that do not
+        keep send once more in the backward. say: gets what ``auto`` chose, and what goes to drives. poison: fill memory
+        with NaN when it is given back, to find who still reads it."""
+        self.options, self.device, self._say, self._least = options, device, say, least
         self._hooks = {"pack": pack, "unpack": unpack}
         self._begins_backward, self._restores = weakly(self._before_backward), weakly(self._restore)
-        self.most_tokens = most_tokens
+        self._device_bytes, self.most_tokens = device_bytes, most_tokens
         """Changed by `make_for`."""
         self.pools = Pools(
             device, options.host_bytes, drives=drives, sharing=sharing, threads=threads, say=say, poison=poison
@@ -346,13 +350,18 @@ class Activations:
         if not self._auto or self._num_forwards < WARM_UP + 2:
             return
         self._auto = False
-        rate, most, spare = link_bytes_per_s(self.device), self.pools.host_room(), spare_bytes(self.device)
+        rate, most = link_bytes_per_s(self.device), self.pools.host_room()
+        spare = spare_bytes(self.device, self._device_bytes)
         costs, host_bytes = self.costs(), int(most / self._longer)
         short = any(choice.mode != "swap" for choice in fit(costs, host_bytes))
         drives = self._drive_room() if short else None
-        chosen = choose(
-            costs, link_bytes_per_s=rate, host_bytes=host_bytes, gpu_bytes=spare, keep_last=0, drives=drives
-        )
+        step = 1 if torch.are_deterministic_algorithms_enabled() else STEP  # products of fewer rows round differently
+        make = partial(
+            choose, costs, link_bytes_per_s=rate, host_bytes=host_bytes, gpu_bytes=spare, keep_last=0, drives=drives,
+            step=step,
+        )  # fmt: skip
+        num_kept = sum(choice.mode == "keep" for choice in make())
+        chosen = make(keep_most=self._least(num_kept))
         for position, choice in zip(sorted(self._sizes), chosen, strict=True):
             self._choices[position] = choice
         left = "" if spare is None else f", {spare / 1e9:.1f} GB left over on the device"

@@ -273,8 +273,9 @@ def link_bytes_per_s(device: torch.device, size_bytes: int = 128 << 20) -> float
     return size_bytes / min(seconds)
 
 
-def spare_bytes(device: torch.device) -> int | None:
-    """What this process may still take of a GPU beside the most that it has held so far; None on CPU.
+def spare_bytes(device: torch.device, limit_bytes: int | None = None) -> int | None:
+    """What this process may still take of a GPU, or of `limit_bytes` of it, beside the most that it has held so far;
+    None on CPU.
 
     The most is what PyTorch reserved: a hole in it may not be where it is wanted."""
     if device.type == "cpu":
@@ -283,6 +284,8 @@ def spare_bytes(device: torch.device) -> int | None:
     reserved, allowed = torch.cuda.memory_reserved(device), total
     if hasattr(torch.cuda, "get_per_process_memory_fraction"):
         allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    if limit_bytes is not None:
+        allowed = min(allowed, limit_bytes)
     most = torch.cuda.max_memory_reserved(device)
     return max(0, int(GPU_SHARE * min(allowed, free + reserved)) - most)
 

@@ -120,14 +120,16 @@ def choose(
     host_bytes: int | None = None,
     gpu_bytes: int | None = None,
     keep_last: int = 2,
+    keep_most: int | None = None,
     drives: DriveRoom | None = None,
+    step: int = STEP,
 ) -> list[Choice]:
     """A choice for each block, in the order of the forward.
 
     host_bytes: for all of them together; None: no limit. gpu_bytes: what is left over on the device beside α = 0
     ([Note: what swapping takes on the device]), where as many of the last blocks as fit keep everything; None: not
-    known, none but `keep_last` do, and α is not bound by it. The others are as host memory has room for, see `fit`, or
-    with `drives` behind it where they hide.
+    known, none but `keep_last` do, and α is not bound by it. keep_most: no more do than so many. The others are as host
+    memory has room for, see `fit`, or with `drives` behind it where they hide. step: α is a multiple of 1 / step.
     ValueError for rates or sizes below zero.
     """
     if link_bytes_per_s <= 0 or min(gpu_bytes or 0, host_bytes or 0, keep_last) < 0:
@@ -141,7 +143,7 @@ def choose(
     kept = 0
     for cost in reversed(costs):
         spare -= cost.all_bytes
-        if kept >= keep_last and spare < 0:
+        if kept >= keep_last and spare < 0 or kept == keep_most:
             break
         kept += 1
     away = costs[: len(costs) - kept]
@@ -151,5 +153,5 @@ def choose(
         return [Choice("swap")] * len(away) + [Choice("keep")] * kept
     if room and choices and choices[0].mode == "swap":
         alpha = choose_alpha(away, link_bytes_per_s=link_bytes_per_s, host_bytes=most)
-        choices = [Choice("swap", math.floor(STEP * alpha) / STEP)] * len(away)
+        choices = [Choice("swap", math.floor(step * alpha) / step)] * len(away)
     return choices + [Choice("keep")] * kept

@@ -113,6 +113,12 @@ class _Region:
     """What the call saved that are its inputs, by number; `of` counts the inputs."""
     stored: dict[int, View] = field(default_factory=dict)
     """What else it saved; `of` counts the sources."""
+    result: tuple[Tensor, int] | None = None
+    """What is stored, and its version when it was, until the recording ends."""
+
+    def forget(self) -> None:
+        """Have the replay make the call."""
+        self.kind, self.output, self.stored = "plain", None, {}
 
 
 class Tape:
@@ -196,6 +202,7 @@ class Tape:
 
     def _finish(self) -> None:
         self._last = max(self.saved, default=-1)
+        self._forget_changed()
         self._drop_unused()
         self._attention_bytes = self._bytes_of("attention")
         if not self._attention:
@@ -208,8 +215,15 @@ class Tape:
         """Have the replay do attention again, and store nothing of it; before the sources leave."""
         for region in self.regions:
             if region.kind == "attention":
-                region.kind, region.output, region.stored = "plain", None, {}
+                region.forget()
         self._drop_unused()
+
+    def _forget_changed(self) -> None:
+        """What the block changed in place after it was made, as some activation functions do, is not what was made."""
+        for region in self.regions:
+            if region.result is not None and region.result[0]._version != region.result[1]:
+                region.forget()
+            region.result = None
 
     def _drop_unused(self) -> None:
         """Let go of the sources that a replay does not ask for."""
@@ -271,6 +285,8 @@ class Tape:
             region.output = self._store(out, "attention")
         elif region.kind == "linear" and (num_rows := int(self.alpha * (out.numel() // out.size(-1)))):
             region.output = self._store(out, "rest", num_rows * out.size(-1))
+        if region.output is not None:
+            region.result = out.detach(), out._version
         self.regions.append(region)
         return out
 
@@ -356,8 +372,8 @@ class Tape:
         out = self._seen(region.output)
         source = self.sources[region.output.of]
         if source.stored < source.numel:
-            with torch.no_grad():
-                product(inputs, out, source.stored // out.size(-1))
+            with torch.no_grad():  # .data: other results lie in the same buffer, and would count as written to
+                product(inputs, out.data, source.stored // out.size(-1))
         return out.requires_grad_(region.requires_grad)
 
 

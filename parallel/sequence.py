@@ -152,7 +152,9 @@ class SequenceParallel:
 
     def to_heads(self, tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         """From (B, heads, S, E) each, S this rank's of `lengths`, to (B, all S, this rank's heads, E): one collective.
-        Heads that the ranks do not divide are repeated."""
+        Heads that the ranks do not divide are repeated. Where widths differ a collective for each."""
+        if len({tensor.size(-1) for tensor in tensors}) > 1:
+            return [one for tensor in tensors for one in self.to_heads((tensor,), lengths)]
         counts, shares = [], []
         for tensor in tensors:
             repeats = math.lcm(tensor.size(1), self.size) // tensor.size(1)
@@ -174,7 +176,10 @@ class SequenceParallel:
     ) -> None:
         self.check_heads(query.size(1), key.size(1))
         if mask is not None or dropout:
-            raise ValueError("a sequence over several ranks (parallel.sequence) takes no attention mask and no dropout")
+            raise ValueError(
+                "a sequence over several ranks (parallel.sequence) takes no attention mask and no dropout of attention "
+                "(Hugging Face's: model.overrides.attention_dropout=0, GPT-2's attn_pdrop); leave parallel.sequence out"
+            )
         found = {t.size(2) for t in (query, key, value)}
         if found != {lengths[self.rank]}:
             raise ValueError(

@@ -101,8 +101,9 @@ class ShardedModel:
         sharing, threads = (ranks_here(), num_threads(offload)) if leave else (1, None)
         self.activations = Activations(
             offload.activations, device,
-            pack=self.weights.pack, unpack=self.weights.unpack, sharing=sharing, most_tokens=most_tokens,
-            threads=threads, drives=self._offloader.drives(offload), say=say,
+            pack=self.weights.pack, unpack=self.weights.unpack, sharing=sharing, device_bytes=offload.device_bytes,
+            most_tokens=most_tokens, threads=threads, drives=self._offloader.drives(offload),
+            least=_least if mesh.world > 1 else int, say=say,
         )  # fmt: skip
         self.activations.wrap(blocks)
         again = {*recompute, *(blocks if offload.activations.leave else ())}
@@ -407,6 +408,13 @@ def _squares(flat: TrainableFlat) -> Tensor:
         return flat.squares
     assert flat.grad is not None, "step() needs a forward_backward(last=True) before it"
     return optimizers.sum_of_squares(flat.grad)
+
+
+def _least(num: int) -> int:
+    """Over all ranks. Collective, on the hosts alone."""
+    found = torch.tensor(num)
+    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return int(found)
 
 
 def _create_groups(mesh: Mesh, placement: Placement) -> None:

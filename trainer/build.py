@@ -15,6 +15,7 @@ from checkpoint.snapshots.process import local_roster
 from checkpoint.snapshots.rank import Snapshots
 from checkpoint.snapshots.roster import Roster
 from offload.activations_stream import check_blocks
+from offload.options import ActivationOptions
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from parallel.sequence import SequenceParallel
@@ -22,6 +23,7 @@ from trainer.data import Corpus
 from trainer.job import Job
 from trainer.models import LanguageModel
 from trainer.run import RunFolder, run_id
+from trainer.workload import check_shared
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,16 @@ def compiles(job: Job, device: torch.device) -> bool:
     return device.type == "cuda" if job.model.compile is None else job.model.compile
 
 
+def run_by_tiles(
+    options: ActivationOptions, model: LanguageModel, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Have `model` run by tiles as `options` say, but for its blocks, which the engine does. ValueError for a model, or
+    a dtype of compute, that cannot."""
+    if options.streams:
+        check_blocks(options, model.blocks(), dtype, torch.device(device))
+    model.run_by_tiles(options)
+
+
 def build_engine(
     job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, say: Callable[[str], None] = log.info
 ) -> Engine:
@@ -96,9 +108,7 @@ def build_engine(
     say: gets what the engine chooses while training.
     """
     activations = job.offload.activations
-    if activations.streams:
-        check_blocks(activations, model.blocks(), dtype, where.device)
-    model.run_by_tiles(activations)
+    run_by_tiles(activations, model, dtype, where.device)
     common: dict[str, Any] = {
         "units": model.units(),
         "initial": model.initial(job.train.seed, where.device),
@@ -135,13 +145,12 @@ def mesh_of(job: Job, where: Rank) -> Mesh:
 
 
 def share_sequences(job: Job, model: LanguageModel, where: Rank) -> SequenceParallel:
-    """The ranks that have the other tokens of this rank's sequences. Collective. ValueError where heads or tokens
-    cannot be shared."""
+    """The ranks that have the other tokens of this rank's sequences. Collective. ValueError where they cannot be
+    shared."""
     if not job.parallel.sequence:
         return SequenceParallel(None, number=where.rank, count=where.world)
     sequence = SequenceParallel.of(mesh_of(job, where), job.parallel.sequence)
-    sequence.check_heads(*model.num_heads)
-    sequence.lengths(job.train.seq_len)
+    check_shared(job, model, sequence)
     return sequence
 
 

@@ -180,6 +180,15 @@ def others_bytes(options: OffloadOptions, work: Workload, traffic: Traffic) -> f
     return min(stay, away(host), away(replace(host, weights="host")))
 
 
+def reckoned(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype) -> tuple[Workload, Traffic]:
+    """What a rank holds, and what it sends. model: on ``meta``."""
+    mesh = mesh_of(job, where)
+    placement = Placement.of(job.parallel, mesh.num_levels)
+    work = workload_of(job, model, where.world, compute_bytes=dtype.itemsize)
+    gloo = where.device.type == "cpu"
+    return work, Traffic(work, mesh, placement, Transport.of(job.parallel, mesh, placement), gloo=gloo)
+
+
 def forward_s(work: Workload, flops_per_s: float) -> float:
     """Of a block."""
     return work.tokens * work.block.forward_flops / flops_per_s
@@ -216,11 +225,7 @@ def _narrowed(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, m
     except Exception as error:
         log.warning("no estimate of what fits: %s: %s", type(error).__name__, error)
         return None
-    mesh = mesh_of(job, where)
-    placement = Placement.of(job.parallel, mesh.num_levels)
-    work = workload_of(job, model, where.world, compute_bytes=dtype.itemsize)
-    gloo = where.device.type == "cpu"
-    traffic = Traffic(work, mesh, placement, Transport.of(job.parallel, mesh, placement), gloo=gloo)
+    work, traffic = reckoned(job, model, where, dtype)
     here = ranks_here()
     room = ActivationBudget(
         device_bytes=max(0.0, most_bytes - others_bytes(options, work, traffic)),

@@ -1,14 +1,15 @@
 """What a step's activations take on the device and in host memory, for each thing that blocks may do with them.
 
-One block and the head are run under fake tensors, which computes nothing and takes no memory, at the job's own sizes;
-the rest is arithmetic. `atoll plan` shows it and ``parallel=auto`` reckons with it, and a run that is out of memory
-names by it what would fit. An α that is not chosen yet counts as 1, which takes most.
+A block of each kind (the largest figures count for all) and the head are run under fake tensors, which computes nothing
+and takes no memory, at the job's own sizes; the rest is arithmetic. `atoll plan` shows it and ``parallel=auto`` reckons
+with it, and a run that is out of memory names by it what would fit. An α that is not chosen yet counts as 1, which
+takes most.
 
 Not counted: kernels' workspaces, what the compiler fuses away (a compiled block takes less while it runs), and holes.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,7 +38,7 @@ class Footprint:
     attention_bytes: int
     """Of what attention returns and saves besides its inputs."""
     rest_bytes: int
-    """Of the products of a block, but the last."""
+    """Of the products of a block, but for a last one after which nothing is saved."""
     kept_bytes: int
     """Of what a block saves that keeps everything, its input included."""
     work_bytes: int
@@ -119,7 +120,7 @@ def footprint(job: Job, *, vocab_size: int, micro_batch_size: int, dtype: torch.
         if sequence.size > 1 and "attention_mask" in kwargs:
             kwargs["attention_mask"] = None  # transformers makes one of fake tensors, and none in a run
         with sequence.attention(job.train.seq_len):
-            sizes = _block(blocks[0], args, kwargs)
+            sizes = _largest([_block(block, args, kwargs) for block in _kinds(blocks)])
         keys_bytes = sizes.pop("keys_bytes")
         head, x = model.units()[-1], args[0]
         sizes["head_bytes"] = _head(head, x, tokens)
@@ -150,7 +151,8 @@ def _pretend(model: nn.Module, fake: FakeTensorMode) -> None:
     """Give `model` fake parameters and buffers; it is built before, as a model may look at its own values then."""
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(fake.from_tensor(p.detach()), p.requires_grad))
+            with fake:  # with memory, as far as anyone can see: grouped products refuse strides of 0
+                setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, fake.from_tensor(buffer))
 
@@ -175,24 +177,28 @@ def _arguments(model: nn.Module, block: nn.Module, tokens: Tensor) -> tuple[tupl
 
 
 def _block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
-    products: list[int] = []
+    products: list[tuple[int, int]] = []  # bytes, and how many tensors were saved when it was there
     attention: list[int] = []
     keys: list[int] = []
     kept: dict[int, tuple[torch.UntypedStorage, int]] = {}
     fixed = {id(t.untyped_storage()) for t in (*block.parameters(), *block.buffers(), *_others(args, kwargs))}
 
+    num_saved = 0
+
     def watcher(kind: str, inputs: Any, call: Any) -> Tensor:
         out: Tensor = call()
         if kind == "linear":
-            products.append(out.nbytes)
+            products.append((out.nbytes, num_saved))
         else:  # beside it, a sum of the softmax a query, fp32
             keys.append(inputs[1].nbytes + inputs[2].nbytes)
             attention.append(out.nbytes + 4 * out.numel() // out.size(-1))
         return out
 
     def pack(tensor: Tensor) -> Tensor:
+        nonlocal num_saved
         storage = tensor.untyped_storage()
         if id(storage) not in fixed:
+            num_saved += 1
             kept[id(storage)] = storage, storage.nbytes()
         return tensor
 
@@ -211,11 +217,23 @@ def _block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     return {
         "input_bytes": input_bytes,
         "attention_bytes": sum(attention),
-        "rest_bytes": sum(products[:-1]),
+        "rest_bytes": sum(size for size, before in products if before < num_saved),
         "keys_bytes": sum(keys),
         "kept_bytes": kept_bytes,
         "work_bytes": max(0, most + input_bytes - kept_bytes),
     }
+
+
+def _kinds(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """One of each, the first first: models may have layers with experts and others without."""
+    kinds: dict[tuple[type, ...], nn.Module] = {}
+    for block in blocks:
+        kinds.setdefault(tuple(map(type, block.modules())), block)
+    return list(kinds.values())
+
+
+def _largest(sizes: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {name: max(one[name] for one in sizes) for name in sizes[0]}
 
 
 def _others(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
@@ -244,7 +262,7 @@ def alternatives(options: ActivationOptions, *, streams: bool = False) -> dict[s
     could run by tiles."""
     plain = replace(options, mode="keep", alpha=None)
     by_tiles = {f"offload.activations={mode}": replace(plain, mode=mode) for mode in ("stream", "stream_input")}
-    return {
+    found = {
         "offload.activations=keep": plain,
         "offload.activations=swap offload.activations.alpha=1": replace(plain, mode="swap", alpha=1.0),
         "offload.activations=recompute": replace(plain, mode="recompute"),
@@ -254,4 +272,9 @@ def alternatives(options: ActivationOptions, *, streams: bool = False) -> dict[s
         ),
         "offload.activations=input offload.activations.keep_last=0": replace(plain, mode="input", keep_last=0),
         **(by_tiles if streams else {}),
+    }
+    if options.alpha is None:
+        return found
+    return {
+        text if one.alpha is not None else f"{text} offload.activations.alpha=null": one for text, one in found.items()
     }

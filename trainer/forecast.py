@@ -165,6 +165,8 @@ def settle(
     if options.states == "auto":
         chosen = plan.choose(profile)
         options = chosen.options
+        if options.activations.mode == "auto":  # which reads it too
+            options = replace(options, device_bytes=job.offload.device_bytes)
         say(f"offload.states=auto: {chosen.why}")
     if where.rank == 0 and known is None:
         replace_file(folder / FILE, json.dumps({"key": key, **_plain(profile), "offload": asdict(options)}, indent=1))

@@ -28,7 +28,7 @@ from checkpoint.snapshots.rank import Snapshots
 from checkpoint.snapshots.reader import SnapshotReader
 from checkpoint.snapshots.roster import Roster
 from parallel.options import ParallelOptions
-from trainer import fit_activations, trial
+from trainer import fit_activations, too_large, trial
 from trainer.build import Rank, build_engine, check_same_data, choose_dtype, compiles, open_snapshots, share_sequences
 from trainer.data import open_corpus
 from trainer.determinism import deterministic
@@ -237,7 +237,8 @@ class Trainer:
             job, model, where, dtype, self.run.path, self._tell, sequence=self.sequence, activation_bytes=counted
         )
         self.job = job
-        self.engine = build_engine(job, model, where, dtype, self._tell)
+        with too_large.explained(job, where, self.corpus.vocab_size, dtype):
+            self.engine = build_engine(job, model, where, dtype, self._tell)
         cleanup.callback(self.engine.close)
         self._judge = Judge(job.train)
         return model

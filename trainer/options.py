@@ -137,7 +137,8 @@ class TrainOptions:
     """Of compute: ``bf16`` (fp32 master weights), ``fp32``, or ``auto``: bf16 on a GPU that has it, fp32 on CPU."""
     deterministic: bool = False
     """The same bits in every run on the same kind of GPU, also after a recovery, by kernels that take longer:
-    attention's backward adds in any order otherwise. On CPU the bits are the same without it."""
+    attention's backward adds in any order otherwise, and ``offload.activations=auto`` follows times, with an α that is
+    0 or 1 then. On CPU the bits are the same without it, but for that α."""
     eval_every_steps: int = 100
     """Validate after every so many steps, and at the end; 0: only at the end."""
     eval_sequences: int = 128

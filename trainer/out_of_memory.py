@@ -6,7 +6,7 @@ override would take is by `trainer.footprint`, which knows no compiler: a compil
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -69,16 +69,16 @@ def report(job: Job, where: Rank, engine: Engine, vocab_size: int, step: int, er
     most = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else owned + estimate
     held[ACTIVATIONS] = max(0, most - owned)
     largest = sorted(((size, name) for name, size in held.items() if size), reverse=True)
-    lines.append("largest owners: " + ", ".join(f"{name} {_gib(size)}" for size, name in largest))
+    lines.append("largest owners: " + ", ".join(f"{name} {gib(size)}" for size, name in largest))
     if limit is not None:
-        lines[-1] += f"; {_gib(most)} of the {_gib(limit)} allowed were in use at once"
+        lines[-1] += f"; {gib(most)} of the {gib(limit)} allowed were in use at once"
     if smaller:
         now = owned + estimate
-        lines.append(f"by estimate this takes {_gib(now)}; less would take:")
+        lines.append(f"by estimate this takes {gib(now)}; less would take:")
         width = max(map(len, smaller))
         for text, saved in sorted(smaller.items(), key=lambda pair: pair[1]):
             fits = "" if limit is None else ", fits" if now - saved <= FULL * limit else ", not enough by itself"
-            lines.append(f"  {text:{width}}  {_gib(now - saved)}{fits}")
+            lines.append(f"  {text:{width}}  {gib(now - saved)}{fits}")
     return "\n".join(lines)
 
 
@@ -99,17 +99,21 @@ def _smaller(
     if micro > 1:
         half = sizes(options, micro // 2)
         saved[f"train.micro_batch_size={micro // 2}"] = now - half.device_bytes(options)
-    if options.tile_tokens is None and job.engine == "native":
-        tokens = min(TILE_TOKENS, max(1, job.train.seq_len * micro // 4))
+    tokens = (
+        min(TILE_TOKENS, job.train.seq_len * micro // 4) if options.tile_tokens is None else options.tile_tokens // 2
+    )
+    if tokens and job.engine == "native":
         tiled = replace(options, tile_tokens=tokens)
-        saved[f"offload.activations.tile_tokens={tokens}"] = now - sizes(tiled, micro).device_bytes(tiled)
+        with suppress(ValueError):  # a model without plain MLPs
+            saved[f"offload.activations.tile_tokens={tokens}"] = now - sizes(tiled, micro).device_bytes(tiled)
     if job.engine == "native" and offload.states == "none":
-        saved["offload=host"] = held["optimizer states"]
+        saved["offload.states=host"] = held["optimizer states"]
     if job.engine == "native" and offload.weights == "device":
-        both = "offload=host offload.weights=host" if offload.states == "none" else "offload.weights=host"
-        saved[both] = saved.get("offload=host", 0) + held["parameters"]
+        both = "offload.states=host offload.weights=host" if offload.states == "none" else "offload.weights=host"
+        saved[both] = saved.get("offload.states=host", 0) + held["parameters"]
     return {text: size for text, size in saved.items() if size > 0}
 
 
-def _gib(size_bytes: float) -> str:
+def gib(size_bytes: float) -> str:
+    """In words."""
     return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**27 else f"{size_bytes / 2**20:.2f} MiB"

@@ -40,12 +40,20 @@ def _exchange(job: Job, model: LanguageModel, micro_batch_size: int, compute_byt
     if ranks == 1:
         return None
     sequence = SequenceParallel.pretended(ranks)
-    sequence.check_heads(*model.num_heads)
+    check_shared(job, model, sequence)
     num_tiles = len(tiles_of(job, sequence, micro_batch_size).tiles)
     return Exchange.of(
         job.parallel.sequence, ranks, model.num_heads, compute_bytes * model.head_dim,
         num_tiles=num_tiles if activations.streams else 0, again=activations.mode != "keep",
     )  # fmt: skip
+
+
+def check_shared(job: Job, model: LanguageModel, sequence: SequenceParallel) -> None:
+    """ValueError where the ranks of `sequence` cannot share heads, or tokens, or nothing that this model makes."""
+    if sequence.size > 1:
+        model.check_shared(job.train.seq_len, sequence.size)
+        sequence.check_heads(*model.num_heads)
+        sequence.lengths(job.train.seq_len)
 
 
 def tiles_of(job: Job, sequence: SequenceParallel, micro_batch_size: int) -> Tiling:

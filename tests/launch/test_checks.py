@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,8 +10,10 @@ from checkpoint.options import CheckpointOptions
 from launch.checks import Crew, Machine, check, find_crew
 from launch.config import Config
 from launch.options import LaunchOptions
+from launch.plan import plan
 from offload.options import ActivationOptions, OffloadOptions
 from parallel.options import OptimizerOptions, ParallelOptions
+from parallel.planning.machine import load_machine
 from trainer.options import DataOptions, HFOptions, LlamaOptions, RunOptions, TrainOptions
 
 CPU = Machine("a", 8, 0)
@@ -145,6 +148,55 @@ def test_sequences_that_cannot_be_shared(model: LlamaOptions, train: dict, messa
     config = Config(model=model, train=TrainOptions(**train), run=RunOptions(root=str(tmp_path)), parallel=parallel)
     with pytest.raises(ValueError, match=message):
         check(config, Crew(6, 2, "cpu"))
+
+
+@pytest.mark.filterwarnings("ignore:.*no fused attention")
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("bloom", "as its attention is its own"), ("mamba", "as its tokens meet in more than attention")],
+)
+def test_sequences_of_a_model_that_ranks_cannot_share(kind: str, message: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2}
+    transformers.AutoConfig.for_model(kind, **sizes).save_pretrained(tmp_path / "hf")
+    config = Config(
+        model=HFOptions(path=str(tmp_path / "hf"), from_scratch=True),
+        parallel=ParallelOptions(sequence="worker"),
+        run=RunOptions(root=str(tmp_path)),
+    )
+    check(config, Crew(1, 1, "cpu"))
+    with pytest.raises(ValueError, match=f"Model cannot share sequences over ranks, {message}"):
+        check(config, Crew(2, 1, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("tiles", "message"),
+    [({"mode": "stream"}, "GPT2Block does not say how it runs by tiles"), ({"tile_tokens": 64}, "no MLP of plain")],
+)
+def test_tiles_of_a_model_that_has_none(tiles: dict[str, Any], message: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4).save_pretrained(tmp_path / "hf")
+    config = Config(
+        model=HFOptions(path=str(tmp_path / "hf"), from_scratch=True),
+        offload=OffloadOptions(activations=ActivationOptions(**tiles)),
+        run=RunOptions(root=str(tmp_path)),
+        launch=LaunchOptions(workers=1),
+    )
+    with pytest.raises(ValueError, match=message):
+        check(config, Crew(1, 1, "cpu"))
+    with pytest.raises(ValueError, match=message):
+        plan(config, load_machine("single"))
+
+
+def test_tiles_in_32_bits_on_a_gpu(tmp_path: Path) -> None:
+    config = Config(
+        offload=OffloadOptions(activations=ActivationOptions(mode="stream")),
+        run=RunOptions(root=str(tmp_path)),
+        train=TrainOptions(dtype="fp32"),
+    )
+    check(config, Crew(1, 1, "cpu"))
+    with pytest.raises(ValueError, match="set train.dtype=bf16"):
+        check(config, Crew(1, 1, "cuda"))
 
 
 def test_tiles_of_blocks_share_sequences(tmp_path: Path) -> None:

@@ -248,6 +248,22 @@ def test_a_chosen_alpha_follows_the_machine() -> None:
     assert 1 > alphas[0] > alphas[1] > alphas[2] == 0
 
 
+def test_blocks_keep_what_the_device_has_left_over() -> None:
+    """As a run does that finds it left over: all of them, some, or those that were asked for."""
+    modes, kept = [], []
+    for device_bytes in (80 * 10**9, 48 * 10**9, 16 * 10**9):
+        limit = f"offload.device_bytes={device_bytes}"
+        planned = plan(composed("experiment=longcontext", "model=1b", "train.seq_len=32768", limit), PRESETS["single"])
+        assert planned.activations is not None and planned.away is not None
+        assert planned.away.device_bytes < device_bytes
+        modes.append(planned.activations.settled.mode)
+        kept.append(planned.activations.settled.keep_last)
+    assert modes == ["keep", "swap", "swap"] and kept[0] == 16 > kept[1] > kept[2] == 1
+    asked = ("experiment=longcontext", "model=1b", "train.seq_len=32768", limit, "train.deterministic=true")
+    same = plan(composed(*asked), PRESETS["single"])
+    assert same.activations is not None and same.activations.settled.alpha in (0, 1)
+
+
 @pytest.mark.parametrize(
     "mode",
     ["keep", "swap", "swap offload.activations.alpha=1", "swap offload.activations.alpha=0.5", "input", "recompute",
@@ -287,7 +303,8 @@ def test_a_sequence_that_ranks_share_counts_once() -> None:
 
 @pytest.mark.parametrize(
     ("mode", "passes"),
-    [("keep", 16 * 2), ("recompute", 16 * 3), ("swap offload.activations.alpha=1", 14 * 3 + 2 * 2), ("auto", None),
+    [("keep", 16 * 2), ("recompute", 16 * 3), ("swap offload.activations.alpha=1", 14 * 3 + 2 * 2),
+     ("auto", 16 * 2), ("auto offload.device_bytes=9400000000", None),
      ("stream", 16 * 3)],
 )  # fmt: skip
 def test_what_a_shared_sequence_takes_is_in_both_tables(mode: str, passes: int | None) -> None:
@@ -298,7 +315,7 @@ def test_what_a_shared_sequence_takes_is_in_both_tables(mode: str, passes: int |
     table = re.search(r"^  activations +([\d.]+)$", text, re.MULTILINE)
     assert row and table and row[1] == table[1]
     level = re.search(r"^  gpu +(.*)$", text, re.MULTILINE)
-    if passes is None:
+    if passes is None:  # the device has room for products under way, and for no block that keeps
         assert planned.activations is not None and planned.activations.settled.mode == "swap"
         passes = 16 * 3 - planned.activations.settled.keep_last
     assert level and float(level[1].split()[2]) == pytest.approx(
@@ -322,7 +339,8 @@ BATCHES = "train.global_batch_size=24"
 
 
 def test_what_leaves_hides_behind_what_a_block_sends_too() -> None:
-    config = composed(*SHARED, "offload=host", "offload.activations.mode=auto", "train.seq_len=32768")
+    asked = ("offload=host", "offload.activations.mode=auto", "offload.device_bytes=5500000000")
+    config = composed(*SHARED, *asked, "train.seq_len=32768")
     machine, alphas = PRESETS["dgx-h100"], []
     for rate in (4e11, 4e10, 4e9):
         links = tuple(replace(link, bandwidth=rate) if link.name == "gpu" else link for link in machine.links)
@@ -368,7 +386,7 @@ def test_the_command_plans_sequences_over_a_level(atoll: Callable[..., Any]) -> 
     for said in (
         "1 micro-batch of 16,384 tokens a rank, of sequences that 8 ranks share over gpu",
         "with away",
-        "α = ",
+        "GB leave at 50 GB/s",
     ):
         assert said in done.stdout, done.stdout
     refused = atoll("plan", *job, "parallel.sequence=rack", CUDA_VISIBLE_DEVICES="")
@@ -379,7 +397,8 @@ def test_auto_is_planned_with_what_host_memory_holds() -> None:
     """70b, 80 blocks, 4096 tokens: 10.7 GB of inputs and attention's outputs, 5.4 GB of inputs."""
     again = []
     for host_bytes, said in ((10**12, "auto (α = "), (7 * 10**9, "auto (input)"), (3 * 10**9, "auto (input)")):
-        asked = ("offload.activations.mode=auto", f"offload.activations.host_bytes={host_bytes}")
+        asked = ("offload.activations.mode=auto", f"offload.activations.host_bytes={host_bytes}",
+                 "offload.device_bytes=79500000000")  # fmt: skip
         planned = plan(composed(*BIG, "parallel=hfsdp", *asked), roomy("dgx-h100"))
         text = "\n".join(activation_rows(planned))
         assert said in text and ("blocks: they are recomputed" in text) == (host_bytes < 5e9), text
@@ -387,12 +406,34 @@ def test_auto_is_planned_with_what_host_memory_holds() -> None:
     assert again[0] < again[1] == again[2] == 1
 
 
+def test_what_host_memory_does_not_hold_is_said() -> None:
+    """A run refuses it in its first step. 1b: 16 blocks, 0.54 GB of input and attention's output each."""
+    asked = ("experiment=longcontext", "model=1b", "train.seq_len=65536", "offload.activations.mode=swap",
+             "offload.activations.alpha=0", "offload.activations.keep_last=0")  # fmt: skip
+    for host_bytes, fits in ((88 * 10**8, True), (87 * 10**8, False)):
+        planned = plan(composed(*asked, f"offload.activations.host_bytes={host_bytes}"), PRESETS["single"])
+        assert ("of host memory for activations" in "\n".join(activation_rows(planned))) == (not fits)
+
+
+def test_auto_leaves_a_fifth_of_host_memory() -> None:
+    """As a run does. 1b: 8.7 GB of inputs and attention's outputs, beside 15.5 GB of states."""
+    asked = ("experiment=longcontext", "model=1b", "train.seq_len=65536", "offload.device_bytes=16000000000",
+             "offload.activations.keep_last=0")  # fmt: skip
+    modes = []
+    for host in (31e9, 30e9):
+        planned = plan(composed(*asked), replace(PRESETS["single"], memory={"gpu": 80e9, "host": host}))
+        assert planned.activations is not None
+        modes.append(planned.activations.settled.mode)
+    assert modes == ["swap", "input"]
+
+
 def test_drives_behind_host_memory_are_planned_where_they_hide() -> None:
     """1b: 8.7 GB a block at 1,048,576 tokens, which take it 8 s; 0.27 GB at 32,768, which take it 30 ms."""
     chosen = []
-    for num_tokens, host_bytes in ((2**20, 88 * 10**9), (2**15, 2 * 10**9)):
+    for num_tokens, host_bytes, device_bytes in ((2**20, 88 * 10**9, 12 * 10**10), (2**15, 2 * 10**9, 145 * 10**8)):
         asked = ("experiment=longcontext", "model=1b", f"train.seq_len={num_tokens}", "offload.nvme_tbw=600",
-                 "offload.activations.keep_last=0", f"offload.activations.host_bytes={host_bytes}")  # fmt: skip
+                 "offload.activations.keep_last=0", f"offload.activations.host_bytes={host_bytes}",
+                 f"offload.device_bytes={device_bytes}")  # fmt: skip
         planned = plan(composed(*asked, "offload.nvme_path=[/drive]"), roomy("single"))
         marked = next(line for line in activation_rows(planned) if line.startswith("*"))
         chosen.append(re.sub(" +", " ", marked))
@@ -403,12 +444,15 @@ def test_drives_behind_host_memory_are_planned_where_they_hide() -> None:
 
 
 def test_a_model_that_fake_tensors_do_not_run_is_estimated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of experts' products in 32 bits there are none."""
     transformers = pytest.importorskip("transformers")
     transformers.MixtralConfig(
         vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4,
     ).save_pretrained(tmp_path)  # fmt: skip
-    config = composed("model=hf", f"model.path={tmp_path}", "model.from_scratch=true", "launch.workers=1")
+    config = composed(
+        "model=hf", f"model.path={tmp_path}", "model.from_scratch=true", "launch.workers=1", "train.dtype=fp32"
+    )
     planned = plan(config, PRESETS["single"])
     assert planned.activations is None and planned.candidate.cost.memory["activations"] > 0
     assert "activations are estimated from layers' widths alone" in caplog.text

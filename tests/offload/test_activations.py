@@ -127,6 +127,61 @@ def test_dropout_drops_the_same_again(alpha: float) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+class Split(nn.Module):
+    """One part of a product goes through others before another part of it is looked at, as in DeepSeek's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.first, self.last = nn.Linear(32, 64), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> tuple[Tensor, None]:
+        a, b = self.both(x).split(32, dim=-1)
+        a = torch.tanh(self.first(a))
+        return x + self.last(a * torch.tanh(b)) * scale[:, :32].mean(), None
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_parts_of_a_product_that_are_used_apart(alpha: float) -> None:
+    found = []
+    for away in (False, True):
+        torch.manual_seed(3)
+        model, x = Chain([Split() for _ in range(3)]), torch.randn(2, 32, 32)
+        if away:
+            leaving(model, "swap", alpha, keep_last=0)
+        found.append(gradients(model, x))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+class InPlace(nn.Module):
+    """Changes what a product and attention returned, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.inner, self.outer = nn.Linear(32, 96), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> tuple[Tensor, None]:
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        with torch.no_grad():
+            y = F.scaled_dot_product_attention(q, k, v).mul_(0.5).transpose(1, 2).flatten(2)
+        x = x + self.inner(x + y).mul_(2.0).mul_(scale)[..., :32]
+        return x + self.outer(F.leaky_relu(self.inner(x), 0.3, inplace=True)), None
+
+
+@pytest.mark.parametrize("mode", ["swap", "input"])
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_results_that_are_changed_in_place_are_made_again(mode: str, alpha: float) -> None:
+    found = []
+    for away in (False, True):
+        torch.manual_seed(3)
+        model, x = Chain([InPlace() for _ in range(3)]), torch.randn(2, 32, 32)
+        if away:
+            leaving(model, mode, alpha if mode == "swap" else None, keep_last=0)
+        found.append(gradients(model, x))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 class NoisyAttention(nn.Module):
     """Drops in attention and after it."""
 

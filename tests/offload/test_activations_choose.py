@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.activations import Activations
+from offload.activations_memory import GPU_SHARE, spare_bytes
 from offload.activations_plan import BlockCost, Choice, choose, choose_alpha
 from offload.options import ActivationOptions
 from tests.offload.leaving import (
@@ -22,6 +23,7 @@ from tests.offload.leaving import (
     llama,
     one_thread,
 )
+from trainer.determinism import deterministic
 
 __all__ = ["one_thread"]
 
@@ -63,6 +65,16 @@ def test_memory_left_on_the_device_keeps_the_last_blocks() -> None:
 
     assert modes(799 + 200) == ["swap"] * 3 + ["keep"] * 3
     assert modes(800 + 200) == ["swap"] * 2 + ["keep"] * 4
+
+
+def test_no_more_blocks_keep_than_may() -> None:
+    chosen = choose([cost(kept=200)] * 6, link_bytes_per_s=80, gpu_bytes=10_000, keep_last=0, keep_most=2)
+    assert [choice.mode for choice in chosen] == ["swap"] * 4 + ["keep"] * 2
+
+
+def test_without_rounding_all_products_are_swapped_or_none() -> None:
+    for rate, alpha in ((129, 0.0), (130, 1.0)):
+        assert choose([cost()] * 3, link_bytes_per_s=rate, keep_last=0, step=1) == [Choice("swap", alpha)] * 3
 
 
 def test_products_are_swapped_only_where_the_device_has_room_for_those_under_way() -> None:
@@ -108,6 +120,43 @@ def test_auto_measures_and_then_chooses() -> None:
     assert found.rest_bytes == 4 * tokens * (128 + 64 + 2 * o.ffn_dim)
     assert found.kept_bytes == kept_by_a_block()
     assert swap.choices[0].alpha > 0, "a copy in memory is faster than a block"
+
+
+def test_what_is_left_over_is_of_what_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`offload.device_bytes`, where that is less than the device has."""
+    limits: list[int | None] = []
+    monkeypatch.setattr("offload.activations.spare_bytes", lambda _, limit: limits.append(limit))
+    model = llama()
+    Activations(ActivationOptions(mode="auto"), CPU, device_bytes=10**9, poison=True).wrap(model.blocks())
+    for _ in range(4):
+        gradients(model, *batch())
+    assert limits == [10**9]
+
+
+@pytest.mark.gpu
+def test_what_is_left_over_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    held = torch.empty(2**28, dtype=torch.uint8, device=device)
+    most, spare = torch.cuda.max_memory_reserved(device), spare_bytes(device)
+    assert held.nbytes <= most and spare is not None
+    limit = most + 2**30
+    assert spare_bytes(device, limit) == min(spare, int(GPU_SHARE * limit) - most)
+    assert spare_bytes(device, most) == 0
+
+
+@pytest.mark.parametrize(("same_bits", "alpha"), [(False, 0.5), (True, 0.0)])
+def test_auto_swaps_all_products_or_none_where_bits_matter(
+    same_bits: bool, alpha: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As products of fewer rows may round differently, and α follows times, which are others in each run."""
+    monkeypatch.setattr("offload.activations.link_bytes_per_s", lambda _: 80.0)
+    model = llama()
+    swap = leaving(model, "auto", None)
+    monkeypatch.setattr(swap, "costs", lambda: [cost()] * (LAYERS - 2))
+    with deterministic(same_bits):
+        for _ in range(4):
+            gradients(model, *batch())
+    assert swap.choices[0] == Choice("swap", alpha)
 
 
 @pytest.mark.parametrize(("num_inputs", "mode"), [(LAYERS - 1, "input"), (LAYERS - 2, "recompute")])

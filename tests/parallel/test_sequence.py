@@ -116,6 +116,16 @@ def test_what_attention_over_ranks_cannot_do_is_refused(options: dict, message: 
         sequence.attend(q, q, q, 8 if options else 10, F.scaled_dot_product_attention, **options)
 
 
+def test_values_may_be_narrower_than_keys() -> None:
+    """As in DeepSeek's attention. With this rank's own tokens in the place of the others': those of the whole."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 6, size, generator=generator) for size in (16, 16, 12))
+    twice = [torch.cat((t, t), dim=2) for t in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*twice, is_causal=True)
+    found = SequenceParallel.pretended(2).attend(q, k, v, 12, F.scaled_dot_product_attention, is_causal=True)
+    torch.testing.assert_close(found[:, :2], expected[:, :2, :6])
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("mode", ["stream", "stream_input"])

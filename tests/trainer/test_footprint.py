@@ -17,6 +17,7 @@ from parallel.sequence import SequenceParallel
 from tests.scripts import lines_of
 from trainer.footprint import Footprint, alternatives, footprint
 from trainer.job import Job
+from trainer.models import build_model
 from trainer.models.llama import Llama
 from trainer.options import HFOptions, LlamaOptions, TrainOptions
 
@@ -115,6 +116,41 @@ def test_a_model_of_hugging_face(tmp_path: Any) -> None:
     assert hf.rest_bytes == ours.rest_bytes  # q, k and v apart are as many bytes
     shared, ours = found(model=HFOptions(path=str(tmp_path), from_scratch=True), sharing=2), found(sharing=2)
     assert shared.attention_bytes == ours.attention_bytes == hf.attention_bytes // 2
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "gemma3_text"])
+def test_blocks_with_experts_or_of_several_kinds(kind: str, tmp_path: Any) -> None:
+    """At the least what one of them keeps and leaves, as measured of the real ones, and little more."""
+    transformers = pytest.importorskip("transformers")
+    sizes: dict[str, Any] = dict(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4
+    )
+    experts: dict[str, Any] = dict(n_routed_experts=4, n_group=1, topk_group=1, moe_intermediate_size=32)
+    more: dict[str, dict[str, Any]] = {
+        "mixtral": dict(num_key_value_heads=2, num_local_experts=4),
+        "deepseek_v3": dict(
+            num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, v_head_dim=16,
+            qk_nope_head_dim=8, num_experts_per_tok=2, first_k_dense_replace=1, **experts,
+        ),
+        "gemma3_text": dict(num_key_value_heads=2, head_dim=16),
+    }  # fmt: skip
+    transformers.AutoConfig.for_model(kind, **sizes, **more[kind]).save_pretrained(tmp_path)
+    options = HFOptions(path=str(tmp_path), from_scratch=True)
+    job = Job(model=options, train=TrainOptions(seq_len=32))
+    found = footprint(job, vocab_size=64, micro_batch_size=2, dtype=torch.bfloat16)
+    model = build_model(options, vocab_size=64, seq_len=32, dtype=torch.bfloat16, device=CPU)
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.randn(p.shape, dtype=p.dtype) * 0.02))
+    swap = Activations(ActivationOptions(mode="swap", alpha=0.0, keep_last=0), CPU)
+    swap.wrap(model.blocks())
+    swap.measure()
+    tokens = torch.randint(64, (2, 32))
+    for _ in range(3):
+        model(tokens, tokens).backward()
+    for name in ("input_bytes", "attention_bytes", "rest_bytes", "kept_bytes"):
+        by_count, real = getattr(found, name), max(getattr(cost, name) for cost in swap.costs())
+        assert real <= by_count <= 1.1 * real, (name, by_count, real)
 
 
 def test_only_swapping_takes_host_memory() -> None:

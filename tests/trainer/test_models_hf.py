@@ -167,3 +167,46 @@ def test_logits_changed_in_an_unknown_way_are_refused(llama, monkeypatch):
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
     with pytest.raises(ValueError, match="changes its logits"):
         build(llama)
+
+
+UNSHARED = {
+    "its own": (CONFIGS["gemma2"], 8, "its attention is its own"),
+    "a window": (CONFIGS["gemma3"], 9, "sliding_window=8 is less than train.seq_len=9"),
+    "a window of all layers": (lambda: transformers.MistralConfig(**SHAPE, sliding_window=8), 9, "sliding_window=8"),
+    "dropout": (lambda: transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4), 8, "attn_pdrop=0"),
+    "a state": (
+        lambda: transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2),
+        8,
+        "in more than",
+    ),
+    "a state beside attention": (
+        lambda: transformers.FalconH1Config(**SHAPE, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
+        8,
+        "in more than attention",
+    ),  # its config has an infinity in it
+    "convolutions": (lambda: transformers.Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]), 8, "conv, full"),
+    "one token": (CONFIGS["llama"], 3, "each of 2 needs two tokens"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*no fused attention")
+@pytest.mark.parametrize("name", UNSHARED)
+def test_models_whose_sequences_ranks_cannot_share(name, tmp_path):
+    """Their tokens would meet within a rank alone, and nobody would know."""
+    config, seq_len, message = UNSHARED[name]
+    config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, seq_len=seq_len, from_scratch=True).check_shared(seq_len, 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "gemma3", "phi", "cohere", "granite"])
+def test_models_whose_sequences_ranks_share(name, tmp_path):
+    CONFIGS[name]().save_pretrained(tmp_path)
+    build(tmp_path, seq_len=8, from_scratch=True).check_shared(8, 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*no fused attention")
+def test_a_model_without_attention_has_flops_too(tmp_path):
+    transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
+    model = build(tmp_path, from_scratch=True)
+    assert model.flops_per_token(8) == model.flops_per_token(16) == 6 * sum(p.numel() for p in model.parameters())

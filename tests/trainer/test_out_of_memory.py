@@ -10,10 +10,11 @@ import torch
 
 from offload.activations_memory import Pools
 from offload.options import ActivationOptions, OffloadOptions
+from parallel import sharded
 from trainer.job import Job
 from trainer.loop import Trainer
 from trainer.models import llama
-from trainer.options import DataOptions, LlamaOptions, LoggerOptions, RunOptions, TrainOptions
+from trainer.options import DataOptions, HFOptions, LlamaOptions, LoggerOptions, RunOptions, TrainOptions
 
 SMALL = LlamaOptions(dim=64, ffn_dim=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16)
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which"
@@ -26,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def train(root: Path, data: Path, model: LlamaOptions = SMALL, **options: Any) -> None:
+def train(root: Path, data: Path, model: Any = SMALL, **options: Any) -> None:
     sizes = {"seq_len": 64, "global_batch_size": 4, **options.pop("train", {})}
     job = Job(
         model=model,
@@ -67,8 +68,8 @@ def test_owners_and_overrides_are_named(tmp_path: Path, data: Path, monkeypatch:
         "offload.activations=checkpoint ",
         "train.micro_batch_size=2 ",
         "offload.activations.tile_tokens=64 ",
-        "offload=host ",
-        "offload=host offload.weights=host ",
+        "offload.states=host ",
+        "offload.states=host offload.weights=host ",
     ):
         assert any(line.strip().startswith(override) for line in lines), (override, text)
     estimate = re.search(r"by estimate this takes ([\d.]+) MiB", text)
@@ -81,6 +82,71 @@ def test_in_the_backward_of_a_run_that_swaps(tmp_path: Path, data: Path, monkeyp
     monkeypatch.setattr(Pools, "take_buffer", full_once(Pools.take_buffer))
     with pytest.raises(torch.OutOfMemoryError, match="offload.activations=swap offload.activations.alpha=0 "):
         train(tmp_path, data, activations={"mode": "swap", "alpha": 1.0}, states="host")
+
+
+@pytest.mark.parametrize(
+    ("states", "said"),
+    [
+        (
+            "none",
+            ["parameters ", "optimizer states ", "offload.states=host ", "offload.states=host offload.weights=host "],
+        ),
+        ("host", ["offload.weights=host "]),
+    ],
+)
+def test_weights_and_states_that_do_not_fit(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, states: str, said: list[str]
+) -> None:
+    monkeypatch.setattr(sharded, "make_unit", full_once(sharded.make_unit))
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        train(tmp_path, data, states=states, predict=states == "none")
+    text = str(caught.value)
+    assert text.startswith("out of memory on rank 0 before the first step: CUDA out of memory. Tried to allocate 2.00 ")
+    for words in ("by count it takes ", *said):
+        assert words in text, text
+    taken = [float(size) for size in re.findall(r"^(?:by count it takes|  .*=host ) *([\d.]+) MiB", text, re.MULTILINE)]
+    assert len(taken) > 1 and taken == sorted(taken, reverse=True)
+
+
+def test_overrides_may_be_added_to_those_of_the_run(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An α that was given is of no other mode, and tiles may be smaller."""
+    monkeypatch.setattr(Pools, "take_buffer", full_once(Pools.take_buffer))
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        train(tmp_path, data, activations={"mode": "swap", "alpha": 1.0, "tile_tokens": 128})
+    told = re.findall(r"^  (offload\.activations.*?)  ", str(caught.value), re.MULTILINE)
+    assert "offload.activations.tile_tokens=64" in told
+    for text in told:
+        given = {"mode": "swap", "alpha": "1.0", "tile_tokens": "128"}
+        for override in text.split():
+            name, value = override.removeprefix("offload.activations").split("=")
+            given[name.removeprefix(".") or "mode"] = value
+        ActivationOptions(
+            mode=given["mode"], alpha=None if given["alpha"] == "null" else float(given["alpha"]),
+            tile_tokens=int(given["tile_tokens"]),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+def test_models_without_plain_mlps_have_their_overrides(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    module = getattr(transformers.models, kind)
+    if kind == "gpt2":
+        config, mlp = transformers.GPT2Config(vocab_size=300, n_embd=64, n_layer=3, n_head=4), "GPT2MLP"
+    else:
+        config = transformers.MixtralConfig(
+            vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4,
+        )  # fmt: skip
+        mlp = "MixtralSparseMoeBlock"
+    config.save_pretrained(tmp_path / "hf")
+    mlp = getattr(getattr(module, f"modeling_{kind}"), mlp)
+    monkeypatch.setattr(mlp, "forward", full_once(mlp.forward))
+    with pytest.raises(torch.OutOfMemoryError, match="offload.activations=recompute "):
+        train(tmp_path, data, HFOptions(path=str(tmp_path / "hf"), from_scratch=True), train={"dtype": "bf16"})
 
 
 def test_a_model_that_cannot_be_estimated_still_has_its_owners_told(

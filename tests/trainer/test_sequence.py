@@ -17,7 +17,7 @@ def test_losses_are_those_of_one_rank_and_swapping_changes_no_bit() -> None:
     ]
     found, told = ({line[0]: line[part] for line in lines} for part in (1, 2))
     away = ["states away", "predicted", "states auto"]
-    assert list(found) == ["alone", "keep", "swap 1", "swap 0", "stream", "stream_input", "auto", *away]
+    assert list(found) == ["alone", "keep", "swap 1", "swap 0", "stream", "stream_input", "auto", *away, "uneven"]
     assert len(found["alone"]) == 3 + 2, "steps, and validations before and after"
     assert found["keep"] == pytest.approx(found["alone"], rel=1e-6)
     assert found["swap 1"] == found["keep"] == found["swap 0"]
@@ -30,4 +30,6 @@ def test_losses_are_those_of_one_rank_and_swapping_changes_no_bit() -> None:
         ratio = re.search(r"measured: .* ([\d.]+) of what was predicted", told[name])
         assert ratio and 0.8 < float(ratio[1]) < 1.3, f"of two passes in a forward and four in a backward: {told[name]}"
     assert "offload.states=auto: offload.states=host" in told["states auto"]
+    assert "activations: 3 blocks swap" in told["uneven"], "as many keep on all ranks"
+    assert found["uneven"] == pytest.approx(found["states away"], rel=1e-6)
     assert found["stream"] == found["stream_input"] == found["auto"] == pytest.approx(found["alone"], rel=1e-6)

@@ -7,7 +7,6 @@ Invariant: `hf_names` gives each of our names its name in a Hugging Face checkpo
 """
 
 import difflib
-import json
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -24,6 +23,9 @@ from trainer.models.base import LanguageModel
 from trainer.models.hf_head import Head, logit_rule
 from trainer.models.hf_weights import InitRuleRead, SafetensorsRead
 from trainer.options import HFOptions
+
+_WINDOWED = {"sliding_attention", "chunked_attention"}
+"""Types of layers whose attention sees the last tokens alone."""
 
 
 class HFModel(LanguageModel):
@@ -72,10 +74,37 @@ class HFModel(LanguageModel):
         config = self.config.get_text_config()
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
+    def check_shared(self, seq_len: int, ranks: int) -> None:
+        if why := self._unshared(seq_len, ranks):
+            raise ValueError(
+                f"parallel.sequence: a {type(self.model).__name__} cannot share sequences over ranks, {why}; leave "
+                "parallel.sequence out"
+            )
+
+    def _unshared(self, seq_len: int, ranks: int) -> str:
+        config = self.config.get_text_config()
+        types = set(getattr(config, "layer_types", None) or ())
+        if getattr(self.model, "_is_stateful", False) or types - {"full_attention", *_WINDOWED}:
+            return f"as its tokens meet in more than attention ({', '.join(sorted(types)) or 'it has a state'})"
+        if self.model.config._attn_implementation != "sdpa":
+            return "as its attention is its own, not torch's scaled_dot_product_attention"
+        for field in ("sliding_window", "attention_chunk_size"):
+            window = getattr(config, field, None)
+            if window and window < seq_len and (not types or types & _WINDOWED):
+                return f"as its {field}={window} is less than train.seq_len={seq_len}: lower that"
+        for field in ("attention_dropout", "attn_pdrop"):
+            if getattr(config, field, None):
+                return f"as its attention drops at random: set model.overrides.{field}=0"
+        if seq_len < 2 * ranks:  # of one token transformers asks for attention that is not causal
+            return f"of which each of {ranks} needs two tokens of train.seq_len={seq_len}"
+        return ""
+
     def flops_per_token(self, seq_len: int) -> int:
         """6 N + 6 L H E S, where N counts every parameter but the experts that a token does not visit."""
         config = self.config.get_text_config()
-        attention = config.num_hidden_layers * config.num_attention_heads * self.head_dim * seq_len
+        attention = 0  # as of Mamba
+        if hasattr(config, "num_attention_heads"):
+            attention = config.num_hidden_layers * config.num_attention_heads * self.head_dim * seq_len
         num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
         experts = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name) if num_experts else 0
         idle = experts - experts * config.num_experts_per_tok // num_experts if num_experts else 0
@@ -116,7 +145,8 @@ def load_config(options: HFOptions) -> transformers.PreTrainedConfig:
         raise ValueError(f"model.path={options.path}: its weights are quantized, which cannot be trained")
     changes = {name: _override(config, name, value) for name, value in options.overrides.items()}
     try:  # a new config, not setattr: other fields may follow from those that change
-        return type(config).from_dict(json.loads(file.read_text()) | changes | {"use_cache": False})
+        known, _ = type(config).get_config_dict(file.parent, local_files_only=True)  # knows how they write infinity
+        return type(config).from_dict(known | changes | {"use_cache": False})
     except Exception as error:  # of many types, transformers' own among them
         raise ValueError(f"model.overrides={options.overrides}: {error}") from error
 
