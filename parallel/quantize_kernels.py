@@ -59,7 +59,7 @@ SETTINGS = {
     "sum fp32": Setting(4096, 4, 16),  # most of what it moves is packed, so the loads are to be wide, not the stores
     "sum bf16": Setting(2048, 2, 4),
     "fused few": Setting(2048, 1, 16, 2),
-    "fused many": Setting(1024, 1, 16),
+    "fused many": Setting(1024, 1, 4),
     "fused feedback": Setting(4096, 4, 4),
 }
 FEW = 4
