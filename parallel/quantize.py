@@ -6,11 +6,14 @@ the former in the low nibble. All results are the same bits on CPU, on CUDA (`pa
 tests' plain reference, by these rules:
 
 - x = fp32(value), plus the residual in fp32 if there is one;
-- scale = max |x| of the block / qmax, qmax 127 or 7; a scale below 2^-100 becomes 0, so nothing here is ever subnormal:
-  no result hangs on whether the processor flushes subnormals, and kernels may scale by powers of two;
+- scale = max |x| of the block * (1 / qmax), qmax 127 or 7, cut to 17 or 21 significant bits; a scale below 2^-100
+  becomes 0, so nothing here is ever subnormal: no result hangs on whether the processor flushes subnormals, and kernels
+  may scale by powers of two;
+- code * scale is exact, as a code has 7 or 3 bits more: what it is added to or subtracted from may take it in a fused
+  operation or not;
 - code = round half to even of x * (1 / scale), two IEEE operations; 0 where the scale is 0. No clamp: |code| <= qmax
-  because a normal scale, its reciprocal and the product are each off by at most 2^-24 of themselves;
-- dequantized = code * scale; residual = x - code * scale; two IEEE operations, never a fused one;
+  because the scale is short by at most 2^-15 of itself, its reciprocal and the product by 2^-24;
+- dequantized = code * scale; residual = x - code * scale; sums are of one chunk after the other, in fp32;
 - a block with an infinity or NaN gets the scale infinity and codes 0, which dequantize to NaN. Its residual becomes 0:
   a step that the finiteness check drops must not poison the steps after it.
 
@@ -52,6 +55,11 @@ class Format:
     def qmax(self) -> int:
         """The largest code."""
         return (1 << self.bits - 1) - 1
+
+    @property
+    def scale_mask(self) -> int:
+        """Of the bits of a scale those that it has, as int32."""
+        return -1 << self.bits - 1
 
     def packed_bytes(self, numel: int) -> int:
         """Size of a chunk of `numel` elements, a multiple of 16 bytes. ValueError unless `numel` is whole blocks."""
@@ -240,7 +248,8 @@ class _Cpu:
 
         torch.abs(x, out=y)
         torch.amax(y_rows, 2, out=scales)  # NaN if there is one
-        torch.threshold_(scales.div_(fmt.qmax), _BELOW_SMALLEST, 0.0).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        scales.mul_(1 / fmt.qmax).view(torch.int32).bitwise_and_(fmt.scale_mask)
+        torch.threshold_(scales, _BELOW_SMALLEST, 0.0).nan_to_num_(nan=torch.inf, posinf=torch.inf)
         inverse = scales.reciprocal().nan_to_num_(posinf=0.0)
         torch.mul(rows, inverse.unsqueeze(2), out=y_rows).round_()
         bad = scales == torch.inf if scales.max().item() == torch.inf else None

@@ -9,15 +9,9 @@ the same, so that there is one form. Only a fused kernel whose two formats diffe
 Codes are read as 32-bit words. 2^23 + c is a float whose last bits are c, so a mask that keeps a code where it is in
 its word and puts the exponent above it makes 2^23 + (code + bias) * 2^shift: one instruction, a conversion takes three.
 A subtraction leaves code * 2^shift, which is multiplied by scale / 2^shift. That is exactly code * scale, because no
-scale is small enough for scale / 2^16 to be subnormal. Without this, summing four-bit chunks waits for instructions
+scale is small enough for scale / 2^16 to be subnormal, and a product needs no rounding: a sum may take it in a fused
+operation. Without this, summing four-bit chunks waits for instructions
 instead of memory.
-
-[Note: a division by a constant]
-largest / qmax as three operations: q = largest * r with r the rounded 1 / qmax, the exact remainder e =
-largest - qmax * q by a fused operation, and q + e * r by another. Before its rounding the result is within 2^-46 of the
-quotient, and no quotient of a float by 7 or 127 is nearer than 2^-33 to the middle between two floats: so it is the
-rounded quotient, always (the tests go through every mantissa). A division takes ten instructions, in every thread of a
-block.
 
 [Note: pieces]
 Every thread with a part of a block does what is done once a block: its scale, the reciprocal, addresses. A thread's
@@ -28,7 +22,7 @@ the compiler's choice. 4 threads a block of 256 instead of 8 take an eighth of t
 four-bit chunks.
 
 Every other operation is one IEEE operation in fp32, and the kernels are compiled without fusing a product and a sum
-into one (`enable_fp_fusion=False`): that is what makes them equal the CPU's arithmetic bit by bit.
+into one by themselves (`enable_fp_fusion=False`): that is what makes them equal the CPU's arithmetic bit by bit.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -91,25 +85,32 @@ def _pieces(ptr, row, STRIDE: tl.constexpr, LENGTH: tl.constexpr, SPLIT: tl.cons
 
 
 @triton.jit
-def _field(words, scale, exponent, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """code * scale of the codes at bit SHIFT of `words`. See [Note: words]."""
+def _field(words, exponent, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """code * 2^SHIFT of the codes at bit SHIFT of `words`. See [Note: words]."""
     bias: tl.constexpr = (1 << BITS - 1) << SHIFT
     field = words & (((1 << BITS) - 1) << SHIFT)
     field = field ^ (exponent + bias) if BITS == 8 else field | exponent
-    return (field.to(tl.float32, bitcast=True) - (8388608.0 + bias)) * scale
+    return field.to(tl.float32, bitcast=True) - (8388608.0 + bias)
+
+
+@triton.jit
+def _in_order(a, b, c, d):
+    """Of each word's first to fourth byte (ROWS, n), all (ROWS, 4 n)."""
+    return tl.join(tl.join(a, c), tl.join(b, d)).reshape(a.shape[0], 4 * a.shape[1])
 
 
 @triton.jit
 def _bytes(words, scale, scale_8, exponent, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """Of words (ROWS, n) the values (ROWS, 4 n) whose codes are at bit SHIFT of each byte."""
+    """Of words (ROWS, n) the codes (ROWS, 4 n) at bit SHIFT of each byte, by some power of two, and their scales."""
     upper = words >> 16
-    if SHIFT + BITS == 4:  # fits below the exponent where it is: the compiler would shift and mask once more
-        third = _field(words, scale * 1.52587890625e-05, exponent, 16, BITS)
+    scale, scale_8 = tl.broadcast_to(scale, words.shape), tl.broadcast_to(scale_8, words.shape)
+    if SHIFT + BITS == 4:  # the third fits below the exponent where it is: the compiler would shift and mask once more
+        third, scale_16 = _field(words, exponent, 16, BITS), scale * 1.52587890625e-05
     else:
-        third = _field(upper, scale, exponent, SHIFT, BITS)
-    even = tl.join(_field(words, scale, exponent, SHIFT, BITS), third)
-    odd = tl.join(_field(words, scale_8, exponent, SHIFT + 8, BITS), _field(upper, scale_8, exponent, SHIFT + 8, BITS))
-    return tl.join(even, odd).reshape(words.shape[0], 4 * words.shape[1])
+        third, scale_16 = _field(upper, exponent, SHIFT, BITS), scale
+    first, second = _field(words, exponent, SHIFT, BITS), _field(words, exponent, SHIFT + 8, BITS)
+    fields = _in_order(first, second, third, _field(upper, exponent, SHIFT + 8, BITS))
+    return fields, _in_order(scale, scale_8, scale_16, scale_8)
 
 
 @triton.jit
@@ -117,19 +118,32 @@ def _unpack(
     packed_ptr, scales_offset, exponent, row,
     BITS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Of the blocks `row` (ROWS) of one packed chunk: their values as halves."""
+    """Of the blocks `row` (ROWS) of one packed chunk: codes and their scales, as halves."""
     scale = _spread(tl.load((packed_ptr + scales_offset).to(tl.pointer_type(tl.float32)) + row), SPLIT)
     scale_8 = scale * 0.00390625
     words_ptr = packed_ptr.to(tl.pointer_type(tl.int32))
     words_ptr = _pieces(words_ptr, row, BLOCK * BITS // 32, BLOCK // 8, SPLIT, VECTOR // 4)
     words = tl.load(words_ptr)
     if BITS == 8:
-        low = _bytes(words, scale, scale_8, exponent, 0, 8)
-        high = _bytes(tl.load(words_ptr + BLOCK // 8), scale, scale_8, exponent, 0, 8)
+        low, low_scale = _bytes(words, scale, scale_8, exponent, 0, 8)
+        high, high_scale = _bytes(tl.load(words_ptr + BLOCK // 8), scale, scale_8, exponent, 0, 8)
     else:
-        low = _bytes(words, scale, scale_8, exponent, 0, 4)
-        high = _bytes(words, scale * 0.0625, scale_8 * 0.0625, exponent, 4, 4)
-    return low, high
+        low, low_scale = _bytes(words, scale, scale_8, exponent, 0, 4)
+        high, high_scale = _bytes(words, scale * 0.0625, scale_8 * 0.0625, exponent, 4, 4)
+    return low, low_scale, high, high_scale
+
+
+@triton.jit
+def _add(
+    low, high, packed_ptr, scales_offset, exponent, row,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Add the blocks `row` of a packed chunk. A fused operation does it: products are exact, so that it rounds once as
+    the sum does."""
+    more_low, low_scale, more_high, high_scale = _unpack(
+        packed_ptr, scales_offset, exponent, row, BITS, BLOCK, SPLIT, VECTOR
+    )  # fmt: skip
+    return tl.fma(more_low, low_scale, low), tl.fma(more_high, high_scale, high)
 
 
 @triton.jit
@@ -139,17 +153,16 @@ def _sum(
 ):  # fmt: skip
     """Of the blocks `row` (ROWS, int64) of PARTS consecutive packed chunks: the sum in their order, as halves."""
     chunk_bytes = tl.cast(chunk_bytes, tl.int64)
-    low, high = _unpack(packed_ptr, scales_offset, exponent, row, BITS, BLOCK, SPLIT, VECTOR)
+    low, low_scale, high, high_scale = _unpack(packed_ptr, scales_offset, exponent, row, BITS, BLOCK, SPLIT, VECTOR)
+    low, high = low * low_scale, high * high_scale
     if PARTS <= 8:  # unrolled, the loads of all parts are under way together
         for part in tl.static_range(1, PARTS):
             part_ptr = packed_ptr + part * chunk_bytes
-            more_low, more_high = _unpack(part_ptr, scales_offset, exponent, row, BITS, BLOCK, SPLIT, VECTOR)
-            low, high = low + more_low, high + more_high
+            low, high = _add(low, high, part_ptr, scales_offset, exponent, row, BITS, BLOCK, SPLIT, VECTOR)
     else:
         for part in range(1, PARTS):
             part_ptr = packed_ptr + part * chunk_bytes
-            more_low, more_high = _unpack(part_ptr, scales_offset, exponent, row, BITS, BLOCK, SPLIT, VECTOR)
-            low, high = low + more_low, high + more_high
+            low, high = _add(low, high, part_ptr, scales_offset, exponent, row, BITS, BLOCK, SPLIT, VECTOR)
     return low, high
 
 
@@ -196,11 +209,8 @@ def _pack(
     # floats without a sign are in the order of their bits, NaN last; of whole numbers one instruction compares three
     largest = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL).to(tl.int32, bitcast=True)
     largest = tl.max(tl.max(largest.reshape(SPLIT, row.shape[0], half // SPLIT), 0), 1).to(tl.float32, bitcast=True)
-    qmax: tl.constexpr = 127.0 if BITS == 8 else 7.0
-    rounded = tl.full(largest.shape, 0.007874015718698502 if BITS == 8 else 0.1428571492433548, tl.float32)
-    quotient = largest * rounded
-    remainder = tl.fma(tl.full(largest.shape, -qmax, tl.float32), quotient, largest)
-    scale = tl.fma(remainder, rounded, quotient)
+    scale = largest * (0.007874015718698502 if BITS == 8 else 0.1428571492433548)  # 1 / qmax
+    scale = (scale.to(tl.int32, bitcast=True) & (-1 << BITS - 1)).to(tl.float32, bitcast=True)
     scale = tl.where(scale < 7.888609052210118e-31, 0.0, scale)
     good = scale < float("inf")  # false for NaN too
     scale = tl.where(good, scale, float("inf"))
@@ -223,8 +233,8 @@ def _pack(
         out_ptr = _pieces(out_ptr, row.to(tl.int64), half, half, SPLIT, VECTOR)
         _store(out_ptr, low_bits + (high_bits << 4), 136, good, inside, VECTOR)
     if HAS_RESIDUAL:
-        tl.store(residual_ptr, tl.where(good, low - low_code * scale, 0.0), inside)
-        tl.store(residual_ptr + half, tl.where(good, high - high_code * scale, 0.0), inside)
+        tl.store(residual_ptr, tl.where(good, tl.fma(-low_code, scale, low), 0.0), inside)
+        tl.store(residual_ptr + half, tl.where(good, tl.fma(-high_code, scale, high), 0.0), inside)
 
 
 @triton.jit
