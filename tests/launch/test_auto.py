@@ -24,7 +24,10 @@ def test_the_fastest_of_several_is_taken_and_kept(atoll, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     kept = json.loads((tmp_path / "runs" / "tiny-stdlib" / "placement.json").read_text())
     assert len(kept["candidates"]) > 1 and kept["workers"] == 2
-    assert f"3 steps of each: {kept['candidates'][0]} " in done.stdout and f"taken: {kept['chosen']}" in done.stdout
+    assert (
+        f"3 steps of each or more: {kept['candidates'][0]} " in done.stdout
+        and f"taken: {kept['chosen']}" in done.stdout
+    )
     resumed = atoll(*asked, "train.steps=6", "run.on_change=accept")
     assert resumed.returncode == 0, resumed.stderr
     assert f"parallel.candidates: {kept['chosen']}, as " in resumed.stdout and "resumed from step 4" in resumed.stdout
