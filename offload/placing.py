@@ -16,6 +16,10 @@ SLOT_APART = (
     "offload.weights=nvme: a rank must keep the weights of those parameters alone whose states it has, and not "
     "quantized; set parallel=zero3, hsdp or ddp, and quantize gradients alone, or choose offload.weights=host"
 )
+NOT_SPECULATED = (
+    "offload.update=speculate: nothing is speculated on, as states are on drives, weights are packed after their update "
+    "(parallel.quantize), or offload.speculate_share is less than a unit"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

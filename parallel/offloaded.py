@@ -174,6 +174,11 @@ class Offloader:
             return Movable(extents=())
         return self._states.movable(flat.away for flat in self.flats if flat.away and flat.states_are_own)
 
+    @property
+    def speculates(self) -> bool:
+        """Whether any states are there twice."""
+        return any(flat.away is not None and flat.away.pingpong for flat in self.flats)
+
     def bytes(self) -> dict[str, int]:
         """What is held in host memory and on NVMe."""
         if self._states is None:

@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.activations import Activations
 from offload.options import OffloadOptions
+from offload.placing import NOT_SPECULATED
 from offload.state import MASTER, Fill, Movable, Piece, Read, filling
 from offload.weak import weakly
 from parallel import optimizer as optimizers
@@ -92,6 +93,8 @@ class ShardedModel:
         if quantized := [flat.layout.numel for flat in self._trainable if flat.transport and flat.transport.quantizes]:
             self.transport.check_blocks(max(quantized), mesh.world)
         self._offloader = Offloader(self._all, offload, optimizer, device)
+        if offload.update == "speculate" and not self._offloader.speculates:
+            say(NOT_SPECULATED)
         self.weights = Weights(self._all, self._offloader, device, overlap=options.overlap)
         self._resident = [flat for flat in self._trainable if flat.away is None]
         self.optimizer = optimizers.build(optimizer, self._resident)

@@ -1,7 +1,11 @@
 """State that is away from the device trains as state on it does, under every placement."""
 
 import pytest
+import torch
+from torch import nn
 
+from offload.options import OffloadOptions
+from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard
 from tests.parallel.test_placements import PRESETS, free, run_world
 
 HOST = {"states": "host", "threads": 1}
@@ -201,3 +205,16 @@ def test_what_several_ranks_update_into_snapshots(nvme: dict) -> None:
     cases = [("zero3", HOST, "1"), ("hsdp", HOST, "1"), ("ddp", STREAMED, "2"), ("topo", SPLIT, "1")]
     check_snapshots(2, {}, [*cases, ("zero1", HALF, "3")])
     check_snapshots(4, {"node": 2, "gpu": 2}, [*cases, ("hfsdp", STREAMED, "1")])
+
+
+@pytest.mark.parametrize(("share", "speculates"), [(1.0, True), (0.1, False)])
+def test_that_nothing_is_speculated_on_is_told(share: float, speculates: bool) -> None:
+    model, told = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), []
+    engine = shard(
+        model, Mesh({"worker": 1}), Placement.of(ParallelOptions(), 1), units=list(model), optimizer=OptimizerOptions(),
+        initial=lambda name, kind, start, stop: torch.zeros(stop - start), options=ParallelOptions(),
+        dtype=torch.float32, device=torch.device("cpu"), say=told.append,
+        offload=OffloadOptions(states="host", update="speculate", speculate_share=share, threads=1),
+    )  # fmt: skip
+    engine.close()
+    assert bool(told) != speculates and all("nothing is speculated on" in text for text in told)
