@@ -155,8 +155,8 @@ def _node(plan: Plan, team: dict[str, Any], spared: str | None = None) -> dict[s
         free = [node for node in nodes if node["node_id"] != spared]
         if not free:
             raise ValueError(
-                "the only node of the run is the head of the Ray cluster, without which there is none; a run on several "
-                "has launch.address and launch.nodes"
+                "the only node of the run is the head of the Ray cluster, without which there is none; a run on "
+                "several has launch.address and launch.nodes"
             )
         chosen: dict[str, Any] = plan.draw.choice(free)
         return chosen

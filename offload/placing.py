@@ -17,8 +17,8 @@ SLOT_APART = (
     "quantized; set parallel=zero3, hsdp or ddp, and quantize gradients alone, or choose offload.weights=host"
 )
 NOT_SPECULATED = (
-    "offload.update=speculate: nothing is speculated on, as states are on drives, weights are packed after their update "
-    "(parallel.quantize), or offload.speculate_share is less than a unit"
+    "offload.update=speculate: nothing is speculated on, as states are on drives, weights are packed after their "
+    "update (parallel.quantize), or offload.speculate_share is less than a unit"
 )
 
 
