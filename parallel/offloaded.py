@@ -212,16 +212,15 @@ def _runs(flat: TrainableFlat) -> tuple[Run, ...]:
 
 
 def _check_limits(states: AwayStates, options: OffloadOptions) -> None:
-    for key, limit, needed in (
-        ("host_bytes", options.host_bytes, states.host_bytes),
-        ("nvme_bytes", options.nvme_bytes, states.nvme_bytes),
+    """ValueError where a limit is below what cannot go elsewhere."""
+    elsewhere = {"host": ["use offload.states=nvme"], "nvme": ["use offload.weights=nvme"]}[options.states]
+    for key, limit, needed, more in (
+        ("host_bytes", options.host_limit, states.host_bytes, [] if options.weights == "nvme" else elsewhere),
+        ("nvme_bytes", options.nvme_bytes, states.nvme_bytes, ["give more to offload.host_bytes"]),
     ):
-        strict = key == "nvme_bytes" or options.states == "host"
-        if strict and limit is not None and needed > limit:
-            raise ValueError(
-                f"offload.{key}={limit}: this rank needs {needed}; raise it, give more to offload.gpu_bytes, or use "
-                f"offload.states=nvme"
-            )
+        if limit is not None and needed > limit:
+            *remedies, last = ["raise it", "give more to offload.gpu_bytes", *more]
+            raise ValueError(f"offload.{key}={limit}: this rank needs {needed}; {', '.join(remedies)}, or {last}")
 
 
 def ranks_here() -> int:
