@@ -130,27 +130,29 @@ class Drive:
                 raise drive_error(errno.EIO, f"{what} ended after {count} bytes", str(self.file))
 
     def _open(self, direct: bool) -> int:
-        """A handle of a new file that has all its space, and no name any more."""
-        flags = os.O_RDWR | os.O_CLOEXEC
-        what = f"creation of a file of {self.size_bytes} bytes"
+        """A handle of a new file that has all its space, and had no name when that was taken, which may last."""
+        flags, creation = os.O_RDWR | os.O_CLOEXEC, f"creation of a file of {self.size_bytes} bytes"
+        handles: list[int] = []
         try:
+            what = creation
             # fallocate needs a handle without O_DIRECT where the C library has to write the blocks itself
-            plain = self._calls.open(self.file, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            handles.append(self._calls.open(self.file, flags | os.O_CREAT | os.O_EXCL, 0o600))
             try:
-                stat = os.fstatvfs(plain)
-                if stat.f_bavail * stat.f_frsize < self.size_bytes:
-                    what += f" ({stat.f_bavail * stat.f_frsize} are free)"
-                    raise OSError(errno.ENOSPC, "")
-                self._calls.fallocate(plain, 0, self.size_bytes)
-                if direct:
-                    what = "opening for direct I/O"
-                    return self._calls.open(self.file, flags | os.O_DIRECT)
-                return os.dup(plain)
+                what = "opening for direct I/O"
+                handles.append(self._calls.open(self.file, flags | os.O_DIRECT) if direct else os.dup(handles[0]))
             finally:
-                os.close(plain)
                 self.file.unlink(missing_ok=True)
+            what, stat = creation, os.fstatvfs(handles[0])
+            if stat.f_bavail * stat.f_frsize < self.size_bytes:
+                what += f" ({stat.f_bavail * stat.f_frsize} are free)"
+                raise OSError(errno.ENOSPC, "")
+            self._calls.fallocate(handles[0], 0, self.size_bytes)
+            return handles.pop()
         except OSError as error:
             raise drive_error(error.errno or errno.EIO, what, str(self.file)) from error
+        finally:
+            for handle in handles:
+                os.close(handle)
 
     def _probe(self) -> None:
         """Fail now, not in an hour, where blocks of this size are refused."""
