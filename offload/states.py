@@ -124,6 +124,8 @@ class AwayStates:
         self._thread: threading.Thread | None = None
         self._last: _Batch | None = None
         """Asked for, and not settled yet."""
+        self._began: tuple[float, int] | None = None
+        """When the first update was asked for, and the bytes that had been written to drives."""
         self.update_s = 0.0
         """Seconds that the last updates took, from when their gradients and the factor were known."""
         self._movable = Movable(extents=())
@@ -148,6 +150,13 @@ class AwayStates:
     @property
     def nvme_bytes(self) -> int:
         return nvme_bytes(self.shards)
+
+    def written_bytes_per_s(self) -> float:
+        """To drives, since the first update was asked for."""
+        if self._on_drives is None or self._began is None:
+            return 0.0
+        since_s, before = self._began
+        return (self._on_drives.tier.bytes_written - before) / (time.perf_counter() - since_s)
 
     def allocate(self) -> None:
         """Take all memory at once, host and NVMe, and give each shard its own. ArenaError or DriveError if there is too
@@ -249,6 +258,8 @@ class AwayStates:
         """
         if not work:  # all of it stays on the device
             return []
+        if self._began is None and self._on_drives is not None:
+            self._began = time.perf_counter(), self._on_drives.tier.bytes_written
         for grad, _ in self._leaving:  # the next are long to come: nobody waits for these
             assert self._out is not None
             grad.record_stream(self._out)

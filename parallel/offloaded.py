@@ -180,6 +180,10 @@ class Offloader:
             return {}
         return {"host": self._states.host_bytes, "nvme": self._states.nvme_bytes}
 
+    def written_bytes_per_s(self) -> float:
+        """To drives, since the first update."""
+        return self._states.written_bytes_per_s() if self._states else 0.0
+
     def drives(self, options: OffloadOptions) -> Drives | None:
         """Where activations may go on to, and how much states leave of it."""
         if not (options.nvme_path and options.activations.swaps):
