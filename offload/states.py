@@ -47,7 +47,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -164,12 +164,16 @@ class AwayStates:
         if not self.host_bytes:
             return
         register = self._device if self._cuda else None
-        if in_arena := self.host_bytes - Buffers.of(self.shards).size_bytes:
-            self.arena = Arena(in_arena, register=register, pool=self.pool)
-        if self.nvme_bytes:
-            self._on_drives = StatesOnDrives(
-                self.shards, self._folders, direct=self._direct, pool=self.pool, register=register
-            )
+        try:
+            if self.nvme_bytes:
+                self._on_drives = StatesOnDrives(
+                    self.shards, self._folders, direct=self._direct, pool=self.pool, register=register
+                )
+            if in_arena := self.host_bytes - Buffers.of(self.shards).size_bytes:
+                self.arena = Arena(in_arena, register=register, pool=self.pool)
+        except BaseException:
+            self.close()
+            raise
         for shard in self.shards:
             if shard.slot_on_nvme:
                 continue
@@ -295,9 +299,10 @@ class AwayStates:
             self._batches.put(None)
             thread.join()
         self._leaving.clear()
-        for part in (self._on_drives, self.arena):
-            if part is not None:
-                part.close()
+        with ExitStack() as parts:  # each, whatever another raises
+            for part in (self.arena, self._on_drives):
+                if part is not None:
+                    parts.callback(part.close)
 
     def _work(self) -> None:
         if self._cuda:

@@ -197,8 +197,10 @@ class Offloader:
 
     def close(self) -> None:
         if self._states is not None:
-            self._states.close()
-            self._states.pool.close()
+            try:
+                self._states.close()
+            finally:
+                self._states.pool.close()
 
 
 def part_of(flat: TrainableFlat) -> Part:
