@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offload.mounts import filesystem_of
+from offload.mounts import filesystem_of, try_writing
 
 BLOCK = 4096
 """Bytes that offsets, sizes and addresses are multiples of: what direct I/O needs on any drive in use."""
@@ -67,6 +67,15 @@ def check_folder(folder: Path, direct: bool) -> None:
             f"offload.nvme_path={folder}: {kind} is memory, not a drive; use a folder on one, or "
             f"offload.nvme_direct=false to have it anyway"
         )
+
+
+def check_writable(folder: Path, direct: bool) -> None:
+    """As `check_folder`, and DriveError where nothing can be written there."""
+    check_folder(folder, direct)
+    try:
+        try_writing(folder)
+    except OSError as error:
+        raise drive_error(error.errno or errno.EIO, "no file can be written there", str(folder)) from error
 
 
 class Drive:
