@@ -195,17 +195,19 @@ class _Reckoning:
         """This rank's own, or what went wrong. Collective: no rank leaves the others waiting."""
         options, where = self._job.offload, self._where
         here, threads = ranks_here(), num_threads(options)
-        probed = self._attempt(self._probe)
+        probed, room = self._attempt(self._probe), self._attempt(lambda: _room(options, where.device, here))
         if where.world > 1:
-            dist.barrier()  # then all measure at once
+            dist.barrier()  # then all measure at once, and take of what is free
         if isinstance(probed, str):
             return probed
+        if isinstance(room, str):
+            return room
         parts = [part for layer in self._layers(lambda _: (0.0, 0.0)) for part in layer.parts]
         return self._attempt(
             lambda: Profile(
                 probed=probed,
-                rates=measure(parts, options, device=where.device, threads=threads),
-                room=_room(options, where.device, here),
+                rates=measure(parts, options, device=where.device, threads=threads, nvme_bytes=room.nvme_bytes),
+                room=room,
             )
         )
 

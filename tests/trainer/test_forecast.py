@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from offload import mounts
+from offload.nvme import NvmeTier
 from offload.options import OffloadOptions
 from offload.states import AwayStates
 from trainer import forecast
@@ -80,6 +81,24 @@ def test_auto_trains_as_what_it_chose_and_says_so(
     assert unpredicted.count("drives: writes") == 1, "what was written is told in any case"
     _, chose, told_to = written  # the first was the drives' measurement
     assert chose == told_to > 0 and chose % (STEPS + 1) == 0, "12 bytes a parameter at the start and each step"
+
+
+@pytest.mark.timeout(200)
+def test_drives_are_measured_by_no_more_than_may_be_used_of_them(
+    tmp_path: Path, data: Path, disk_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a run is refused for what it would not need."""
+    taken: list[int] = []
+    init = NvmeTier.__init__
+
+    def noting(self: NvmeTier, folders: list[Path], size_bytes: int, **more: Any) -> None:
+        taken.append(size_bytes)
+        init(self, folders, size_bytes, **more)
+
+    monkeypatch.setattr(NvmeTier, "__init__", noting)
+    caps = {"device_bytes": 9_000_000, "host_bytes": 6_000_000, "nvme_bytes": 1_000_000}
+    run(tmp_path, data, steps=1, states="auto", nvme_path=[str(disk_folder)], **caps)
+    assert taken and max(taken) <= 1_000_000, taken
 
 
 @pytest.mark.timeout(200)
