@@ -287,7 +287,8 @@ def _check_numbers(job: Job) -> None:
 def _check_offload(job: Job) -> None:
     """What would be ignored, or refused by the ranks."""
     options, drives = job.offload, ("nvme_path", "nvme_bytes", "nvme_tbw", "nvme_direct")
-    unread = {"none": ("gpu_bytes", "host_bytes", "threads", *drives), "host": drives}.get(options.states, ())
+    idle = () if options.activations.swaps else ("threads",)
+    unread = {"none": ("gpu_bytes", "host_bytes", *idle, *drives), "host": drives}.get(options.states, ())
     if options.activations.swaps and options.nvme_path:
         unread = tuple(key for key in unread if key not in drives)
     for key in unread:
@@ -298,6 +299,14 @@ def _check_offload(job: Job) -> None:
                 f"other offload.states"
                 + (", or offload.activations that swap and offload.nvme_path" if key in drives else "")
             )
+    share = options.speculate_share
+    if options.update != "speculate" and share != OffloadOptions.speculate_share:
+        raise ValueError(f"offload.speculate_share={share} is only read with offload.update=speculate")
+    if options.update == "speculate" and options.states == "nvme" and not options.host_bytes:
+        raise ValueError(
+            "offload.update=speculate with offload.states=nvme is for the states that offload.host_bytes has room for; "
+            "set it, or leave offload.update out"
+        )
     if options.away and job.optimizer.name != "adamw":
         raise ValueError(
             f"offload.states={options.states} updates by AdamW, not by optimizer={job.optimizer.name}; set "
@@ -308,7 +317,7 @@ def _check_offload(job: Job) -> None:
 def _check_files(job: Job) -> None:
     """What the workers will open, where they run on this machine."""
     from checkpoint.persisted.folder import Folder
-    from offload.drive import DriveError, check_folder
+    from offload.drive import DriveError, check_writable
     from trainer.data.files import find_files
 
     if job.data.source != "datasets":
@@ -321,7 +330,7 @@ def _check_files(job: Job) -> None:
         job.model.config_file()
     try:
         for folder in job.offload.nvme_path:
-            check_folder(Path(folder), job.offload.nvme_direct)
+            check_writable(Path(folder), job.offload.nvme_direct)
     except DriveError as error:
         raise ValueError(f"offload.nvme_path={error.filename}: {error.strerror}") from error
     if job.checkpoint.url:

@@ -199,7 +199,9 @@ def show(planned: Planned) -> str:
         f"bottleneck {away.prediction.bottleneck if away and not away.waits else simulation.bottleneck}",
     ]
     if planned.written_bytes:
-        lines.append(f"endurance  {endurance(planned.written_bytes, step_s, tbw=planned.tbw)}")
+        here = machine.ranks_of_node(dict(zip(mesh.names, mesh.sizes, strict=True)))
+        who = f"each node, of {here} ranks, " if here > 1 else ""
+        lines.append(f"endurance  {who}{endurance(here * planned.written_bytes, step_s, tbw=planned.tbw)}")
     if planned.choice:
         lines.append(f"chosen     {planned.choice.why}; {planned.choice.fitting} of {planned.choice.total} fit")
     return "\n".join(lines)

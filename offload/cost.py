@@ -228,8 +228,8 @@ class _Play:
                 ready = max(ready, self._stands[shard])
                 continue
             start = max(self._host, self._known, self._arrived[shard])
-            cause = OUT if start == self._arrived[shard] > max(self._host, self._known) else HOST
             seconds_ = shard.numel / self._rates.update
+            cause = OUT if start - max(self._host, self._known) > seconds_ else HOST
             self.busy[HOST] += seconds_
             self._host = start + seconds_
             if shard.on_nvme:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offload.mounts import filesystem_of
+from offload.mounts import filesystem_of, try_writing
 
 BLOCK = 4096
 """Bytes that offsets, sizes and addresses are multiples of: what direct I/O needs on any drive in use."""
@@ -67,6 +67,15 @@ def check_folder(folder: Path, direct: bool) -> None:
             f"offload.nvme_path={folder}: {kind} is memory, not a drive; use a folder on one, or "
             f"offload.nvme_direct=false to have it anyway"
         )
+
+
+def check_writable(folder: Path, direct: bool) -> None:
+    """As `check_folder`, and DriveError where nothing can be written there."""
+    check_folder(folder, direct)
+    try:
+        try_writing(folder)
+    except OSError as error:
+        raise drive_error(error.errno or errno.EIO, "no file can be written there", str(folder)) from error
 
 
 class Drive:
@@ -130,27 +139,29 @@ class Drive:
                 raise drive_error(errno.EIO, f"{what} ended after {count} bytes", str(self.file))
 
     def _open(self, direct: bool) -> int:
-        """A handle of a new file that has all its space, and no name any more."""
-        flags = os.O_RDWR | os.O_CLOEXEC
-        what = f"creation of a file of {self.size_bytes} bytes"
+        """A handle of a new file that has all its space, and had no name when that was taken, which may last."""
+        flags, creation = os.O_RDWR | os.O_CLOEXEC, f"creation of a file of {self.size_bytes} bytes"
+        handles: list[int] = []
         try:
+            what = creation
             # fallocate needs a handle without O_DIRECT where the C library has to write the blocks itself
-            plain = self._calls.open(self.file, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            handles.append(self._calls.open(self.file, flags | os.O_CREAT | os.O_EXCL, 0o600))
             try:
-                stat = os.fstatvfs(plain)
-                if stat.f_bavail * stat.f_frsize < self.size_bytes:
-                    what += f" ({stat.f_bavail * stat.f_frsize} are free)"
-                    raise OSError(errno.ENOSPC, "")
-                self._calls.fallocate(plain, 0, self.size_bytes)
-                if direct:
-                    what = "opening for direct I/O"
-                    return self._calls.open(self.file, flags | os.O_DIRECT)
-                return os.dup(plain)
+                what = "opening for direct I/O"
+                handles.append(self._calls.open(self.file, flags | os.O_DIRECT) if direct else os.dup(handles[0]))
             finally:
-                os.close(plain)
                 self.file.unlink(missing_ok=True)
+            what, stat = creation, os.fstatvfs(handles[0])
+            if stat.f_bavail * stat.f_frsize < self.size_bytes:
+                what += f" ({stat.f_bavail * stat.f_frsize} are free)"
+                raise OSError(errno.ENOSPC, "")
+            self._calls.fallocate(handles[0], 0, self.size_bytes)
+            return handles.pop()
         except OSError as error:
             raise drive_error(error.errno or errno.EIO, what, str(self.file)) from error
+        finally:
+            for handle in handles:
+                os.close(handle)
 
     def _probe(self) -> None:
         """Fail now, not in an hour, where blocks of this size are refused."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from offload.adamw import adamw
 from offload.arena import Arena
 from offload.cost import Rates
+from offload.drive import BLOCK
 from offload.hostpool import HostPool
 from offload.options import OffloadOptions
 from offload.placing import Part
@@ -29,9 +30,12 @@ ROUNDS = 3
 _ADAMW = AdamW(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 
 
-def measure(parts: Sequence[Part], options: OffloadOptions, *, device: torch.device, threads: int) -> Rates:
+def measure(
+    parts: Sequence[Part], options: OffloadOptions, *, device: torch.device, threads: int, nvme_bytes: float
+) -> Rates:
     """The rates of this rank; the drives' where `options` name any. Takes about a second, and one more for drives.
 
+    nvme_bytes: what this rank may use of the drives.
     Raises ArenaError or DriveError (OSErrors) where memory or drives cannot be had.
     """
     sample = _sample(parts, SAMPLE)
@@ -39,7 +43,8 @@ def measure(parts: Sequence[Part], options: OffloadOptions, *, device: torch.dev
         update, pingpong, into, out = _host_rates(sample, device, pool)
         drive = None
         if options.nvme_path and options.states in ("nvme", "auto"):
-            drive = _drive_rate(_sample(parts, 8 * CHUNK), options, device, pool)
+            most = min(8 * CHUNK, int(nvme_bytes / 12))
+            drive = _drive_rate(_sample(parts, max(BLOCK, most)), options, device, pool)
     cores = len(os.sched_getaffinity(0))
     return Rates(
         update=update,

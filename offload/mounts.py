@@ -1,7 +1,9 @@
-"""What a folder on a disk is good for: its kind of file system, and whether it can be written in."""
+"""What a folder on a disk is good for: its kind of file system, whether it can be written in, and what it holds."""
 
 import os
 import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -25,3 +27,12 @@ def try_writing(folder: str | Path) -> None:
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         file.write(bytes(4096))
+
+
+def space_of(folders: Sequence[Path]) -> tuple[int, int]:
+    """Bytes free for files of one size, one in each folder, and bytes in all. Folders may be on one disk: its space is
+    theirs together."""
+    stats = [(os.stat(folder).st_dev, os.statvfs(folder)) for folder in folders]
+    sharing = Counter(disk for disk, _ in stats)
+    free = min((stat.f_bavail * stat.f_frsize // sharing[disk] for disk, stat in stats), default=0)
+    return len(stats) * free, sum({disk: stat.f_blocks * stat.f_frsize for disk, stat in stats}.values())

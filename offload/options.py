@@ -110,14 +110,15 @@ class OffloadOptions:
     activations. None: for states 92% of what is free on a GPU when the run starts, on a CPU what is available; for
     activations what the GPU has, or this process may take of it."""
     host_bytes: int | None = None
-    """Host memory for all that is kept there. With ``states=nvme`` what does not fit goes to NVMe: states, and weights
-    with ``weights=nvme``; else it is an error. None: ``states=host`` takes what it needs, ``states=nvme`` puts no
-    states there, ``states=auto`` plans with 85% of this rank's part of what is available."""
+    """A rank's host memory for all that is kept there. With ``states=nvme`` what does not fit goes to NVMe: states, and
+    weights with ``weights=nvme``; it is an error where what is left to be there does not fit, as with ``states=host``.
+    None: ``states=host`` takes what it needs, ``states=nvme`` puts no states there (nor does it with 0),
+    ``states=auto`` plans with 85% of this rank's part of what is available."""
     nvme_path: list[str] = field(default_factory=list)
     """Folders on drives, one a drive; each file is scratch and removed by itself. For states, and for activations that
     swap where host memory is short; both share the drives."""
     nvme_bytes: int | None = None
-    """The most that all drives together may hold, states first. None: what is needed."""
+    """The most that a rank may have on all drives together, states first. None: what is needed."""
     nvme_direct: bool = True
     """Past the page cache (O_DIRECT). ``false`` only where the file system refuses it: takes memory and time."""
     nvme_tbw: float | None = None
@@ -185,6 +186,11 @@ class OffloadOptions:
     def away(self) -> bool:
         """Whether anything but activations leaves the device."""
         return self.states != "none"
+
+    @property
+    def host_limit(self) -> int | None:
+        """`host_bytes`, where that is a limit: in front of drives 0 only says that no states are there."""
+        return self.host_bytes or None if self.states == "nvme" else self.host_bytes
 
     @property
     def streams_weights(self) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from offload.options import OffloadOptions
-from offload.shard import Shard, host_bytes
+from offload.shard import Shard, host_bytes, outgoing_bytes
 
 SLOT_APART = (
     "offload.weights=nvme: a rank must keep the weights of those parameters alone whose states it has, and not "
@@ -88,11 +88,13 @@ def _fill_host(shards: Sequence[Shard], limit_bytes: int) -> None:
     doubled = [shard.pingpong for shard in shards]
     for shard in shards:
         shard.pingpong = False
-    room = limit_bytes - host_bytes(shards)
+    room, passing = limit_bytes - host_bytes(shards), 0
     for shard, doubles in zip(shards, doubled, strict=True):
         before = shard.host_bytes
         shard.on_nvme, shard.pingpong = False, doubles
-        room -= shard.host_bytes - before
+        largest = max(passing, shard.passing_bytes)
+        room -= shard.host_bytes - before + outgoing_bytes(largest) - outgoing_bytes(passing)
         if room < 0:
             shard.on_nvme, shard.pingpong = True, False
             return
+        passing = largest

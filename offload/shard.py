@@ -234,8 +234,13 @@ class Buffers:
 def host_bytes(shards: Sequence[Shard]) -> int:
     """Of host memory that shards take, with the buffers that they share."""
     passing = max((shard.passing_bytes for shard in shards), default=0)
-    shared = Buffers.of(shards).size_bytes + OUTGOING * round_up(passing, ALIGN)
+    shared = Buffers.of(shards).size_bytes + outgoing_bytes(passing)
     return sum(shard.host_bytes for shard in shards) + shared
+
+
+def outgoing_bytes(passing_bytes: int) -> int:
+    """Of the buffers for weights that pass through host memory, of which so many are the most of a shard."""
+    return OUTGOING * round_up(passing_bytes, ALIGN)
 
 
 def nvme_bytes(shards: Sequence[Shard]) -> int:

@@ -47,7 +47,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -124,6 +124,8 @@ class AwayStates:
         self._thread: threading.Thread | None = None
         self._last: _Batch | None = None
         """Asked for, and not settled yet."""
+        self._began: tuple[float, int] | None = None
+        """When the first update was asked for, and the bytes that had been written to drives."""
         self.update_s = 0.0
         """Seconds that the last updates took, from when their gradients and the factor were known."""
         self._movable = Movable(extents=())
@@ -149,18 +151,29 @@ class AwayStates:
     def nvme_bytes(self) -> int:
         return nvme_bytes(self.shards)
 
+    def written_bytes_per_s(self) -> float:
+        """To drives, since the first update was asked for."""
+        if self._on_drives is None or self._began is None:
+            return 0.0
+        since_s, before = self._began
+        return (self._on_drives.tier.bytes_written - before) / (time.perf_counter() - since_s)
+
     def allocate(self) -> None:
         """Take all memory at once, host and NVMe, and give each shard its own. ArenaError or DriveError if there is too
         little."""
         if not self.host_bytes:
             return
         register = self._device if self._cuda else None
-        if in_arena := self.host_bytes - Buffers.of(self.shards).size_bytes:
-            self.arena = Arena(in_arena, register=register, pool=self.pool)
-        if self.nvme_bytes:
-            self._on_drives = StatesOnDrives(
-                self.shards, self._folders, direct=self._direct, pool=self.pool, register=register
-            )
+        try:
+            if self.nvme_bytes:
+                self._on_drives = StatesOnDrives(
+                    self.shards, self._folders, direct=self._direct, pool=self.pool, register=register
+                )
+            if in_arena := self.host_bytes - Buffers.of(self.shards).size_bytes:
+                self.arena = Arena(in_arena, register=register, pool=self.pool)
+        except BaseException:
+            self.close()
+            raise
         for shard in self.shards:
             if shard.slot_on_nvme:
                 continue
@@ -249,6 +262,8 @@ class AwayStates:
         """
         if not work:  # all of it stays on the device
             return []
+        if self._began is None and self._on_drives is not None:
+            self._began = time.perf_counter(), self._on_drives.tier.bytes_written
         for grad, _ in self._leaving:  # the next are long to come: nobody waits for these
             assert self._out is not None
             grad.record_stream(self._out)
@@ -284,9 +299,10 @@ class AwayStates:
             self._batches.put(None)
             thread.join()
         self._leaving.clear()
-        for part in (self._on_drives, self.arena):
-            if part is not None:
-                part.close()
+        with ExitStack() as parts:  # each, whatever another raises
+            for part in (self.arena, self._on_drives):
+                if part is not None:
+                    parts.callback(part.close)
 
     def _work(self) -> None:
         if self._cuda:

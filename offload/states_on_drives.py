@@ -42,14 +42,18 @@ class StatesOnDrives:
         for shard in shards:
             shard.place, place = place, place + shard.nvme_bytes
         register = register if buffers.num_pieces else None
-        self._arena = Arena(buffers.size_bytes, register=register, pool=pool, for_drives=True)
+        self.tier = NvmeTier(folders, nvme_bytes(shards), direct=direct)  # before memory, whose pages take a while
+        try:
+            self._arena = Arena(buffers.size_bytes, register=register, pool=pool, for_drives=True)
+        except BaseException:
+            self.tier.close()
+            raise
 
         def take(count: int, size_bytes: int) -> list[Tensor]:
             return [self._arena.take(size_bytes, torch.uint8, align=BLOCK) for _ in range(count)]
 
         self._ring = deque(take(RING, buffers.chunk_bytes))
         gradients, weights = (take(buffers.num_pieces, buffers.piece_bytes) for _ in range(2))
-        self.tier = NvmeTier(folders, nvme_bytes(shards), direct=direct)
         self.slots = SlotsOnDrives(self.tier, gradients, weights)
 
     def walk(self, shards: Sequence[Shard], *, write: bool) -> "Walk":

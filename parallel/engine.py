@@ -59,7 +59,7 @@ class Engine(Protocol):
         where the engine does not know."""
 
     def written_bytes_per_s(self) -> float:
-        """To drives, by activations, since this engine was made."""
+        """To drives: by states since the first update, by activations since this engine was made."""
 
     def close(self) -> None:
         """Let go of host memory, drives and threads; the engine is of no use afterwards."""

@@ -185,6 +185,10 @@ class Offloader:
             return {}
         return {"host": self._states.host_bytes, "nvme": self._states.nvme_bytes}
 
+    def written_bytes_per_s(self) -> float:
+        """To drives, since the first update."""
+        return self._states.written_bytes_per_s() if self._states else 0.0
+
     def drives(self, options: OffloadOptions) -> Drives | None:
         """Where activations may go on to, and how much states leave of it."""
         if not (options.nvme_path and options.activations.swaps):
@@ -198,8 +202,10 @@ class Offloader:
 
     def close(self) -> None:
         if self._states is not None:
-            self._states.close()
-            self._states.pool.close()
+            try:
+                self._states.close()
+            finally:
+                self._states.pool.close()
 
 
 def part_of(flat: TrainableFlat) -> Part:
@@ -217,16 +223,15 @@ def _runs(flat: TrainableFlat) -> tuple[Run, ...]:
 
 
 def _check_limits(states: AwayStates, options: OffloadOptions) -> None:
-    for key, limit, needed in (
-        ("host_bytes", options.host_bytes, states.host_bytes),
-        ("nvme_bytes", options.nvme_bytes, states.nvme_bytes),
+    """ValueError where a limit is below what cannot go elsewhere."""
+    elsewhere = {"host": ["use offload.states=nvme"], "nvme": ["use offload.weights=nvme"]}[options.states]
+    for key, limit, needed, more in (
+        ("host_bytes", options.host_limit, states.host_bytes, [] if options.weights == "nvme" else elsewhere),
+        ("nvme_bytes", options.nvme_bytes, states.nvme_bytes, ["give more to offload.host_bytes"]),
     ):
-        strict = key == "nvme_bytes" or options.states == "host"
-        if strict and limit is not None and needed > limit:
-            raise ValueError(
-                f"offload.{key}={limit}: this rank needs {needed}; raise it, give more to offload.gpu_bytes, or use "
-                f"offload.states=nvme"
-            )
+        if limit is not None and needed > limit:
+            *remedies, last = ["raise it", "give more to offload.gpu_bytes", *more]
+            raise ValueError(f"offload.{key}={limit}: this rank needs {needed}; {', '.join(remedies)}, or {last}")
 
 
 def ranks_here() -> int:

@@ -282,7 +282,7 @@ class ShardedModel:
         }
 
     def written_bytes_per_s(self) -> float:
-        return self.activations.pools.written_bytes_per_s()
+        return self._offloader.written_bytes_per_s() + self.activations.pools.written_bytes_per_s()
 
     # ------------------------------------------------------------------------------------------------ units
 

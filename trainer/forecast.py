@@ -22,6 +22,7 @@ from offload.choose import Chosen, MemoryBudget, choose, overrides
 from offload.cost import Layer, Prediction, Rates, predict, seconds
 from offload.device import host_available_bytes
 from offload.measure import measure
+from offload.mounts import space_of
 from offload.nvme import endurance
 from offload.options import OffloadOptions
 from parallel import Placement
@@ -60,8 +61,9 @@ class Profile:
 class Forecast:
     """The predicted step beside the measured ones."""
 
-    def __init__(self, prediction: Prediction, job: Job, *, world: int) -> None:
-        self.prediction, self._options, self._world = prediction, job.offload, world
+    def __init__(self, prediction: Prediction, job: Job, *, world: int, here: int) -> None:
+        """here: ranks of this machine, of `world`."""
+        self.prediction, self._options, self._world, self._here = prediction, job.offload, world, here
         self._clip, self._shared = job.train.clip_norm, job.parallel.sequence_ranks > 1
         self._norms: deque[float] = deque(maxlen=2)
         self._skip = SKIPPED
@@ -72,7 +74,8 @@ class Forecast:
         """The prediction, and what it means for the drives."""
         shared = " but for attention" if self._shared else ""
         alone = "" if self._world == 1 else f", without what ranks send each other{shared}"
-        return f"predicted: {self.prediction}{alone}{self._wear(self.prediction.step_s)}"
+        worn = wear(self.prediction.written_bytes / self.prediction.step_s, self._options, ranks=self._here)
+        return "\n".join(filter(None, (f"predicted: {self.prediction}{alone}", worn)))
 
     def seen(self, step_s: float, grad_norm: float) -> str:
         """Take note of a step; what to say of it, mostly nothing."""
@@ -86,11 +89,9 @@ class Forecast:
         self._ratios.append(step_s / expected_s)
         return self._compare() if len(self._times) == SHOWN else ""
 
-    def summary(self, written_bytes_per_s: float) -> str:
-        """For the end of the run; empty where it was too short to tell. written_bytes_per_s: to drives, but states."""
-        if not self._times:
-            return ""
-        return self._compare() + self._wear(statistics.median(self._times), written_bytes_per_s)
+    def summary(self) -> str:
+        """For the end of the run; empty where it was too short to tell."""
+        return self._compare() if self._times else ""
 
     @property
     def ratio(self) -> float:
@@ -101,17 +102,15 @@ class Forecast:
         count, median = len(self._times), statistics.median(self._times)
         return f"measured: {seconds(median)} a step (median of {count}), {self.ratio:.2f} of what was predicted"
 
-    def _wear(self, step_s: float, written_bytes_per_s: float = 0.0) -> str:
-        """What this rank's writing means for the drives of its machine, if it writes any."""
-        bytes_per_s = self.prediction.written_bytes / step_s + written_bytes_per_s
-        return f"\n{wear(bytes_per_s, self._options, world=self._world)}" if bytes_per_s else ""
 
-
-def wear(bytes_per_s: float, options: OffloadOptions, *, world: int) -> str:
-    """What a rank's writing to the drives of ``offload.nvme_path`` means for them."""
-    capacity = sum(_space(Path(path))[1] for path in options.nvme_path)
-    said = endurance(bytes_per_s, 1.0, capacity_bytes=capacity, tbw=options.nvme_tbw)
-    return f"drives: {'this rank ' if world > 1 else ''}{said}"
+def wear(bytes_per_s: float, options: OffloadOptions, *, ranks: int) -> str:
+    """What it means for the drives of ``offload.nvme_path`` that each of a machine's ranks writes so much to them.
+    Empty where nothing is written."""
+    if not bytes_per_s:
+        return ""
+    _, capacity = space_of([Path(path) for path in options.nvme_path])
+    said = endurance(ranks * bytes_per_s, 1.0, capacity_bytes=capacity, tbw=options.nvme_tbw)
+    return f"drives: {f'each machine, of {ranks} ranks, ' if ranks > 1 else ''}{said}"
 
 
 def settle(
@@ -171,7 +170,7 @@ def settle(
     if where.rank == 0 and known is None:
         replace_file(folder / FILE, json.dumps({"key": key, **_plain(profile), "offload": asdict(options)}, indent=1))
     job = replace(job, offload=options)
-    forecast = Forecast(plan.predict(profile, options), job, world=where.world)
+    forecast = Forecast(plan.predict(profile, options), job, world=where.world, here=ranks_here())
     say(forecast.announce())
     return job, forecast
 
@@ -198,17 +197,19 @@ class _Reckoning:
         """This rank's own, or what went wrong. Collective: no rank leaves the others waiting."""
         options, where = self._job.offload, self._where
         here, threads = ranks_here(), num_threads(options)
-        probed = self._attempt(self._probe)
+        probed, room = self._attempt(self._probe), self._attempt(lambda: _room(options, where.device, here))
         if where.world > 1:
-            dist.barrier()  # then all measure at once
+            dist.barrier()  # then all measure at once, and take of what is free
         if isinstance(probed, str):
             return probed
+        if isinstance(room, str):
+            return room
         parts = [part for layer in self._layers(lambda _: (0.0, 0.0)) for part in layer.parts]
         return self._attempt(
             lambda: Profile(
                 probed=probed,
-                rates=measure(parts, options, device=where.device, threads=threads),
-                room=_room(options, where.device, here),
+                rates=measure(parts, options, device=where.device, threads=threads, nvme_bytes=room.nvme_bytes),
+                room=room,
             )
         )
 
@@ -284,18 +285,12 @@ def _room(options: OffloadOptions, device: torch.device, ranks: int) -> MemoryBu
     else:
         device_bytes = host_available_bytes() / ranks
     host_bytes = FREE_HOST * capacity_bytes() / ranks
-    drives = FREE_NVME * sum(_space(Path(path))[0] for path in options.nvme_path) / ranks
+    drives = FREE_NVME * space_of([Path(path) for path in options.nvme_path])[0] / ranks
     return MemoryBudget(
         device_bytes=device_bytes if options.device_bytes is None else options.device_bytes,
         host_bytes=host_bytes if options.host_bytes is None else options.host_bytes,
         nvme_bytes=drives if options.nvme_bytes is None else min(drives, options.nvme_bytes),
     )
-
-
-def _space(folder: Path) -> tuple[float, float]:
-    """Bytes free, and in all, of the file system of a folder."""
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize
 
 
 def _slowest(profiles: list[Profile]) -> Profile:

@@ -27,6 +27,7 @@ from checkpoint.snapshots.no_snapshots import NoSnapshots
 from checkpoint.snapshots.rank import Snapshots
 from checkpoint.snapshots.reader import SnapshotReader
 from checkpoint.snapshots.roster import Roster
+from parallel.offloaded import ranks_here
 from parallel.options import ParallelOptions
 from trainer import fit_activations, too_large, trial
 from trainer.build import Rank, build_engine, check_same_data, choose_dtype, compiles, open_snapshots, share_sequences
@@ -240,6 +241,7 @@ class Trainer:
         with too_large.explained(job, where, self.corpus.vocab_size, dtype):
             self.engine = build_engine(job, model, where, dtype, self._tell)
         cleanup.callback(self.engine.close)
+        self._ranks_here = ranks_here()
         self._judge = Judge(job.train)
         return model
 
@@ -343,12 +345,9 @@ class Trainer:
                 f"stopped after step {self.step} of {self.job.train.steps} ({self.wishes.reason}); the same command "
                 f"resumes it"
             )
-        written = self.engine.written_bytes_per_s()
-        if self.forecast and (compared := self.forecast.summary(written)):
-            return f"{compared}\n{text}"
-        if written:
-            return f"{wear(written, self.job.offload, world=self.where.world)}\n{text}"
-        return text
+        compared = self.forecast.summary() if self.forecast else ""
+        worn = wear(self.engine.written_bytes_per_s(), self.job.offload, ranks=self._ranks_here)
+        return "\n".join(filter(None, (compared, worn, text)))
 
     # ------------------------------------------------------------------------------------------------ reports
 

@@ -31,7 +31,7 @@ def describe(job: Job, where: Rank, corpus: Corpus, model: LanguageModel, engine
         "world": f"{where.world} x {where.device.type}, {_mesh(job, where)}",
         **_transport(job, where),
         "step": f"{tokens:,} tokens = {groups} x {plural(count, 'micro-batch', 'es')} x {micro} x {job.train.seq_len}",
-        "state": f"{size(sum(state.values()))} a rank in {tier} memory ({held}){away}",
+        "state": f"{size(sum(state.values()))} a rank in {tier} memory{f' ({held})' if held else ''}{away}",
         **_activations(job, model),
         "dtype": f"{str(dtype).removeprefix('torch.')}: {why}",
         "run": _saved(job),

@@ -142,7 +142,7 @@ def plan_away(
     kept, rates = activation_bytes(work, traffic), rates_of(machine)
     room = MemoryBudget(
         device_bytes=cap_bytes if options.device_bytes is None else options.device_bytes,
-        host_bytes=_cap(options.host_bytes if options.states != "nvme" else None, machine.memory.get("host")),
+        host_bytes=_cap(options.host_limit, machine.memory.get("host")),
         nvme_bytes=_cap(options.nvme_bytes, machine.memory.get("nvme")),
     )
     chosen = None

@@ -184,6 +184,11 @@ class Machine:
             )
         return {link.name: sizes[link.name] for link in self.links}
 
+    def ranks_of_node(self, levels: Mapping[str, int]) -> int:
+        """How many of the ranks in `levels` are on one node: those that no link between nodes is between."""
+        inside = {link.name for link in self.links if link.size is not None}
+        return math.prod(size for name, size in levels.items() if name in inside)
+
     def slowest_of(self, world: int) -> float:
         """How much longer the slowest of `world` ranks computes than the mean one: 1 + jitter * E[max of n normals]."""
         return 1 + self.jitter * expected_max(world)

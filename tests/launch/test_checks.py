@@ -250,6 +250,10 @@ def test_no_number_and_infinity() -> None:
         ({"offload": OffloadOptions(states="nvme", nvme_path=["nothing"])}, "offload.nvme_path=nothing"),
         ({"checkpoint": CheckpointOptions(url="foo://bar")}, "checkpoint.url='foo://bar'"),
         ({"checkpoint": CheckpointOptions(url="/proc/nowhere")}, "checkpoint.url=/proc/nowhere"),
+        (
+            {"offload": OffloadOptions(states="nvme", nvme_path=["/proc"])},
+            "^offload.nvme_path=/proc: no file can be written there: .*; .* set offload.nvme_path",
+        ),
     ],
 )
 def test_files_that_are_not_there(change: dict, words: str, tmp_path: Path) -> None:
@@ -265,6 +269,15 @@ def test_files_that_are_not_there(change: dict, words: str, tmp_path: Path) -> N
     [
         ({"offload": OffloadOptions(gpu_bytes=1)}, "offload.gpu_bytes=1 is not read with offload.states=none"),
         ({"offload": OffloadOptions(states="host", nvme_bytes=1)}, "offload.nvme_bytes=1 is not read"),
+        ({"offload": OffloadOptions(threads=2)}, "offload.threads=2 is not read with offload.states=none"),
+        (
+            {"offload": OffloadOptions(states="host", speculate_share=0.5)},
+            "offload.speculate_share=0.5 is only read with offload.update=speculate",
+        ),
+        (
+            {"offload": OffloadOptions(states="nvme", nvme_path=["/"], update="speculate")},
+            "offload.update=speculate with offload.states=nvme .* set it, or leave offload.update out",
+        ),
         ({"checkpoint": CheckpointOptions(parity=1)}, "checkpoint.snapshot_every_steps=0"),
         ({"checkpoint": CheckpointOptions(parity=1, snapshot_every_steps="1")}, "checkpoint.parity=1 over one node"),
         (
@@ -277,6 +290,11 @@ def test_what_would_be_ignored_or_refused_by_the_ranks(change: dict, words: str,
     config = replace(Config(run=RunOptions(root=str(tmp_path))), **change)
     with pytest.raises(ValueError, match=words):
         check(config, Crew(2, 1, "cpu"))
+
+
+def test_threads_are_read_where_activations_leave(tmp_path: Path) -> None:
+    run, swap = RunOptions(root=str(tmp_path)), ActivationOptions(mode="swap")
+    assert check(Config(run=run, offload=OffloadOptions(threads=2, activations=swap)), Crew(2, 1, "cpu"))
 
 
 @pytest.mark.parametrize("states", ["none", "host"])

@@ -158,6 +158,11 @@ def test_auto_and_endurance_are_planned() -> None:
         "read and as much written",
     ):
         assert said in text, text
+    drives = ("model=8b", "offload=nvme", "offload.nvme_path=[/drive]", "launch.workers=16")
+    shared = plan(composed(*drives, "train.global_batch_size=16"), PRESETS["dgx-h100"])
+    assert shared.away is not None
+    written_tb = 86400 * 8 * shared.written_bytes / shared.away.step_s / 1e12
+    assert f"endurance  each node, of 8 ranks, writes {written_tb:.2f} TB a day" in show(shared)
     with pytest.raises(ValueError, match="offload.states=auto: nothing fits"):
         plan(
             composed(*AWAY, "offload=auto", "offload.host_bytes=1000", f"offload.device_bytes={2**34}"),

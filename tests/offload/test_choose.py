@@ -36,6 +36,18 @@ def test_host_memory_is_filled_before_the_drives() -> None:
     assert all(shard.on_nvme for shard in place(PARTS, replace(options, host_bytes=None)) if shard)
 
 
+@pytest.mark.parametrize("weights", ["device", "host", "nvme"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_what_is_there_twice_does_not_fill_host_memory_over_its_limit(weights: str, share: float) -> None:
+    """With the buffers for weights on their way to the device."""
+    for limit in range(600_000_000, 2_600_000_000, 50_000_000):
+        options = OffloadOptions(
+            states="nvme", nvme_path=["/drive"], weights=weights, host_bytes=limit, update="speculate",
+            speculate_share=share,
+        )  # fmt: skip
+        assert host_bytes([shard for shard in place(PARTS, options) if shard]) <= limit
+
+
 def test_what_fits_stays_on_the_device() -> None:
     room = MemoryBudget(device_bytes=EVERYTHING / HEADROOM + 1, host_bytes=1e12)
     found = choose(LAYERS, AUTO, RATES, room, micro_batches=1, activation_bytes=ACTIVATIONS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offload import cost
-from offload.cost import COMPUTE, DRIVE, HOST, Layer, Rates, predict
+from offload.cost import COMPUTE, DRIVE, HOST, OUT, Layer, Rates, predict
 from offload.options import OffloadOptions
 from offload.placing import Part, place
 from offload.shard import Buffers
@@ -174,3 +174,14 @@ def test_an_update_takes_the_cores_that_compute() -> None:
     alone = predict(layers(forward_s=0.1), OffloadOptions(states="host"), RATES, micro_batches=1)
     shared = predict(layers(forward_s=0.1), OffloadOptions(states="host"), replace(RATES, shared=0.5), micro_batches=1)
     assert shared.step_s == pytest.approx(alone.compute_s + 0.5 * 8e7 / RATES.update, rel=0.05)
+
+
+@pytest.mark.parametrize(("out", "limit"), [(2e10, HOST), (1e8, OUT)])
+def test_the_last_gradient_limits_a_step_only_where_its_way_takes_longer_than_its_update(
+    out: float, limit: str
+) -> None:
+    numel = 1_000_000
+    part = Part(numel=numel, weight_bytes=2 * numel, slot_dtype=torch.bfloat16)
+    alone = [Layer(forward_s=0.002, backward_s=0.004, parts=(part,), gathered_bytes=2 * numel)]
+    found = predict(alone, OffloadOptions(states="host"), replace(RATES, out=out), micro_batches=1)
+    assert found.bottleneck == limit, str(found)

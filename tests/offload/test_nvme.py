@@ -75,6 +75,19 @@ def test_going_through_the_page_cache_is_said(disk_folder: Path, caplog: pytest.
     assert "offload.nvme_direct=false: state goes through the page cache" in caplog.text
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_file_has_no_name_when_its_space_is_taken(disk_folder: Path, direct: bool) -> None:
+    """Or what kills the process then, which may be long, leaves all of it on the drive."""
+    seen: list[list[str]] = []
+
+    def fallocate(handle: int, offset: int, size_bytes: int) -> None:
+        seen.append(os.listdir(disk_folder))
+        os.posix_fallocate(handle, offset, size_bytes)
+
+    NvmeTier([disk_folder], 3 << 20, direct=direct, calls=SystemCalls(fallocate=fallocate)).close()
+    assert seen == [[]]
+
+
 def test_its_space_is_taken_at_the_start_and_given_back(disk_folder: Path) -> None:
     with NvmeTier([disk_folder], 3 << 20) as tier:
         assert os.fstat(tier._drives[0]._handle).st_blocks * 512 >= 3 << 20

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from offload import arena
 from offload.hostpool import HostPool
 from offload.shard import LEAVING, RING, Run, Shard, Terms
 from offload.states import AdamW, AwayStates
@@ -166,3 +167,43 @@ def test_who_reads_states_is_not_left_waiting_when_they_are_closed() -> None:
     states.close()
     pool.close()
     assert settles(states)
+
+
+def drive_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("drive-")]
+
+
+@pytest.mark.parametrize("short", ["drive", "ring", "slots"])
+def test_where_there_is_too_little_nothing_stays_taken(
+    disk_folder: Path, monkeypatch: pytest.MonkeyPatch, short: str
+) -> None:
+    """Drives are asked first: the pages of memory take a while. What was taken is given back."""
+    taken: list[bool] = []
+    check = arena._check_memory
+
+    def too_little(size_bytes: int) -> None:
+        taken.append(True)
+        if len(taken) == ("drive", "ring", "slots").index(short):
+            raise arena.ArenaError(12, "too little memory")
+        check(size_bytes)
+
+    monkeypatch.setattr(arena, "_check_memory", too_little)
+    with HostPool(1) as pool:
+        states = AwayStates(OPTIMIZER, device=torch.device("cpu"), pool=pool, nvme_folders=[disk_folder])
+        states.add([Shard(numel=1 << 50 if short == "drive" else NUMEL, dtype=torch.float32, on_nvme=True)])
+        with pytest.raises(OSError, match="No space left" if short == "drive" else "too little memory"):
+            states.allocate()
+        assert len(taken) == ("drive", "ring", "slots").index(short) and drive_threads() == []
+
+
+def test_memory_is_let_go_after_a_drive_that_failed(disk_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HostPool(1) as pool:
+        states = AwayStates(OPTIMIZER, device=torch.device("cpu"), pool=pool, nvme_folders=[disk_folder])
+        states.add([Shard(numel=NUMEL, dtype=torch.float32, on_nvme=True)])
+        states.allocate()
+        assert states._on_drives is not None and states.arena is not None
+        monkeypatch.setattr(states._on_drives.tier._drives[0], "write", None)
+        states._on_drives.tier.store(0, states._on_drives._ring[0][:4096]).exception(timeout=10)
+        with pytest.raises(OSError, match="a store to this tier failed before"):
+            states.close()
+        assert states.arena._closed and states._on_drives._arena._closed and drive_threads() == []

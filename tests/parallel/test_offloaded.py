@@ -43,9 +43,9 @@ def test_one_worker_equals_a_plain_process(nvme: dict) -> None:
             ALL_ON_DEVICE,
             SPLIT | STREAMED,
             nvme,
-            nvme | {"weights": "host", "host_bytes": 75_000},
+            nvme | {"weights": "host", "host_bytes": 150_000},
             nvme | WEIGHTS,
-            nvme | WEIGHTS | {"gpu_bytes": 12_000, "host_bytes": 150_000},
+            nvme | WEIGHTS | {"gpu_bytes": 12_000, "host_bytes": 180_000},
         )
     ]
     check(1, cases)
@@ -93,9 +93,9 @@ def test_where_states_are_changes_no_bit(nvme: dict) -> None:
         HALF | {"speculate_share": 1.0},
         nvme,
         nvme | {"weights": "host"},
-        nvme | {"host_bytes": 75_000},
+        nvme | {"host_bytes": 125_000},
         nvme | WEIGHTS,
-        nvme | WEIGHTS | {"host_bytes": 150_000, "update": "speculate", "speculate_share": 1.0},
+        nvme | WEIGHTS | {"host_bytes": 250_000, "update": "speculate", "speculate_share": 1.0},
     ]
     cases = [
         {
@@ -183,7 +183,7 @@ def check_snapshots(world: int, levels: dict, cases: list[tuple[str, dict, str]]
 
 @pytest.mark.timeout(100)
 def test_what_is_updated_into_snapshots_is_what_it_is_elsewhere_and_stays(nvme: dict) -> None:
-    half = nvme | {"host_bytes": 150_000}
+    half = nvme | {"host_bytes": 125_000}
     offloads = [
         (HOST, "3"),
         (STREAMED, "1"),

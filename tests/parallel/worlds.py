@@ -115,15 +115,19 @@ def build(case: dict):
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
     if case.get("tied", True):
         model.head.weight = model.embed.weight
-    return shard(
+    offload = OffloadOptions(**case.get("offload", {}))
+    engine = shard(
         model, mesh, Placement.of(options, mesh.num_levels),
         units=model.units(), initial=lambda name, kind, start, stop: source[name][start:stop],
         optimizer=OptimizerOptions(**case.get("optimizer", {})), options=options,
         dtype=torch.bfloat16 if case.get("bf16") else torch.float32, device=torch.device("cpu"),
-        offload=OffloadOptions(**case.get("offload", {})),
+        offload=offload,
         recompute=list(model.blocks) if case.get("recompute") else (),
         compile=list(model.blocks) if case.get("compile") else (),
     )  # fmt: skip
+    if offload.states == "nvme" and offload.host_bytes:
+        assert {flat.away.on_nvme for flat in engine._offloader.flats} == {False, True}, "a part in host memory"
+    return engine
 
 
 def train(engine, case: dict, steps: range) -> list[torch.Tensor]:

@@ -3,11 +3,14 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from offload import mounts
+from offload.nvme import NvmeTier
 from offload.options import OffloadOptions
 from offload.states import AwayStates
 from trainer import forecast
@@ -73,10 +76,29 @@ def test_auto_trains_as_what_it_chose_and_says_so(
     assert told.count("drives: writes") == 2 and "rated for 600 TB last" in told
     for act in ("activations", "nvme_tbw", "threads"):
         chosen.pop(act)
-    again, _ = run(tmp_path, data, name="explicit", **chosen | {"predict": False})
+    again, unpredicted = run(tmp_path, data, name="explicit", **chosen | {"predict": False})
     assert again == losses, "the prediction changed the training"
+    assert unpredicted.count("drives: writes") == 1, "what was written is told in any case"
     _, chose, told_to = written  # the first was the drives' measurement
     assert chose == told_to > 0 and chose % (STEPS + 1) == 0, "12 bytes a parameter at the start and each step"
+
+
+@pytest.mark.timeout(200)
+def test_drives_are_measured_by_no_more_than_may_be_used_of_them(
+    tmp_path: Path, data: Path, disk_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a run is refused for what it would not need."""
+    taken: list[int] = []
+    init = NvmeTier.__init__
+
+    def noting(self: NvmeTier, folders: list[Path], size_bytes: int, **more: Any) -> None:
+        taken.append(size_bytes)
+        init(self, folders, size_bytes, **more)
+
+    monkeypatch.setattr(NvmeTier, "__init__", noting)
+    caps = {"device_bytes": 9_000_000, "host_bytes": 6_000_000, "nvme_bytes": 1_000_000}
+    run(tmp_path, data, steps=1, states="auto", nvme_path=[str(disk_folder)], **caps)
+    assert taken and max(taken) <= 1_000_000, taken
 
 
 @pytest.mark.timeout(200)
@@ -130,7 +152,7 @@ def test_the_measured_step_is_near_the_predicted(tmp_path: Path, data: Path, mon
         pytest.skip("other processes compute here")
     ratios: list[float] = []
     summary = forecast.Forecast.summary
-    monkeypatch.setattr(forecast.Forecast, "summary", lambda self, _: ratios.append(self.ratio) or summary(self, 0.0))
+    monkeypatch.setattr(forecast.Forecast, "summary", lambda self: ratios.append(self.ratio) or summary(self))
     run(tmp_path, data, states="host")
     assert 1 / 3 < ratios[0] < 3, ratios
 
@@ -146,6 +168,31 @@ def test_what_cannot_be_predicted_is_said_or_refused(
     assert "the time of a step is not predicted: ValueError: no such block" in told
     with pytest.raises(ValueError, match="offload.states=auto: this machine could not be measured: .*no such block"):
         run(tmp_path, data, steps=1, name="auto", states="auto")
+
+
+def test_what_all_ranks_of_a_machine_write_wears_its_drives(tmp_path: Path) -> None:
+    options = OffloadOptions(states="nvme", nvme_path=[str(tmp_path)], nvme_tbw=365.0)
+    assert forecast.wear(1e12 / 86400, options, ranks=1).endswith("drives rated for 365 TB last 1.0 years")
+    said = forecast.wear(1e12 / 86400, options, ranks=4)
+    assert "of 4 ranks, writes 4.00 TB a day" in said and said.endswith("last 91.2 days")
+    assert forecast.wear(0.0, options, ranks=4) == ""
+
+
+def test_what_drives_hold_is_what_files_of_one_size_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drives named twice are not twice as large, nor has a small one the room of a large one."""
+    paths = [tmp_path / name for name in ("a", "b", "c")]
+    free = {paths[0]: 100, paths[1]: 100, paths[2]: 10}
+    disks = {paths[0]: 1, paths[1]: 1, paths[2]: 2}
+
+    def statvfs(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(f_bavail=free[path], f_frsize=4096, f_blocks=2 * free[path])
+
+    monkeypatch.setattr(mounts.os, "statvfs", statvfs)
+    monkeypatch.setattr(mounts.os, "stat", lambda path: SimpleNamespace(st_dev=disks[path]))
+    expected = {(0,): (100, 200), (0, 0): (100, 200), (0, 1): (100, 200), (0, 2): (20, 220), (0, 1, 2): (30, 220)}
+    for taken, blocks in (expected | {(): (0, 0)}).items():
+        found = mounts.space_of([paths[number] for number in taken])
+        assert found == tuple(4096 * count for count in blocks), taken
 
 
 def test_of_several_ranks_the_slowest_counts() -> None:

@@ -17,6 +17,7 @@ from offload.adamw import adamw
 from offload.drive import DriveError, SystemCalls
 from offload.hostpool import HostPool
 from offload.options import OffloadOptions
+from offload.states import AwayStates
 from parallel import OptimizerOptions
 from parallel.cut import cut_units
 from parallel.layout import Layout
@@ -37,7 +38,7 @@ TIERS: dict[str, dict[str, Any]] = {
     "streamed": HOST | {"weights": "host"},
     "speculate": HOST | {"weights": "host", "update": "speculate", "speculate_share": 0.7},
     "nvme": HOST | {"states": "nvme"},
-    "half": HOST | {"states": "nvme", "host_bytes": 1_000_000, "update": "speculate", "speculate_share": 1.0},
+    "half": HOST | {"states": "nvme", "host_bytes": 1_500_000, "update": "speculate", "speculate_share": 1.0},
     "weights": HOST | {"states": "nvme", "weights": "nvme"},
     "half-weights": HOST
     | {"states": "nvme", "weights": "nvme", "host_bytes": 1_700_000, "update": "speculate", "speculate_share": 1.0},
@@ -133,16 +134,44 @@ def train_plainly(job: Job) -> tuple[dict[int, float], int]:
 @pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.timeout(400)
 def test_every_tier_trains_as_a_plain_loop_with_the_cpu_optimizer(
-    tmp_path: Path, data: Path, disk_folder: Path, steps: int
+    tmp_path: Path, data: Path, disk_folder: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
+    placed: set[bool] = set()
+    allocate = AwayStates.allocate
+
+    def noting(self: AwayStates) -> None:
+        placed.update(shard.on_nvme for shard in self.shards)
+        allocate(self)
+
+    monkeypatch.setattr(AwayStates, "allocate", noting)
     expected, num_clipped = train_plainly(job_of(tmp_path, data, steps, {}))
     assert steps // 10 < num_clipped and len(expected) == steps
     for name, offload in (
         TIERS.items() if steps > 20 else [(name, TIERS[name]) for name in ("half", "weights", "half-weights")]
     ):
         drives = {"nvme_path": [str(disk_folder)]} if offload["states"] == "nvme" else {}
+        placed.clear()
         found = losses_of(job_of(tmp_path, data, steps, offload | drives, name=name))
+        assert placed == ({False, True} if "half" in name else {offload["states"] == "nvme"}), name
         assert found == expected, (name, next(step for step in expected if found[step] != expected[step]))
+
+
+LIMITS = [
+    ({"host_bytes": 1000}, r"offload\.host_bytes=1000: this rank needs \d+; raise it, .*gpu_bytes, or .*weights=nvme"),
+    ({"host_bytes": 1000, "weights": "nvme"}, r"offload\.host_bytes=1000: .*; raise it, or .*offload\.gpu_bytes$"),
+    ({"nvme_bytes": 1000}, r"offload\.nvme_bytes=1000: this rank needs \d+; raise it, .*or .*offload\.host_bytes$"),
+    ({"states": "host", "host_bytes": 1000}, r"offload\.host_bytes=1000: .* or use offload\.states=nvme$"),
+]
+
+
+@pytest.mark.parametrize(("limit", "said"), LIMITS)
+def test_a_limit_that_cannot_be_kept_is_refused(
+    tmp_path: Path, data: Path, disk_folder: Path, limit: dict[str, Any], said: str
+) -> None:
+    offload = HOST | {"states": "nvme"} | limit
+    drives = {"nvme_path": [str(disk_folder)]} if offload["states"] == "nvme" else {}
+    with pytest.raises(ValueError, match=said):
+        losses_of(job_of(tmp_path, data, 1, offload | drives))
 
 
 # ------------------------------------------------------------------------------------------------ faults
