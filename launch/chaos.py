@@ -10,6 +10,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from trainer.timeline import append_line
 KINDS = ("worker", "node", "hang", "corrupt", "disk")
 FILE = "chaos.jsonl"
 SHARED = Path("/dev/shm")
+ENDS_S = 5.0
+"""How long a killed process may take to be gone."""
 REMADE_S = 30.0
 """How long a team that is just being made anew is waited for."""
 USAGE = """\
@@ -221,7 +224,11 @@ def _signal_worker(pid: int, number: int) -> bool:
             return False
     except psutil.NoSuchProcess:
         return False
-    return kill_process(pid, number)
+    struck = kill_process(pid, number)
+    if number == signal.SIGKILL:  # the next fault must not hit it on its way out
+        with suppress(psutil.TimeoutExpired):
+            process.wait(ENDS_S)
+    return struck
 
 
 def _kill_node(plan: Plan, team: dict[str, Any]) -> dict[str, Any]:

@@ -383,6 +383,7 @@ def test_sequences_that_cannot_be_shared_are_refused(wrong: str, said: str) -> N
         plan(composed(*SHARED, "model.num_kv_heads=4", wrong), PRESETS["dgx-h100"])
 
 
+@pytest.mark.slow
 def test_the_command_plans_sequences_over_a_level(atoll: Callable[..., Any]) -> None:
     job = ("model=1b", "parallel=zero3", "parallel.sequence=gpu", "launch.workers=16", "train.global_batch_size=2",
            "train.seq_len=131072", "machine=dgx-h100")  # fmt: skip

@@ -37,6 +37,7 @@ def went_back(run: Run) -> list[tuple[int, int | None, str | None]]:
     return [(failure.step, failure.resumed_step, failure.restored_from) for failure in run.failures]
 
 
+@pytest.mark.slow
 def test_one_worker_goes_back_to_its_checkpoint_and_does_so_again(tmp_path: Path, spiky) -> None:
     command = spiky("launch.workers=1", *CHECKPOINTS)
     with running(tmp_path, *command) as run:

@@ -36,6 +36,7 @@ def _in_session(process: psutil.Process, session: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_sigterm_for_every_process_ends_after_the_step(atoll_started) -> None:
     run = atoll_started("train", *ENDLESS)
     assert any(line.startswith("step 1/") for line in run.stdout)

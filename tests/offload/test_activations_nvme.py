@@ -154,7 +154,7 @@ def test_every_block_may_choose_for_itself(disk_folder: Path) -> None:
     swap.close()
 
 
-@pytest.mark.parametrize(("mode", "alpha"), [("swap", 0.0), ("input", None)])
+@pytest.mark.parametrize(("mode", "alpha"), [("swap", 0.0), pytest.param("input", None, marks=pytest.mark.slow)])
 def test_compiled_blocks(disk_folder: Path, mode: str, alpha: float | None) -> None:
     options = replace(OPTIONS, num_layers=4)
     kept, model = llama(options=options), llama(options=options)

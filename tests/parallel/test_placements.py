@@ -57,7 +57,7 @@ THOROUGH = {
 @pytest.mark.parametrize(
     ("world", "cases"),
     [
-        *(pytest.param(world, cases, id=str(world)) for world, cases in WORLDS.items()),
+        *(pytest.param(w, cases, id=str(w), marks=[pytest.mark.slow] if w == 4 else []) for w, cases in WORLDS.items()),
         *(pytest.param(w, cases, id=f"{w}-thorough", marks=pytest.mark.slow) for w, cases in THOROUGH.items()),
     ],
 )

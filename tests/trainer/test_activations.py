@@ -17,6 +17,7 @@ from trainer.models import build_model
 from trainer.options import DataOptions, HFOptions, LlamaOptions, LoggerOptions, RunOptions, TrainOptions
 
 MODEL = LlamaOptions(dim=64, ffn_dim=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16)
+AWAY = pytest.param({"states": "host", "weights": "host"}, marks=pytest.mark.slow)
 
 
 def run(
@@ -85,7 +86,14 @@ def test_with_states_and_weights_in_host_memory_too(tmp_path: Path, data: Path, 
     assert leave == stay
 
 
-@pytest.mark.parametrize("states", [{}, *({"states": "nvme", "weights": weights} for weights in ("host", "nvme"))])
+@pytest.mark.parametrize(
+    "states",
+    [
+        {},
+        pytest.param({"states": "nvme", "weights": "host"}, marks=pytest.mark.slow),
+        {"states": "nvme", "weights": "nvme"},
+    ],
+)
 def test_what_goes_on_to_a_drive_is_told(
     tmp_path: Path, data: Path, kept: list[float], disk_folder: Path, states: dict[str, Any]
 ) -> None:
@@ -141,7 +149,7 @@ def test_blocks_run_through_all_micro_batches_while_their_weights_are_there(
     assert batch_major == pytest.approx(kept, rel=1e-4) and layer_major == pytest.approx(kept, rel=1e-4)
 
 
-@pytest.mark.parametrize("tier", [{}, {"states": "host", "weights": "host"}])
+@pytest.mark.parametrize("tier", [{}, AWAY])
 @pytest.mark.parametrize("mode", ["stream", "stream_input"])
 def test_whole_blocks_run_by_tiles(
     tmp_path: Path, data: Path, kept: list[float], mode: str, tier: dict[str, Any]
@@ -183,7 +191,7 @@ def test_a_run_chooses_alpha_and_says_so(tmp_path: Path, data: Path, kept: list[
     assert "activations: 3 blocks swap" in text and "1 block keep" in text
 
 
-@pytest.mark.parametrize("tier", [{}, {"states": "host", "weights": "host"}])
+@pytest.mark.parametrize("tier", [{}, AWAY])
 def test_compiled_blocks_are_not_compiled_again_for_another_length(tier: dict[str, str]) -> None:
     """Nor what they call: the hooks that pack what they save, for each unit whose weights are brought."""
     torch._dynamo.reset()
