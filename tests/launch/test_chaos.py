@@ -74,6 +74,7 @@ def struck(atoll, run: Run, *words: str) -> dict:
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_fault_waits_for_a_team_that_is_being_made_anew(tmp_path: Path, atoll) -> None:
     with running(tmp_path, "launch.workers=2", SNAPSHOTS, "train.steps=1000000") as run:
         run.wait(lambda: run.steps >= 3)

@@ -38,6 +38,7 @@ def test_it_goes_on_from_the_good_one_before(tmp_path: Path, workers: int) -> No
         assert run.losses == expected()
 
 
+@pytest.mark.slow
 def test_one_that_was_asked_for_is_not_exchanged_for_another(tmp_path: Path) -> None:
     damaged = leave_three(tmp_path, 1)
     with running(tmp_path, *OPTIONS, "launch.workers=1", f"run.resume={damaged}") as run:

@@ -59,7 +59,6 @@ def kill_when(started: list[str], metrics: Path, step: int, delay_s: float) -> b
 @pytest.mark.parametrize(
     ("workers", "kills", "others"),
     [
-        pytest.param(1, 1, (), marks=pytest.mark.slow),
         pytest.param(1, 5, (), marks=pytest.mark.slow),
         pytest.param(2, 5, (), marks=[pytest.mark.ray, pytest.mark.slow]),
         pytest.param(2, 2, FEEDBACK, marks=[pytest.mark.ray, pytest.mark.slow], id="2-2-error feedback"),

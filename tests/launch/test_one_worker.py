@@ -122,6 +122,7 @@ def test_a_hang_ends_it_with_its_stack_and_a_stop_by_the_shell_does_not(tmp_path
     assert (failure.cause, failure.restored_from) == ("hang", None)
 
 
+@pytest.mark.slow
 def test_a_sigterm_in_a_hang_ends_it_soon_and_resumable(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     run = subprocess.Popen([COMMAND, "train", *ENDLESS], cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE)

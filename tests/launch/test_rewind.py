@@ -73,6 +73,7 @@ def test_one_worker_goes_back_to_its_snapshot(tmp_path: Path, spiky) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_all_ranks_go_back_alike_and_keep_their_processes(tmp_path: Path, spiky) -> None:
     skip = spiky(f"train.steps={STEPS + len(SPIKES)}", policy="skip")
     exact_without_the_bad_batches(tmp_path, 2, spiky("launch.workers=2", SNAPSHOTS), skip)
@@ -85,6 +86,7 @@ def test_before_the_first_version_it_begins_anew_with_other_data(tmp_path: Path,
         assert sorted(run.losses) == list(range(40))
 
 
+@pytest.mark.slow
 def test_a_spent_budget_ends_the_job_with_its_reason(tmp_path: Path, spiky) -> None:
     with running(tmp_path, *spiky("launch.workers=1", "train.rewinds=1", *CHECKPOINTS)) as run:
         assert run.end() == 1

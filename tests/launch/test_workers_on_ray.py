@@ -47,6 +47,7 @@ def test_sigterm_for_every_process_ends_after_the_step(atoll_started) -> None:
     assert not left_running(run)
 
 
+@pytest.mark.slow
 def test_all_that_listens_on_one_machine_listens_on_loopback(atoll_started) -> None:
     run = atoll_started("train", *ENDLESS)
     assert any(line.startswith("step 1/") for line in run.stdout)

@@ -182,6 +182,7 @@ def check_snapshots(world: int, levels: dict, cases: list[tuple[str, dict, str]]
 
 
 @pytest.mark.timeout(100)
+@pytest.mark.slow
 def test_what_is_updated_into_snapshots_is_what_it_is_elsewhere_and_stays(nvme: dict) -> None:
     half = nvme | {"host_bytes": 125_000}
     offloads = [
