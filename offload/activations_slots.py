@@ -14,7 +14,6 @@ After a store has failed the next who asks for a slot or a load gets its DriveEr
 """
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from offload.arena import Arena
 from offload.drive import BLOCK, DriveError, SystemCalls
+from offload.mounts import space_of
 from offload.nvme import NvmeTier
 from offload.space import round_up
 
@@ -69,8 +69,7 @@ class Drives:
 
     def room_bytes(self) -> float:
         """What they may hold, and have free."""
-        stats = [os.statvfs(folder) for folder in self.folders]
-        free = len(stats) * min(stat.f_bavail * stat.f_frsize for stat in stats)  # stripes are equal
+        free, _ = space_of(self.folders)
         return min(free, math.inf if self.most_bytes is None else self.most_bytes)
 
     def bytes_per_s(self) -> float:

@@ -454,7 +454,10 @@ class AwayStates:
         it is then stored again. One walk at a time."""
         with self._through_ring(shards, write=write) as walk:
             for shard in shards:
-                yield from walk.through(shard) if walk else (Section(0, shard.state, shard.weight),)
+                if walk is None or not shard.on_nvme:
+                    yield Section(0, shard.state, shard.weight)
+                else:
+                    yield from walk.through(shard)
 
     def _through_ring(self, shards: Sequence[Shard], *, write: bool) -> AbstractContextManager[Walk | None]:
         return self._on_drives.walk(shards, write=write) if self._on_drives else nullcontext()

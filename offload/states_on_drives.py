@@ -92,11 +92,8 @@ class Walk:
         self._read_ahead()
 
     def through(self, shard: Shard) -> Iterator[Section]:
-        """The next shard's states, part by part, each there until the next is asked for. When they end, the stores of
-        all of them have been asked for: who loads a slot from then on finds what is new."""
-        if not shard.on_nvme:
-            yield Section(0, shard.state, shard.weight)
-            return
+        """The states of the next shard on drives, part by part, each there until the next is asked for. When they end,
+        the stores of all of them have been asked for: who loads a slot from then on finds what is new."""
         for _ in shard.chunks():
             chunk, buffer, _ = self._next()
             weight = chunk.slot_in(buffer[chunk.states_bytes :]) if chunk.has_slot else shard.slot[chunk.start :]

@@ -10,8 +10,7 @@ Codes are read as 32-bit words. 2^23 + c is a float whose last bits are c, so a 
 its word and puts the exponent above it makes 2^23 + (code + bias) * 2^shift: one instruction, a conversion takes three.
 A subtraction leaves code * 2^shift, which is multiplied by scale / 2^shift. That is exactly code * scale, because no
 scale is small enough for scale / 2^16 to be subnormal, and a product needs no rounding: a sum may take it in a fused
-operation. Without this, summing four-bit chunks waits for instructions
-instead of memory.
+operation. Without this, summing four-bit chunks waits for instructions instead of memory.
 
 [Note: pieces]
 Every thread with a part of a block does what is done once a block: its scale, the reciprocal, addresses. A thread's

@@ -180,11 +180,14 @@ def others_bytes(options: OffloadOptions, work: Workload, traffic: Traffic) -> f
     return min(stay, away(host), away(replace(host, weights="host")))
 
 
-def reckoned(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype) -> tuple[Workload, Traffic]:
-    """What a rank holds, and what it sends. model: on ``meta``."""
+def reckoned(
+    job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, *, activation_bytes: int | None = None
+) -> tuple[Workload, Traffic]:
+    """What a rank holds, and what it sends. model: on ``meta``. activation_bytes: of the device, if counted."""
     mesh = mesh_of(job, where)
     placement = Placement.of(job.parallel, mesh.num_levels)
     work = workload_of(job, model, where.world, compute_bytes=dtype.itemsize)
+    work = replace(work, activation_bytes=activation_bytes)
     gloo = where.device.type == "cpu"
     return work, Traffic(work, mesh, placement, Transport.of(job.parallel, mesh, placement), gloo=gloo)
 

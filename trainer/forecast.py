@@ -25,21 +25,18 @@ from offload.measure import measure
 from offload.mounts import space_of
 from offload.nvme import endurance
 from offload.options import OffloadOptions
-from parallel import Placement
 from parallel.offloaded import num_threads, ranks_here
 from parallel.planning.away import Seconds, layers_of
 from parallel.planning.cost import memory
-from parallel.planning.traffic import Traffic
 from parallel.planning.workload import UnitCost
 from parallel.sequence import SequenceParallel
-from parallel.transport import Transport
-from trainer.build import Rank, mesh_of
+from trainer.build import Rank
 from trainer.changes import as_plain
+from trainer.fit_activations import reckoned
 from trainer.job import Job
 from trainer.loggers import replace_file
 from trainer.models import LanguageModel
 from trainer.probe import Probed, probe, release, sending_s
-from trainer.workload import workload_of
 
 Made = TypeVar("Made")
 FILE = "profile.json"
@@ -182,13 +179,7 @@ class _Reckoning:
         self, job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, activation_bytes: int | None
     ) -> None:
         self._job, self._where, self._dtype, self._model = job, where, dtype, model
-        mesh = mesh_of(job, where)
-        placement = Placement.of(job.parallel, mesh.num_levels)
-        transport = Transport.of(job.parallel, mesh, placement)
-        work = workload_of(job, model, where.world, compute_bytes=dtype.itemsize)
-        self.work = replace(work, activation_bytes=activation_bytes)
-        gloo = where.device.type == "cpu"
-        self._traffic = Traffic(self.work, mesh, placement, transport, gloo=gloo)
+        self.work, self._traffic = reckoned(job, model, where, dtype, activation_bytes=activation_bytes)
         blocks = set(model.blocks())
         self._blocks = {name for name, module in model.named_modules() if module in blocks}
         self._num_blocks = len(blocks)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from offload.attention_tiles import is_known
-from offload.options import ActivationOptions
+from offload.options import ActivationOptions, OffloadOptions
 from parallel.engine import Engine
 from trainer.build import Rank, choose_dtype
 from trainer.footprint import Footprint, alternatives, footprint
@@ -109,9 +109,13 @@ def _smaller(
     if job.engine == "native" and offload.states == "none":
         saved["offload.states=host"] = held["optimizer states"]
     if job.engine == "native" and offload.weights == "device":
-        both = "offload.states=host offload.weights=host" if offload.states == "none" else "offload.weights=host"
-        saved[both] = saved.get("offload.states=host", 0) + held["parameters"]
+        saved[weights_to_host(offload)] = saved.get("offload.states=host", 0) + held["parameters"]
     return {text: size for text, size in saved.items() if size > 0}
+
+
+def weights_to_host(options: OffloadOptions) -> str:
+    """What to add to `options` for weights in host memory, where states have to be away too."""
+    return "offload.states=host offload.weights=host" if options.states == "none" else "offload.weights=host"
 
 
 def gib(size_bytes: float) -> str:

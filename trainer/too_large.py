@@ -13,7 +13,7 @@ from trainer.build import Rank
 from trainer.fit_activations import others_bytes, reckoned
 from trainer.job import Job
 from trainer.models import build_model
-from trainer.out_of_memory import FULL, gib, limit_bytes
+from trainer.out_of_memory import FULL, gib, limit_bytes, weights_to_host
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +54,7 @@ def _alternatives(job: Job) -> dict[str, OffloadOptions]:
     if job.optimizer.name != "adamw" or options.states == "auto":
         return {}
     states = "host" if options.states == "none" else options.states
-    both = "offload.states=host offload.weights=host" if options.states == "none" else "offload.weights=host"
-    found = {
+    return {
         "offload.states=host": replace(options, states=states),
-        both: replace(options, states=states, weights="host"),
+        weights_to_host(options): replace(options, states=states, weights="host"),
     }
-    return found
