@@ -97,18 +97,23 @@ def time_cases(ranks: int, repeats: int) -> list[dict[str, Any]]:
         case("zero3", "8b", 1, placement="zero3", levels=one, recompute=True),
         case("FSDP2 zero3", "8b", 1, engine="fsdp2", placement="zero3", levels=one, recompute=True),
     ]
-    others = [
+    hsdp = [
+        case("hsdp", "3b", 2, placement="hsdp", levels=two),
+        case("hsdp", "8b", 1, placement="hsdp", levels=two, recompute=True),  # on four GPUs more than 80 GB of each
+    ]
+    plus = {"zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_hpz_partition_size": ranks}
+    asked = [
         case("auto", "3b", 2, placement="auto", levels=one),
         case("auto", "8b", 1, placement="auto", levels=one, recompute=True),
         case("topo", "3b", 2, placement="topo", levels=two),
         case("topo", "8b", 1, placement="topo", levels=two, recompute=True),
-        *([case("hsdp", "3b", 2, placement="hsdp", levels=two)] if ranks > 2 else []),
+        *(hsdp if ranks > 2 else []),
         case("DeepSpeed ZeRO-3", "3b", 2, engine="deepspeed", placement="zero3"),
         case("DeepSpeed ZeRO-3", "8b", 1, engine="deepspeed", placement="zero3", recompute=True),
-        case(
-            "DeepSpeed ZeRO++", "3b", 2, engine="deepspeed", placement="zero3",
-            zero={"zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_hpz_partition_size": ranks},
-        ),
+        case("DeepSpeed ZeRO++", "3b", 2, engine="deepspeed", placement="zero3", zero=plus),
+        case("DeepSpeed ZeRO++", "8b", 1, engine="deepspeed", placement="zero3", zero=plus, recompute=True),
+    ]
+    more = [
         case("zero2", "3b", 2, placement="zero2", levels=one),
         case("FSDP2 zero2", "3b", 2, engine="fsdp2", placement="zero2", levels=one),
         case("topo quantized", "3b", 2, placement="topo", levels=two, quantize="outer"),
@@ -116,8 +121,8 @@ def time_cases(ranks: int, repeats: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
     rest = [*pair] * (repeats - 1) if ranks > 1 else []
     if ranks == 1:
-        return [*pair, *others[:1]]
-    return [*pair, *alone, *large, *others[:8], *rest, *alone * (repeats > 1), *large * (repeats > 1), *others[8:]]
+        return [*pair, *asked[:1]]
+    return [*pair, *alone, *large, *asked, *rest, *alone * (repeats - 1), *large * (repeats > 1), *more]
 
 
 # ------------------------------------------------------------------------------------------ cases in ranks' processes
