@@ -6,8 +6,9 @@ attends to all of them for its heads, but sends to itself. What it compiles, the
 """
 
 import gc
+import statistics
 import time
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,8 +26,11 @@ from trainer.options import HFOptions, LlamaOptions, ModelOptions
 from trainer.workload import tiles_of
 
 WARM_UP, ROUNDS = 2, 5
-SHORT_S, LONG_S = 0.5, 4.0
-"""So long it takes at least, however many rounds that are; after so long two rounds are enough."""
+SHORT_S = {"cpu": 0.5, "cuda": 2.0}
+"""So long it takes at least, however many rounds that are. A GPU that has idled computes some tenth faster, for a
+second or so, than its power limit lets it go on."""
+LONG_S = 4.0
+"""After so long two rounds are enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +124,7 @@ def cut(options: ModelOptions, num_blocks: int) -> ModelOptions:
     raise ValueError(f"a model by {type(options).__name__} cannot be cut to fewer blocks")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Times:
     forward_s: float
     backward_s: float
@@ -173,7 +177,7 @@ def _run(
     found: list[_Times] = []
     with attention_backends(device):
         begin_s = time.perf_counter()
-        while not _enough(len(found) - WARM_UP, time.perf_counter() - begin_s):
+        while not _enough(len(found) - WARM_UP, time.perf_counter() - begin_s, SHORT_S[device.type]):
             watch.start()
             with sequence.attention(whole):
                 engine.forward_backward(rows[:, :-1], rows[:, 1:], scale=1.0, first=True, last=True)
@@ -185,9 +189,11 @@ def _run(
     engine.close()
     del engine, model, rows, watch
     release(device)
-    columns = zip(*(astuple(times) for times in found[WARM_UP:]), strict=True)
-    fastest = _Times(**dict(zip((f.name for f in fields(_Times)), map(min, columns), strict=True)))  # others disturb
-    return fastest, taken
+    late = device.type == "cuda"
+    counted = found[-(len(found) // 2) :] if late else found[WARM_UP:]
+    typical = statistics.median if late else min  # on a CPU others disturb
+    columns = zip(*(astuple(times) for times in counted), strict=True)
+    return _Times(*(typical(column) for column in columns)), taken
 
 
 def release(device: torch.device) -> None:
@@ -197,8 +203,8 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _enough(rounds: int, passed_s: float) -> bool:
-    return rounds >= ROUNDS and passed_s > SHORT_S or rounds >= 2 and passed_s > LONG_S
+def _enough(rounds: int, passed_s: float, least_s: float) -> bool:
+    return rounds >= ROUNDS and passed_s > least_s or rounds >= 2 and passed_s > LONG_S
 
 
 class _Watch:
