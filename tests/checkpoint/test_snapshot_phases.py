@@ -7,7 +7,8 @@ frozen   every node halts at the phase, and for every subset of nodes what the o
          to m + 1 nodes.
 killed   nodes are processes; at the phase some get SIGKILL and the others go on. Then it is restored, the dead are
          replaced, and the ranks go on from what was restored to the next phase. For every n and m, at every phase one
-         subset of m nodes and one of m + 1; subsets rotate, so that each node dies, the coordinator among them.
+         subset of m nodes and one of m + 1; subsets rotate, so that each node dies, the coordinator among them. For
+         n = 4 and 5 at every phase all subsets of up to m + 1 (some 20 minutes each on two cores).
 
 And a bit flipped in every fragment of every node, for all these n and m; in m fragments of a stripe at one place, and
 in m + 1.
@@ -126,6 +127,14 @@ def test_nodes_killed_at_a_phase(tmp_path: Path, halts: Halts):
 @pytest.mark.parametrize(("n", "m"), CODES)
 def test_nodes_killed_at_every_phase(tmp_path: Path, halts: Halts, n: int, m: int):
     kill_all(tmp_path, halts, n, m, kills(n, m))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("n", "m"), [code for code in CODES if code[0] <= 5])
+def test_any_nodes_killed_at_every_phase(tmp_path: Path, halts: Halts, n: int, m: int):
+    every = [lost for count in range(1, min(m + 2, n)) for lost in itertools.combinations(range(n), count)]
+    kill_all(tmp_path, halts, n, m, list(itertools.product(phases(m), every)))
 
 
 def kill_all(folder: Path, halts: Halts, n: int, m: int, kills: Sequence[tuple[str, tuple[int, ...]]]) -> None:
