@@ -168,8 +168,7 @@ def _group(
     packed_ptr, chunk_bytes, scales_offset, row,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Of the blocks `row` (ROWS) of PARTS consecutive packed chunks of four bits: the sum, as halves. See [Note: four
-    bits]."""
+    """As `_sum`, of at most eight chunks of four bits. See [Note: four bits]."""
     scales = (_scale(packed_ptr, scales_offset, row),)
     for part in tl.static_range(1, PARTS):
         scales += (_scale(packed_ptr + part * chunk_bytes, scales_offset, row),)
@@ -179,7 +178,6 @@ def _group(
     power = (largest.to(tl.int32, bitcast=True) & 0x7F800000) - (15 << 23)
     inverse = ((254 << 23) - power).to(tl.float32, bitcast=True)
     unit = tl.where(largest < float("inf"), power.to(tl.float32, bitcast=True), float("nan"))
-    unit = _spread(unit, SPLIT)
 
     start = tl.full(row.shape, 0x4B400000, tl.int32)
     pairs = ()
@@ -212,7 +210,17 @@ def _group(
         high_0, high_1 = _dot_first(high_0, weights, high_first), _dot_last(high_1, weights, high_first)
         high_2, high_3 = _dot_first(high_2, weights, high_last), _dot_last(high_3, weights, high_last)
     low, high = _in_order(low_0, low_1, low_2, low_3), _in_order(high_0, high_1, high_2, high_3)
-    return _float(low) * unit, _float(high) * unit
+    return _float(low), _float(high), unit
+
+
+@triton.jit
+def _add_group(
+    low, high, packed_ptr, chunk_bytes, scales_offset, row,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    more_low, more_high, unit = _group(packed_ptr, chunk_bytes, scales_offset, row, PARTS, BLOCK, SPLIT, VECTOR)
+    unit = _spread(unit, SPLIT)
+    return low + more_low * unit, high + more_high * unit
 
 
 @triton.jit
@@ -220,27 +228,25 @@ def _sum(
     packed_ptr, chunk_bytes, scales_offset, exponent, row,
     PARTS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Of the blocks `row` (ROWS, int64) of PARTS consecutive packed chunks: the sum, as halves."""
+    """Of the blocks `row` (ROWS, int64) of PARTS consecutive packed chunks: the sum as halves, and its unit (ROWS),
+    1 or of some blocks another power of two or NaN, by which both are to be multiplied."""
     chunk_bytes = tl.cast(chunk_bytes, tl.int64)
-    if BITS == 4:
-        whole: tl.constexpr = PARTS // 8
-        rest: tl.constexpr = PARTS % 8
-        if whole > 0:
-            low, high = _group(packed_ptr, chunk_bytes, scales_offset, row, 8, BLOCK, SPLIT, VECTOR)
-        else:
-            low, high = _group(packed_ptr, chunk_bytes, scales_offset, row, rest, BLOCK, SPLIT, VECTOR)
-        for group in range(1, whole):
-            group_ptr = packed_ptr + group * 8 * chunk_bytes
-            more_low, more_high = _group(group_ptr, chunk_bytes, scales_offset, row, 8, BLOCK, SPLIT, VECTOR)
-            low, high = low + more_low, high + more_high
-        if whole > 0 and rest > 0:
-            group_ptr = packed_ptr + whole * 8 * chunk_bytes
-            more_low, more_high = _group(group_ptr, chunk_bytes, scales_offset, row, rest, BLOCK, SPLIT, VECTOR)
-            low, high = low + more_low, high + more_high
+    if BITS == 4 and PARTS <= 8:
+        low, high, unit = _group(packed_ptr, chunk_bytes, scales_offset, row, PARTS, BLOCK, SPLIT, VECTOR)
     else:
+        unit = tl.full(row.shape, 1.0, tl.float32)
         low = tl.zeros((SPLIT * row.shape[0], BLOCK // 2 // SPLIT), tl.float32)
         high = low
-        if PARTS <= 8:  # unrolled, the loads of all parts are under way together
+        if BITS == 4:
+            for part in range(0, PARTS // 8 * 8, 8):
+                part_ptr = packed_ptr + part * chunk_bytes
+                low, high = _add_group(low, high, part_ptr, chunk_bytes, scales_offset, row, 8, BLOCK, SPLIT, VECTOR)
+            if PARTS % 8:
+                part_ptr = packed_ptr + PARTS // 8 * 8 * chunk_bytes
+                low, high = _add_group(
+                    low, high, part_ptr, chunk_bytes, scales_offset, row, PARTS % 8, BLOCK, SPLIT, VECTOR
+                )  # fmt: skip
+        elif PARTS <= 8:  # unrolled, the loads of all parts are under way together
             for part in tl.static_range(PARTS):
                 part_ptr = packed_ptr + part * chunk_bytes
                 low, high = _add(low, high, part_ptr, scales_offset, exponent, row, BLOCK, SPLIT, VECTOR)
@@ -248,7 +254,7 @@ def _sum(
             for part in range(PARTS):
                 part_ptr = packed_ptr + part * chunk_bytes
                 low, high = _add(low, high, part_ptr, scales_offset, exponent, row, BLOCK, SPLIT, VECTOR)
-    return low, high
+    return low, high, unit
 
 
 @triton.jit
@@ -276,25 +282,26 @@ def _store(ptr, codes, zero, good, inside, VECTOR: tl.constexpr):
 
 @triton.jit
 def _pack(
-    low, high, out_ptr, scales_offset, residual_ptr, row, blocks,
+    low, high, unit, out_ptr, scales_offset, residual_ptr, row, blocks,
     HAS_RESIDUAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Quantize halves into the blocks `row` (ROWS, int32) of one packed chunk of `blocks` blocks.
 
-    low, high: fp32, the residual not yet added; residual_ptr: the chunk's part of it.
+    low, high: fp32, to be multiplied by unit (ROWS), the residual not yet added; residual_ptr: the chunk's part of it.
     """
     half: tl.constexpr = BLOCK // 2
     inside = _spread(row < blocks, SPLIT)
     if HAS_RESIDUAL:
         last = tl.minimum(row, blocks - 1).to(tl.int64)
         residual_ptr = _pieces(residual_ptr, last, BLOCK, half, SPLIT, VECTOR)
-        low += tl.load(residual_ptr)
-        high += tl.load(residual_ptr + half)
+        low = low * _spread(unit, SPLIT) + tl.load(residual_ptr)
+        high = high * _spread(unit, SPLIT) + tl.load(residual_ptr + half)
+        unit = tl.full(unit.shape, 1.0, tl.float32)
 
     # floats without a sign are in the order of their bits, NaN last; of whole numbers one instruction compares three
     largest = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL).to(tl.int32, bitcast=True)
     largest = tl.max(tl.max(largest.reshape(SPLIT, row.shape[0], half // SPLIT), 0), 1).to(tl.float32, bitcast=True)
-    scale = largest * (0.007874015718698502 if BITS == 8 else 0.1428571492433548)  # 1 / qmax
+    scale = largest * unit * (0.007874015718698502 if BITS == 8 else 0.1428571492433548)  # 1 / qmax
     scale = (scale.to(tl.int32, bitcast=True) & -0x100).to(tl.float32, bitcast=True)
     scale = tl.where(scale < 7.888609052210118e-31, 0.0, scale)
     good = scale < float("inf")  # false for NaN too
@@ -305,7 +312,8 @@ def _pack(
     # the padding behind the scales is written too: equal values make equal bytes
     tl.store(scales_ptr, tl.where(row < blocks, scale, 0.0), row < (blocks + 3) // 4 * 4)
 
-    good, scale, inverse = _spread(good, SPLIT), _spread(scale, SPLIT), _spread(inverse, SPLIT)
+    # a power of two rounds nothing: multiplied into the inverse instead of into each value it gives the same
+    good, scale, inverse = _spread(good, SPLIT), _spread(scale, SPLIT), _spread(inverse * unit, SPLIT)
     bias: tl.constexpr = 0 if BITS == 8 else 8
     low_bits, low_code = _code(low, inverse, bias)
     high_bits, high_code = _code(high, inverse, bias)
@@ -335,7 +343,8 @@ def _quantize(
     values_ptr = tl.max_contiguous(values_ptr, [1, VECTOR])
     low, high = tl.load(values_ptr).to(tl.float32), tl.load(values_ptr + BLOCK // 2).to(tl.float32)
     out_ptr += chunk * chunk_bytes
-    _pack(low, high, out_ptr, scales_offset, residual_ptr + start, row, blocks, HAS_RESIDUAL, BITS, BLOCK, 1, VECTOR)
+    unit = tl.full(row.shape, 1.0, tl.float32)
+    _pack(low, high, unit, out_ptr, scales_offset, residual_ptr + start, row, blocks, HAS_RESIDUAL, BITS, BLOCK, 1, VECTOR)
 
 
 @triton.jit
@@ -349,10 +358,11 @@ def _dequantize(
     inside = (row < blocks)[:, None]
     row = tl.minimum(row, blocks - 1).to(tl.int64)
     packed_ptr += chunk * chunk_bytes
-    low, high = _sum(packed_ptr, chunk_bytes, scales_offset, exponent, row, PARTS, BITS, BLOCK, 1, VECTOR)
+    low, high, unit = _sum(packed_ptr, chunk_bytes, scales_offset, exponent, row, PARTS, BITS, BLOCK, 1, VECTOR)
     out_ptr += (chunk * blocks + row[:, None]) * BLOCK + tl.arange(0, BLOCK // 2)[None, :]
-    tl.store(out_ptr, low.to(out_ptr.dtype.element_ty), inside)
-    tl.store(out_ptr + BLOCK // 2, high.to(out_ptr.dtype.element_ty), inside)
+    unit = unit[:, None]
+    tl.store(out_ptr, (low * unit).to(out_ptr.dtype.element_ty), inside)
+    tl.store(out_ptr + BLOCK // 2, (high * unit).to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -370,16 +380,18 @@ def _dequantize_sum_quantize(
     start = chunk * blocks * BLOCK
     chunk_in_blocks = blocks // (IN_BLOCK // BLOCK) if IN_BLOCK > BLOCK else blocks * (BLOCK // IN_BLOCK)
     in_row = tl.minimum(chunk * chunk_in_blocks + tile * in_rows + tl.arange(0, in_rows), in_blocks - 1)
-    low, high = _sum(
+    low, high, unit = _sum(
         packed_ptr, in_chunk_bytes, in_scales_offset, exponent, in_row, PARTS, IN_BITS, IN_BLOCK, SPLIT, VECTOR
     )  # fmt: skip
     if IN_BLOCK != BLOCK:
-        tile_in_order = tl.join(low, high).permute(0, 2, 1).reshape(ROWS, 2, BLOCK // 2)
+        unit = unit[:, None]
+        tile_in_order = tl.join(low * unit, high * unit).permute(0, 2, 1).reshape(ROWS, 2, BLOCK // 2)
         low, high = tl.split(tile_in_order.permute(0, 2, 1))
+        unit = tl.full((ROWS,), 1.0, tl.float32)
     row = tile * ROWS + tl.arange(0, ROWS)
     out_ptr += chunk * chunk_bytes
     residual_ptr += start
-    _pack(low, high, out_ptr, scales_offset, residual_ptr, row, blocks, HAS_RESIDUAL, BITS, BLOCK, SPLIT, VECTOR)
+    _pack(low, high, unit, out_ptr, scales_offset, residual_ptr, row, blocks, HAS_RESIDUAL, BITS, BLOCK, SPLIT, VECTOR)
 
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
