@@ -344,7 +344,9 @@ def _quantize(
     low, high = tl.load(values_ptr).to(tl.float32), tl.load(values_ptr + BLOCK // 2).to(tl.float32)
     out_ptr += chunk * chunk_bytes
     unit = tl.full(row.shape, 1.0, tl.float32)
-    _pack(low, high, unit, out_ptr, scales_offset, residual_ptr + start, row, blocks, HAS_RESIDUAL, BITS, BLOCK, 1, VECTOR)
+    _pack(
+        low, high, unit, out_ptr, scales_offset, residual_ptr + start, row, blocks, HAS_RESIDUAL, BITS, BLOCK, 1, VECTOR
+    )
 
 
 @triton.jit
