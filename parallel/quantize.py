@@ -14,18 +14,18 @@ tests' plain reference, by these rules:
 - code = round half to even of x * (1 / scale), two IEEE operations; 0 where the scale is 0. No clamp: |code| <= qmax
   because the scale is short by at most 2^-15 of itself, its reciprocal and the product by 2^-24;
 - dequantized = code * scale; residual = x - code * scale;
-- sums are in fp32, of one chunk of eight bits after the other, or of one group of `GROUP` chunks of four bits (the last
-  may have fewer) after the other;
-- the sum of a group = (sum of code * weight) * unit. For each block, unit is 2^-15 times the power of two at or below
-  the largest of the group's scales, and weight = round half to even of scale / unit. Whole numbers of fewer than 23
-  bits are added, exactly, whatever the order, and the only rounding is that of the scales: none of the largest, of each
-  of the others by at most 2^-16 of it, 1.1e-4 of its step in a sum. One chunk's sum is what it dequantizes to;
+- sums are in fp32: of one chunk of eight bits after the other, of one group of `GROUP` chunks of four bits (or, the
+  last, of fewer) after the other;
+- the sum of a group is (sum of code * weight) * unit, for each block: unit is 2^-15 times the power of two at or below
+  the largest of the group's scales, weight is scale / unit, rounded half to even. These are whole numbers of at most 22
+  bits: nothing is rounded but scales, the largest not at all, as it has 16 bits, and the others by at most 2^-16 of it.
+  A chunk so adds at most 1.1e-4 of the largest's step to the error, and one chunk's sum is what it dequantizes to;
 - a block with an infinity or NaN gets the scale infinity and codes 0, which dequantize to NaN. Its residual becomes 0:
   a step that the finiteness check drops must not poison the steps after it.
 
-Four bits have sums of their own because a GPU otherwise waits for instructions: of whole numbers, one adds the
-products of two chunks (`parallel.quantize_kernels`, [Note: four bits]). Codes of eight bits would leave a weight 12
-bits, which is too few.
+Four bits have a sum of their own because a GPU otherwise waits for instructions: one multiplies two chunks' codes by
+whole weights and adds both (`parallel.quantize_kernels`, [Note: four bits]). Eight bits would leave a weight 12, which
+are too few, and their sums wait for memory.
 
 x * (1 / scale) instead of x / scale: a division takes a GPU about ten instructions an element, which this would then
 wait for instead of memory; what differs is which way a tie within 2^-22 is rounded.
@@ -44,7 +44,7 @@ SMALLEST_SCALE = 2.0**-100
 _BELOW_SMALLEST = SMALLEST_SCALE * (1 - 2.0**-24)
 """The next smaller fp32."""
 GROUP = 8
-"""Chunks of four bits that are summed in whole numbers: 8 * 8 * 2^16 is what fp32 and the kernels can hold."""
+"""Chunks of four bits that are summed in whole numbers, which kernels read as floats and so are to stay below 2^22."""
 _FLOATS = (torch.float32, torch.bfloat16)
 
 

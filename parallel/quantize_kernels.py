@@ -5,12 +5,20 @@ Four bits put element i and element i + block/2 of a block into one byte. So all
 and `high`, each (ROWS, block / 2) with one block a row: packing and unpacking then stay within a thread. Eight bits do
 the same, so that there is one form. Only a fused kernel whose two formats differ in `block` moves data between threads.
 
-[Note: words]
+[Note: eight bits]
 Codes are read as 32-bit words. 2^23 + c is a float whose last bits are c, so a mask that keeps a code where it is in
 its word and puts the exponent above it makes 2^23 + (code + bias) * 2^shift: one instruction, a conversion takes three.
 A subtraction leaves code * 2^shift, which is multiplied by scale / 2^shift. That is exactly code * scale, because no
-scale is small enough for scale / 2^16 to be subnormal, and a product needs no rounding: a sum may take it in a fused
-operation. Without this, summing four-bit chunks waits for instructions instead of memory.
+scale is small enough for scale / 2^8 to be subnormal, and a product needs no rounding: a sum may take it in a fused
+operation.
+
+[Note: four bits]
+`dp2a` multiplies two 16-bit numbers by two bytes and adds both products to a 32-bit number: the weights of two chunks
+by their codes of one element. `prmt` puts the bytes of their words beside each other; a mask keeps their low or, after
+a shift, their high halves. So two chunks take 16 instructions for 8 elements, with arithmetic as of eight bits 48. A
+sum starts from the bits of 1.5 * 2^23, less what the codes' bias adds: then its bits are those of 1.5 * 2^23 + sum, and
+it takes no conversion. The power of two by which it is to be multiplied goes into a factor that there is anyway, if
+there is one. An odd chunk is paired with itself, by the weight 0.
 
 [Note: pieces]
 Every thread with a part of a block does what is done once a block: its scale, the reciprocal, addresses. A thread's
@@ -61,8 +69,8 @@ SETTINGS = {
     "fused many": Setting(1024, 1, 4),
     "fused feedback": Setting(4096, 4, 4),
 }
-FEW = 4
-"""Chunks up to which packing the sum is most of a fused kernel's work, beyond it reading them."""
+FEW = {8: 4, 4: 8}
+"""Of chunks of eight and of four bits, up to how many are few."""
 EXPONENT = 0x4B000000
 """Of 2^23 as fp32. Given to kernels as an argument: the assembler makes two instructions of a mask and a constant."""
 
@@ -218,6 +226,7 @@ def _add_group(
     low, high, packed_ptr, chunk_bytes, scales_offset, row,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
+    """Add the blocks `row` (ROWS) of PARTS packed chunks of four bits."""
     more_low, more_high, unit = _group(packed_ptr, chunk_bytes, scales_offset, row, PARTS, BLOCK, SPLIT, VECTOR)
     unit = _spread(unit, SPLIT)
     return low + more_low * unit, high + more_high * unit
@@ -430,9 +439,9 @@ def dequantize(packed: Tensor, bits: int, block: int, out: Tensor, chunks: int, 
     )  # fmt: skip
 
 
-def fused_kind(chunks: int, feedback: bool) -> str:
-    """Which of `SETTINGS` the fused kernel has."""
-    return "fused feedback" if feedback else "fused few" if chunks <= FEW else "fused many"
+def fused_kind(chunks: int, bits: int, feedback: bool) -> str:
+    """Which of `SETTINGS` the fused kernel has for chunks of `bits`."""
+    return "fused feedback" if feedback else "fused few" if chunks <= FEW[bits] else "fused many"
 
 
 def dequantize_sum_quantize(
@@ -449,7 +458,7 @@ def dequantize_sum_quantize(
 ) -> None:
     """As `parallel.quantize.dequantize_sum_quantize`, of arguments that it has checked; numel: of one input chunk."""
     out_numel = numel // out_chunks
-    setting = SETTINGS[fused_kind(chunks, residual is not None)]
+    setting = SETTINGS[fused_kind(chunks, in_bits, residual is not None)]
     tile = max(setting.tile, in_block, block)
     tiles = triton.cdiv(triton.cdiv(out_numel // block, 4) * 4, tile // block)
     split = setting.split if in_block == block >= 2 * setting.split * setting.vector else 1
