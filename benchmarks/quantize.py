@@ -39,7 +39,7 @@ TARGET = 0.8
 """On CUDA: the share of the copy's bandwidth."""
 SMALL = 1 << 22
 """Elements where bits are compared or kernels compiled."""
-TRIED = ((1024, 1, (4, 8)), (2048, 2, (4, 8, 16)), (4096, 2, (8, 16)), (4096, 4, (4, 16)), (8192, 4, (16,)))
+TRIED = ((1024, 1, (4, 8, 16)), (2048, 2, (4, 8, 16)), (4096, 2, (8, 16)), (4096, 4, (4, 16)), (8192, 4, (16,)))
 """Tile, warps and vectors."""
 SPLIT = ((2048, 1, 8, 2), (2048, 1, 16, 2), (4096, 2, 16, 2), (8192, 4, 16, 2))
 """Tile, warps, vector and split: what is tried besides for fused kernels."""
@@ -123,7 +123,7 @@ def _sums(fp32: Tensor, outs: dict[str, Tensor], residual: Tensor, fmt: Format, 
         name = f"sum {parts} x int{fmt.bits} -> int{out_bits}" + (", feedback" if feedback else "")
         size = received.nbytes + again.nbytes + (8 * few if feedback else 0)
         written = (again,) if lost is None else (again, lost)
-        kind = "fused feedback" if feedback else "fused few" if parts <= 4 else "fused many"
+        kind = "fused feedback" if feedback else "fused few" if parts <= (8 if fmt.bits == 4 else 4) else "fused many"
         found.append(Case(name, kind, fused, size, written))
     return found
 

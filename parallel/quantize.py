@@ -6,16 +6,26 @@ the former in the low nibble. All results are the same bits on CPU, on CUDA (`pa
 tests' plain reference, by these rules:
 
 - x = fp32(value), plus the residual in fp32 if there is one;
-- scale = max |x| of the block * (1 / qmax), qmax 127 or 7, cut to 17 or 21 significant bits; a scale below 2^-100
-  becomes 0, so nothing here is ever subnormal: no result hangs on whether the processor flushes subnormals, and kernels
-  may scale by powers of two;
-- code * scale is exact, as a code has 7 or 3 bits more: what it is added to or subtracted from may take it in a fused
-  operation or not;
+- scale = max |x| of the block * (1 / qmax), qmax 127 or 7, cut to 16 significant bits; a scale below 2^-100 becomes 0,
+  so nothing here is ever subnormal: no result hangs on whether the processor flushes subnormals, and kernels may scale
+  by powers of two;
+- code * scale is exact, as a code has at most 7 bits more: what it is added to or subtracted from may take it in a
+  fused operation or not;
 - code = round half to even of x * (1 / scale), two IEEE operations; 0 where the scale is 0. No clamp: |code| <= qmax
   because the scale is short by at most 2^-15 of itself, its reciprocal and the product by 2^-24;
-- dequantized = code * scale; residual = x - code * scale; sums are of one chunk after the other, in fp32;
+- dequantized = code * scale; residual = x - code * scale;
+- sums are in fp32: of one chunk of eight bits after the other, of one group of `GROUP` chunks of four bits (or, the
+  last, of fewer) after the other;
+- the sum of a group is (sum of code * weight) * unit, for each block: unit is 2^-15 times the power of two at or below
+  the largest of the group's scales, weight is scale / unit, rounded half to even. These are whole numbers of at most 22
+  bits: nothing is rounded but scales, the largest not at all, as it has 16 bits, and the others by at most 2^-16 of it.
+  A chunk so adds at most 1.1e-4 of the largest's step to the error, and one chunk's sum is what it dequantizes to;
 - a block with an infinity or NaN gets the scale infinity and codes 0, which dequantize to NaN. Its residual becomes 0:
   a step that the finiteness check drops must not poison the steps after it.
+
+Four bits have a sum of their own because a GPU otherwise waits for instructions: one multiplies two chunks' codes by
+whole weights and adds both (`parallel.quantize_kernels`, [Note: four bits]). Eight bits would leave a weight 12, which
+are too few, and their sums wait for memory.
 
 x * (1 / scale) instead of x / scale: a division takes a GPU about ten instructions an element, which this would then
 wait for instead of memory; what differs is which way a tie within 2^-22 is rounded.
@@ -33,6 +43,8 @@ Smaller pieces spend more on starting operations than a nearer cache saves."""
 SMALLEST_SCALE = 2.0**-100
 _BELOW_SMALLEST = SMALLEST_SCALE * (1 - 2.0**-24)
 """The next smaller fp32."""
+GROUP = 8
+"""Chunks of four bits that are summed in whole numbers, which kernels read as floats and so are to stay below 2^22."""
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
@@ -55,11 +67,6 @@ class Format:
     def qmax(self) -> int:
         """The largest code."""
         return (1 << self.bits - 1) - 1
-
-    @property
-    def scale_mask(self) -> int:
-        """Of the bits of a scale those that it has, as int32."""
-        return -1 << self.bits - 1
 
     def packed_bytes(self, numel: int) -> int:
         """Size of a chunk of `numel` elements, a multiple of 16 bytes. ValueError unless `numel` is whole blocks."""
@@ -124,7 +131,7 @@ def dequantize(packed: Tensor, fmt: Format, out: Tensor, *, chunks: int = 1) -> 
 
 
 def dequantize_sum(packed: Tensor, fmt: Format, out: Tensor, *, chunks: int) -> None:
-    """The sum of `chunks` packed chunks of m elements each, in fp32 and in the order of the chunks.
+    """The sum of `chunks` packed chunks of m elements each, in fp32 and in their order (see above).
 
     packed: (chunks * fmt.packed_bytes(m)) uint8; out: (m) fp32 or bf16 (rounded once, half to even). ValueError for
     other arguments.
@@ -248,7 +255,7 @@ class _Cpu:
 
         torch.abs(x, out=y)
         torch.amax(y_rows, 2, out=scales)  # NaN if there is one
-        scales.mul_(1 / fmt.qmax).view(torch.int32).bitwise_and_(fmt.scale_mask)
+        scales.mul_(1 / fmt.qmax).view(torch.int32).bitwise_and_(-0x100)
         torch.threshold_(scales, _BELOW_SMALLEST, 0.0).nan_to_num_(nan=torch.inf, posinf=torch.inf)
         inverse = scales.reciprocal().nan_to_num_(posinf=0.0)
         torch.mul(rows, inverse.unsqueeze(2), out=y_rows).round_()
@@ -272,22 +279,46 @@ class _Cpu:
     def dequantize_sum(self, packed: Tensor, fmt: Format, start: int, numel: int, out: Tensor) -> None:
         """`out` from the sum over the chunks `packed` (k, bytes) of `numel`, in their order, of their elements from
         `start` on."""
-        size, count = out.numel(), packed.shape[0]
-        total, some = out if out.dtype == torch.float32 else self.temporary("x", size), max(1, PIECE // size)
+        total = out if out.dtype == torch.float32 else self.temporary("x", out.numel())
+        if fmt.bits == 4:
+            self._sum_groups(packed, fmt, start, numel, total)
+        else:
+            self._sum_in_order(packed, fmt, start, numel, total)
+        if total is not out:
+            out.copy_(total)
+
+    def _sum_in_order(self, packed: Tensor, fmt: Format, start: int, numel: int, total: Tensor) -> None:
+        size, some = total.numel(), max(1, PIECE // total.numel())
         before: tuple[Tensor, ...] = ()
-        for i in range(0, count, some):
-            parts = packed[i : i + some] if some < count else packed
-            if parts.shape[0] == 1 and not before:
+        for parts in packed.split(some):
+            if len(parts) == 1 and not before:
                 self.dequantize(parts, fmt, start, numel, total)
             else:
-                y = self.temporary("y", parts.shape[0] * size).view(-1, size)
+                y = self.temporary("y", len(parts) * size).view(-1, size)
                 self.dequantize(parts, fmt, start, numel, y.view(-1))
                 first, *rest = before + y.unbind()
                 for part in rest:
                     first = torch.add(first, part, out=total)
             before = (total,)
-        if total is not out:
-            out.copy_(total)
+
+    def _sum_groups(self, packed: Tensor, fmt: Format, start: int, numel: int, total: Tensor) -> None:
+        size, some = total.numel(), max(1, PIECE // total.numel())
+        for i, group in enumerate(packed.split(GROUP)):
+            codes, scales = _views(group, fmt, start, start + size, numel)
+            unit = scales.amax(0).clamp_(min=SMALLEST_SCALE)
+            unit.view(torch.int32).bitwise_and_(0x7F800000)
+            unit.mul_(2.0**-15)
+            weights = (scales / unit).round_().unsqueeze(2)  # an infinity makes them NaN
+            rows = (self.temporary("group", size) if i else total).view(-1, fmt.block)
+            rows.copy_(weights.sum(0).mul_(-8))  # codes are read as code + 8
+            for parts, part_weights in zip(codes.split(some), weights.split(some), strict=True):
+                y = self.temporary("y", len(parts) * size).view(len(parts), *rows.shape)
+                self._nibbles(parts, y)
+                for part, weight in zip(y, part_weights, strict=True):
+                    rows.addcmul_(part, weight)
+            rows.mul_(unit.unsqueeze(1))
+            if i:
+                total.add_(rows.view(-1))
 
     def dequantize(self, packed: Tensor, fmt: Format, start: int, numel: int, out: Tensor) -> None:
         """`out` from the elements from `start` on of each of the chunks `packed` (k, bytes) of `numel`."""
@@ -297,13 +328,17 @@ class _Cpu:
         if fmt.bits == 8:
             rows.copy_(codes.view(torch.int8))
         else:
-            half, nibbles = fmt.block // 2, self.temporary("nibbles", codes.numel(), torch.uint8).view(codes.shape)
-            rows[..., :half].copy_(torch.bitwise_and(codes, 15, out=nibbles))
-            rows[..., half:].copy_(torch.bitwise_right_shift(codes, 4, out=nibbles))
+            self._nibbles(codes, rows)
             rows.sub_(8)
         rows.mul_(scales.unsqueeze(2))
         if values is not out:
             out.copy_(values)
+
+    def _nibbles(self, codes: Tensor, rows: Tensor) -> None:
+        """Codes (k, blocks, block / 2) of four bits, plus 8, as `rows` (k, blocks, block) fp32."""
+        half, nibbles = rows.shape[2] // 2, self.temporary("nibbles", codes.numel(), torch.uint8).view(codes.shape)
+        rows[..., :half].copy_(torch.bitwise_and(codes, 15, out=nibbles))
+        rows[..., half:].copy_(torch.bitwise_right_shift(codes, 4, out=nibbles))
 
 
 def _views(packed: Tensor, fmt: Format, start: int, stop: int, numel: int) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,20 @@ Four bits put element i and element i + block/2 of a block into one byte. So all
 and `high`, each (ROWS, block / 2) with one block a row: packing and unpacking then stay within a thread. Eight bits do
 the same, so that there is one form. Only a fused kernel whose two formats differ in `block` moves data between threads.
 
-[Note: words]
+[Note: eight bits]
 Codes are read as 32-bit words. 2^23 + c is a float whose last bits are c, so a mask that keeps a code where it is in
 its word and puts the exponent above it makes 2^23 + (code + bias) * 2^shift: one instruction, a conversion takes three.
 A subtraction leaves code * 2^shift, which is multiplied by scale / 2^shift. That is exactly code * scale, because no
-scale is small enough for scale / 2^16 to be subnormal, and a product needs no rounding: a sum may take it in a fused
-operation. Without this, summing four-bit chunks waits for instructions instead of memory.
+scale is small enough for scale / 2^8 to be subnormal, and a product needs no rounding: a sum may take it in a fused
+operation.
+
+[Note: four bits]
+`dp2a` multiplies two 16-bit numbers by two bytes and adds both products to a 32-bit number: the weights of two chunks
+by their codes of one element. `prmt` puts the bytes of their words beside each other; a mask keeps their low or, after
+a shift, their high halves. So two chunks take 16 instructions for 8 elements, with arithmetic as of eight bits 48. A
+sum starts from the bits of 1.5 * 2^23, less what the codes' bias adds: then its bits are those of 1.5 * 2^23 + sum, and
+it takes no conversion. The power of two by which it is to be multiplied goes into a factor that there is anyway, if
+there is one. An odd chunk is paired with itself, by the weight 0.
 
 [Note: pieces]
 Every thread with a part of a block does what is done once a block: its scale, the reciprocal, addresses. A thread's
@@ -61,8 +69,8 @@ SETTINGS = {
     "fused many": Setting(1024, 1, 4),
     "fused feedback": Setting(4096, 4, 4),
 }
-FEW = 4
-"""Chunks up to which packing the sum is most of a fused kernel's work, beyond it reading them."""
+FEW = {8: 4, 4: 8}
+"""Of chunks of eight and of four bits, up to how many are few."""
 EXPONENT = 0x4B000000
 """Of 2^23 as fp32. Given to kernels as an argument: the assembler makes two instructions of a mask and a constant."""
 
@@ -84,65 +92,144 @@ def _pieces(ptr, row, STRIDE: tl.constexpr, LENGTH: tl.constexpr, SPLIT: tl.cons
 
 
 @triton.jit
-def _field(words, exponent, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """code * 2^SHIFT of the codes at bit SHIFT of `words`. See [Note: words]."""
-    bias: tl.constexpr = (1 << BITS - 1) << SHIFT
-    field = words & (((1 << BITS) - 1) << SHIFT)
-    field = field ^ (exponent + bias) if BITS == 8 else field | exponent
-    return field.to(tl.float32, bitcast=True) - (8388608.0 + bias)
-
-
-@triton.jit
 def _in_order(a, b, c, d):
     """Of each word's first to fourth byte (ROWS, n), all (ROWS, 4 n)."""
     return tl.join(tl.join(a, c), tl.join(b, d)).reshape(a.shape[0], 4 * a.shape[1])
 
 
 @triton.jit
-def _bytes(words, scale, scale_8, exponent, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """Of words (ROWS, n) the codes (ROWS, 4 n) at bit SHIFT of each byte, by some power of two, and their scales."""
-    upper = words >> 16
-    scale, scale_8 = tl.broadcast_to(scale, words.shape), tl.broadcast_to(scale_8, words.shape)
-    if SHIFT + BITS == 4:  # the third fits below the exponent where it is: the compiler would shift and mask once more
-        third, scale_16 = _field(words, exponent, 16, BITS), scale * 1.52587890625e-05
-    else:
-        third, scale_16 = _field(upper, exponent, SHIFT, BITS), scale
-    first, second = _field(words, exponent, SHIFT, BITS), _field(words, exponent, SHIFT + 8, BITS)
-    fields = _in_order(first, second, third, _field(upper, exponent, SHIFT + 8, BITS))
-    return fields, _in_order(scale, scale_8, scale_16, scale_8)
+def _scale(packed_ptr, scales_offset, row):
+    """Of the blocks `row` (ROWS) of one packed chunk."""
+    return tl.load((packed_ptr + scales_offset).to(tl.pointer_type(tl.float32)) + row)
 
 
 @triton.jit
-def _unpack(
-    packed_ptr, scales_offset, exponent, row,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """Of the blocks `row` (ROWS) of one packed chunk: codes and their scales, as halves."""
-    scale = _spread(tl.load((packed_ptr + scales_offset).to(tl.pointer_type(tl.float32)) + row), SPLIT)
-    scale_8 = scale * 0.00390625
-    words_ptr = packed_ptr.to(tl.pointer_type(tl.int32))
-    words_ptr = _pieces(words_ptr, row, BLOCK * BITS // 32, BLOCK // 8, SPLIT, VECTOR // 4)
-    words = tl.load(words_ptr)
-    if BITS == 8:
-        low, low_scale = _bytes(words, scale, scale_8, exponent, 0, 8)
-        high, high_scale = _bytes(tl.load(words_ptr + BLOCK // 8), scale, scale_8, exponent, 0, 8)
-    else:
-        low, low_scale = _bytes(words, scale, scale_8, exponent, 0, 4)
-        high, high_scale = _bytes(words, scale * 0.0625, scale_8 * 0.0625, exponent, 4, 4)
-    return low, low_scale, high, high_scale
+def _words(packed_ptr, row, BYTES: tl.constexpr, LENGTH: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr):
+    """(SPLIT * ROWS, LENGTH / SPLIT): to the first LENGTH words of codes of the blocks `row`, of BYTES each."""
+    return _pieces(packed_ptr.to(tl.pointer_type(tl.int32)), row, BYTES // 4, LENGTH, SPLIT, VECTOR // 4)
+
+
+@triton.jit
+def _eight_bits(words, exponent, SHIFT: tl.constexpr):
+    """code * 2^SHIFT of the codes at bit SHIFT of `words`. See [Note: eight bits]."""
+    field = (words & (0xFF << SHIFT)) ^ (exponent + (0x80 << SHIFT))
+    return field.to(tl.float32, bitcast=True) - (8388608.0 + (0x80 << SHIFT))
+
+
+@triton.jit
+def _codes(words, exponent):
+    """Of words (ROWS, n) the codes (ROWS, 4 n), every second times 256."""
+    upper = words >> 16
+    return _in_order(
+        _eight_bits(words, exponent, 0), _eight_bits(words, exponent, 8),
+        _eight_bits(upper, exponent, 0), _eight_bits(upper, exponent, 8),
+    )  # fmt: skip
 
 
 @triton.jit
 def _add(
     low, high, packed_ptr, scales_offset, exponent, row,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Add the blocks `row` of a packed chunk. A fused operation does it: products are exact, so that it rounds once as
-    the sum does."""
-    more_low, low_scale, more_high, high_scale = _unpack(
-        packed_ptr, scales_offset, exponent, row, BITS, BLOCK, SPLIT, VECTOR
-    )  # fmt: skip
-    return tl.fma(more_low, low_scale, low), tl.fma(more_high, high_scale, high)
+    """Add the blocks `row` (ROWS) of a packed chunk of eight bits. A fused operation does it: products are exact, so
+    that it rounds once as the sum does."""
+    words_ptr = _words(packed_ptr, row, BLOCK, BLOCK // 8, SPLIT, VECTOR)
+    words, more_words = tl.load(words_ptr), tl.load(words_ptr + BLOCK // 8)
+    scale = tl.broadcast_to(_spread(_scale(packed_ptr, scales_offset, row), SPLIT), words.shape)
+    scale_8 = scale * 0.00390625
+    scales = _in_order(scale, scale_8, scale, scale_8)
+    return tl.fma(_codes(words, exponent), scales, low), tl.fma(_codes(more_words, exponent), scales, high)
+
+
+@triton.jit
+def _bytes_of(a, b, select):
+    """The word of four of the bytes of `a` (0 to 3) and `b` (4 to 7): `select` has a digit for each, the last first."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, select], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _dot_first(total, weights, values):
+    """total + the first unsigned 16 bits of `weights` * the first signed byte of `values` + the second * the second."""
+    return tl.inline_asm_elementwise(
+        "dp2a.lo.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [weights, values, total], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _dot_last(total, weights, values):
+    """As `_dot_first` with the third and fourth byte of `values`."""
+    return tl.inline_asm_elementwise(
+        "dp2a.hi.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [weights, values, total], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _float(total):
+    """The whole number of which `total` is the sum with the bits of 1.5 * 2^23."""
+    return total.to(tl.float32, bitcast=True) - 12582912.0
+
+
+@triton.jit
+def _group(
+    packed_ptr, chunk_bytes, scales_offset, row,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """As `_sum`, of at most eight chunks of four bits. See [Note: four bits]."""
+    scales = (_scale(packed_ptr, scales_offset, row),)
+    for part in tl.static_range(1, PARTS):
+        scales += (_scale(packed_ptr + part * chunk_bytes, scales_offset, row),)
+    largest = tl.maximum(scales[0], 7.888609052210118e-31)  # the smallest scale
+    for part in tl.static_range(1, PARTS):
+        largest = tl.maximum(largest, scales[part])
+    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000) - (15 << 23)
+    inverse = ((254 << 23) - power).to(tl.float32, bitcast=True)
+    unit = tl.where(largest < float("inf"), power.to(tl.float32, bitcast=True), float("nan"))
+
+    start = tl.full(row.shape, 0x4B400000, tl.int32)
+    pairs = ()
+    for part in tl.static_range(0, PARTS, 2):
+        weight = tl.fma(scales[part], inverse, 12582912.0).to(tl.int32, bitcast=True)
+        if part + 1 < PARTS:
+            next_weight = tl.fma(scales[part + 1], inverse, 12582912.0).to(tl.int32, bitcast=True)
+            weights = _bytes_of(weight, next_weight, 0x5410)
+        else:
+            weights = weight & 0xFFFF
+        start = _dot_first(start, weights, -0x07070708)  # -8 in each byte
+        pairs += (_spread(weights, SPLIT),)
+
+    total = tl.broadcast_to(_spread(start, SPLIT), SPLIT * row.shape[0], BLOCK // 8 // SPLIT)
+    low_0, low_1, low_2, low_3 = total, total, total, total
+    high_0, high_1, high_2, high_3 = total, total, total, total
+    for part in tl.static_range(0, PARTS, 2):
+        weights = pairs[part // 2]
+        words = tl.load(_words(packed_ptr + part * chunk_bytes, row, BLOCK // 2, BLOCK // 8, SPLIT, VECTOR))
+        if part + 1 < PARTS:
+            next_ptr = packed_ptr + (part + 1) * chunk_bytes
+            next_words = tl.load(_words(next_ptr, row, BLOCK // 2, BLOCK // 8, SPLIT, VECTOR))
+        else:
+            next_words = words  # their weight is 0
+        first, last = _bytes_of(words, next_words, 0x5140), _bytes_of(words, next_words, 0x7362)
+        low_first, low_last = first & 0x0F0F0F0F, last & 0x0F0F0F0F
+        high_first, high_last = (first >> 4) & 0x0F0F0F0F, (last >> 4) & 0x0F0F0F0F
+        low_0, low_1 = _dot_first(low_0, weights, low_first), _dot_last(low_1, weights, low_first)
+        low_2, low_3 = _dot_first(low_2, weights, low_last), _dot_last(low_3, weights, low_last)
+        high_0, high_1 = _dot_first(high_0, weights, high_first), _dot_last(high_1, weights, high_first)
+        high_2, high_3 = _dot_first(high_2, weights, high_last), _dot_last(high_3, weights, high_last)
+    low, high = _in_order(low_0, low_1, low_2, low_3), _in_order(high_0, high_1, high_2, high_3)
+    return _float(low), _float(high), unit
+
+
+@triton.jit
+def _add_group(
+    low, high, packed_ptr, chunk_bytes, scales_offset, row,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Add the blocks `row` (ROWS) of PARTS packed chunks of four bits."""
+    more_low, more_high, unit = _group(packed_ptr, chunk_bytes, scales_offset, row, PARTS, BLOCK, SPLIT, VECTOR)
+    unit = _spread(unit, SPLIT)
+    return low + more_low * unit, high + more_high * unit
 
 
 @triton.jit
@@ -150,19 +237,33 @@ def _sum(
     packed_ptr, chunk_bytes, scales_offset, exponent, row,
     PARTS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Of the blocks `row` (ROWS, int64) of PARTS consecutive packed chunks: the sum in their order, as halves."""
+    """Of the blocks `row` (ROWS, int64) of PARTS consecutive packed chunks: the sum as halves, and its unit (ROWS),
+    1 or of some blocks another power of two or NaN, by which both are to be multiplied."""
     chunk_bytes = tl.cast(chunk_bytes, tl.int64)
-    low, low_scale, high, high_scale = _unpack(packed_ptr, scales_offset, exponent, row, BITS, BLOCK, SPLIT, VECTOR)
-    low, high = low * low_scale, high * high_scale
-    if PARTS <= 8:  # unrolled, the loads of all parts are under way together
-        for part in tl.static_range(1, PARTS):
-            part_ptr = packed_ptr + part * chunk_bytes
-            low, high = _add(low, high, part_ptr, scales_offset, exponent, row, BITS, BLOCK, SPLIT, VECTOR)
+    if BITS == 4 and PARTS <= 8:
+        low, high, unit = _group(packed_ptr, chunk_bytes, scales_offset, row, PARTS, BLOCK, SPLIT, VECTOR)
     else:
-        for part in range(1, PARTS):
-            part_ptr = packed_ptr + part * chunk_bytes
-            low, high = _add(low, high, part_ptr, scales_offset, exponent, row, BITS, BLOCK, SPLIT, VECTOR)
-    return low, high
+        unit = tl.full(row.shape, 1.0, tl.float32)
+        low = tl.zeros((SPLIT * row.shape[0], BLOCK // 2 // SPLIT), tl.float32)
+        high = low
+        if BITS == 4:
+            for part in range(0, PARTS // 8 * 8, 8):
+                part_ptr = packed_ptr + part * chunk_bytes
+                low, high = _add_group(low, high, part_ptr, chunk_bytes, scales_offset, row, 8, BLOCK, SPLIT, VECTOR)
+            if PARTS % 8:
+                part_ptr = packed_ptr + PARTS // 8 * 8 * chunk_bytes
+                low, high = _add_group(
+                    low, high, part_ptr, chunk_bytes, scales_offset, row, PARTS % 8, BLOCK, SPLIT, VECTOR
+                )  # fmt: skip
+        elif PARTS <= 8:  # unrolled, the loads of all parts are under way together
+            for part in tl.static_range(PARTS):
+                part_ptr = packed_ptr + part * chunk_bytes
+                low, high = _add(low, high, part_ptr, scales_offset, exponent, row, BLOCK, SPLIT, VECTOR)
+        else:
+            for part in range(PARTS):
+                part_ptr = packed_ptr + part * chunk_bytes
+                low, high = _add(low, high, part_ptr, scales_offset, exponent, row, BLOCK, SPLIT, VECTOR)
+    return low, high, unit
 
 
 @triton.jit
@@ -190,26 +291,27 @@ def _store(ptr, codes, zero, good, inside, VECTOR: tl.constexpr):
 
 @triton.jit
 def _pack(
-    low, high, out_ptr, scales_offset, residual_ptr, row, blocks,
+    low, high, unit, out_ptr, scales_offset, residual_ptr, row, blocks,
     HAS_RESIDUAL: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Quantize halves into the blocks `row` (ROWS, int32) of one packed chunk of `blocks` blocks.
 
-    low, high: fp32, the residual not yet added; residual_ptr: the chunk's part of it.
+    low, high: fp32, to be multiplied by unit (ROWS), the residual not yet added; residual_ptr: the chunk's part of it.
     """
     half: tl.constexpr = BLOCK // 2
     inside = _spread(row < blocks, SPLIT)
     if HAS_RESIDUAL:
         last = tl.minimum(row, blocks - 1).to(tl.int64)
         residual_ptr = _pieces(residual_ptr, last, BLOCK, half, SPLIT, VECTOR)
-        low += tl.load(residual_ptr)
-        high += tl.load(residual_ptr + half)
+        low = low * _spread(unit, SPLIT) + tl.load(residual_ptr)
+        high = high * _spread(unit, SPLIT) + tl.load(residual_ptr + half)
+        unit = tl.full(unit.shape, 1.0, tl.float32)
 
     # floats without a sign are in the order of their bits, NaN last; of whole numbers one instruction compares three
     largest = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL).to(tl.int32, bitcast=True)
     largest = tl.max(tl.max(largest.reshape(SPLIT, row.shape[0], half // SPLIT), 0), 1).to(tl.float32, bitcast=True)
-    scale = largest * (0.007874015718698502 if BITS == 8 else 0.1428571492433548)  # 1 / qmax
-    scale = (scale.to(tl.int32, bitcast=True) & (-1 << BITS - 1)).to(tl.float32, bitcast=True)
+    scale = largest * unit * (0.007874015718698502 if BITS == 8 else 0.1428571492433548)  # 1 / qmax
+    scale = (scale.to(tl.int32, bitcast=True) & -0x100).to(tl.float32, bitcast=True)
     scale = tl.where(scale < 7.888609052210118e-31, 0.0, scale)
     good = scale < float("inf")  # false for NaN too
     scale = tl.where(good, scale, float("inf"))
@@ -219,7 +321,8 @@ def _pack(
     # the padding behind the scales is written too: equal values make equal bytes
     tl.store(scales_ptr, tl.where(row < blocks, scale, 0.0), row < (blocks + 3) // 4 * 4)
 
-    good, scale, inverse = _spread(good, SPLIT), _spread(scale, SPLIT), _spread(inverse, SPLIT)
+    # a power of two rounds nothing: multiplied into the inverse instead of into each value it gives the same
+    good, scale, inverse = _spread(good, SPLIT), _spread(scale, SPLIT), _spread(inverse * unit, SPLIT)
     bias: tl.constexpr = 0 if BITS == 8 else 8
     low_bits, low_code = _code(low, inverse, bias)
     high_bits, high_code = _code(high, inverse, bias)
@@ -249,7 +352,10 @@ def _quantize(
     values_ptr = tl.max_contiguous(values_ptr, [1, VECTOR])
     low, high = tl.load(values_ptr).to(tl.float32), tl.load(values_ptr + BLOCK // 2).to(tl.float32)
     out_ptr += chunk * chunk_bytes
-    _pack(low, high, out_ptr, scales_offset, residual_ptr + start, row, blocks, HAS_RESIDUAL, BITS, BLOCK, 1, VECTOR)
+    unit = tl.full(row.shape, 1.0, tl.float32)
+    _pack(
+        low, high, unit, out_ptr, scales_offset, residual_ptr + start, row, blocks, HAS_RESIDUAL, BITS, BLOCK, 1, VECTOR
+    )
 
 
 @triton.jit
@@ -263,10 +369,11 @@ def _dequantize(
     inside = (row < blocks)[:, None]
     row = tl.minimum(row, blocks - 1).to(tl.int64)
     packed_ptr += chunk * chunk_bytes
-    low, high = _sum(packed_ptr, chunk_bytes, scales_offset, exponent, row, PARTS, BITS, BLOCK, 1, VECTOR)
+    low, high, unit = _sum(packed_ptr, chunk_bytes, scales_offset, exponent, row, PARTS, BITS, BLOCK, 1, VECTOR)
     out_ptr += (chunk * blocks + row[:, None]) * BLOCK + tl.arange(0, BLOCK // 2)[None, :]
-    tl.store(out_ptr, low.to(out_ptr.dtype.element_ty), inside)
-    tl.store(out_ptr + BLOCK // 2, high.to(out_ptr.dtype.element_ty), inside)
+    unit = unit[:, None]
+    tl.store(out_ptr, (low * unit).to(out_ptr.dtype.element_ty), inside)
+    tl.store(out_ptr + BLOCK // 2, (high * unit).to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -284,16 +391,18 @@ def _dequantize_sum_quantize(
     start = chunk * blocks * BLOCK
     chunk_in_blocks = blocks // (IN_BLOCK // BLOCK) if IN_BLOCK > BLOCK else blocks * (BLOCK // IN_BLOCK)
     in_row = tl.minimum(chunk * chunk_in_blocks + tile * in_rows + tl.arange(0, in_rows), in_blocks - 1)
-    low, high = _sum(
+    low, high, unit = _sum(
         packed_ptr, in_chunk_bytes, in_scales_offset, exponent, in_row, PARTS, IN_BITS, IN_BLOCK, SPLIT, VECTOR
     )  # fmt: skip
     if IN_BLOCK != BLOCK:
-        tile_in_order = tl.join(low, high).permute(0, 2, 1).reshape(ROWS, 2, BLOCK // 2)
+        unit = unit[:, None]
+        tile_in_order = tl.join(low * unit, high * unit).permute(0, 2, 1).reshape(ROWS, 2, BLOCK // 2)
         low, high = tl.split(tile_in_order.permute(0, 2, 1))
+        unit = tl.full((ROWS,), 1.0, tl.float32)
     row = tile * ROWS + tl.arange(0, ROWS)
     out_ptr += chunk * chunk_bytes
     residual_ptr += start
-    _pack(low, high, out_ptr, scales_offset, residual_ptr, row, blocks, HAS_RESIDUAL, BITS, BLOCK, SPLIT, VECTOR)
+    _pack(low, high, unit, out_ptr, scales_offset, residual_ptr, row, blocks, HAS_RESIDUAL, BITS, BLOCK, SPLIT, VECTOR)
 
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -330,9 +439,9 @@ def dequantize(packed: Tensor, bits: int, block: int, out: Tensor, chunks: int, 
     )  # fmt: skip
 
 
-def fused_kind(chunks: int, feedback: bool) -> str:
-    """Which of `SETTINGS` the fused kernel has."""
-    return "fused feedback" if feedback else "fused few" if chunks <= FEW else "fused many"
+def fused_kind(chunks: int, bits: int, feedback: bool) -> str:
+    """Which of `SETTINGS` the fused kernel has for chunks of `bits`."""
+    return "fused feedback" if feedback else "fused few" if chunks <= FEW[bits] else "fused many"
 
 
 def dequantize_sum_quantize(
@@ -349,7 +458,7 @@ def dequantize_sum_quantize(
 ) -> None:
     """As `parallel.quantize.dequantize_sum_quantize`, of arguments that it has checked; numel: of one input chunk."""
     out_numel = numel // out_chunks
-    setting = SETTINGS[fused_kind(chunks, residual is not None)]
+    setting = SETTINGS[fused_kind(chunks, in_bits, residual is not None)]
     tile = max(setting.tile, in_block, block)
     tiles = triton.cdiv(triton.cdiv(out_numel // block, 4) * 4, tile // block)
     split = setting.split if in_block == block >= 2 * setting.split * setting.vector else 1

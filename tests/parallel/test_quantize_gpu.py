@@ -45,7 +45,7 @@ def test_dequantize_equals_the_cpu(fmt, dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("chunks", [1, 2, 8, 9, 33])
+@pytest.mark.parametrize("chunks", [1, 2, 3, 8, 9, 16, 33])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_dequantize_sum_equals_the_cpu(fmt, chunks, dtype) -> None:
     for blocks in (1, 131):
@@ -84,7 +84,7 @@ def test_dequantize_sum_quantize_equals_the_cpu(fmt, out_fmt, feedback) -> None:
 @pytest.mark.parametrize("block", [32, 64, 128, 512, 4096])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_threads_with_several_pieces_of_a_block_equal_the_cpu(bits, block) -> None:
-    for chunks, out_chunks, blocks in ((2, 3, 7), (3, 1, 130)):
+    for chunks, out_chunks, blocks in ((2, 3, 7), (3, 1, 130), (8, 2, 33)):
         assert_fused_equals_the_cpu(Format(bits, block), Format(4, block), False, chunks, out_chunks, blocks)
 
 
