@@ -280,7 +280,9 @@ class _Cpu:
         """`out` from the sum over the chunks `packed` (k, bytes) of `numel`, in their order, of their elements from
         `start` on."""
         total = out if out.dtype == torch.float32 else self.temporary("x", out.numel())
-        if fmt.bits == 4:
+        if len(packed) == 1:
+            self.dequantize(packed, fmt, start, numel, total)
+        elif fmt.bits == 4:
             self._sum_groups(packed, fmt, start, numel, total)
         else:
             self._sum_in_order(packed, fmt, start, numel, total)
