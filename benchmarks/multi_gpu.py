@@ -99,7 +99,7 @@ def time_cases(ranks: int, repeats: int) -> list[dict[str, Any]]:
     ]
     hsdp = [
         case("hsdp", "3b", 2, placement="hsdp", levels=two),
-        case("hsdp", "8b", 1, placement="hsdp", levels=two, recompute=True),  # on four GPUs more than 80 GB of each
+        case("hsdp", "8b", 1, placement="hsdp", levels=two, recompute=True),
     ]
     plus = {"zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_hpz_partition_size": ranks}
     asked = [
