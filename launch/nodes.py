@@ -15,14 +15,21 @@ def on_node(node_id: str, act: Callable[..., Any], *args: Any, timeout_s: float 
     `act` is a function of one of our modules. Needs a connection to Ray; raises Ray's errors where the node does not
     answer in time (``GetTimeoutError``) or is not there.
     """
+    return ask_node(node_id, act, *args)(timeout_s)
+
+
+def ask_node(node_id: str, act: Callable[..., Any], *args: Any) -> Callable[[float], Any]:
+    """As `on_node`, but it does not wait: what comes back is called with the seconds to wait for the answer. Ray begins
+    at once; on this node it is done when it is called."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     if ray.get_runtime_context().get_node_id() == node_id:
-        return act(*args)
+        return lambda timeout_s: act(*args)
     pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
     task: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=pinned)(act)  # type: ignore[call-overload]
-    return ray.get(task.remote(*args), timeout=timeout_s)
+    call = task.remote(*args)
+    return lambda timeout_s: ray.get(call, timeout=timeout_s)
 
 
 def process_state(pid: int) -> str:

@@ -9,7 +9,7 @@ threads, which answer while the training thread works or waits. Two things are a
 
 Both are found within ``launch.hang_timeout_s``: it counts from before that by what finding takes (`Limits.still_s`),
 as a look may have been made just before, in another all are asked how they stand, and a silent process is looked at on
-its node. Reading the data, computing and updating may take
+its node, which is asked for that once half the time is over. Reading the data, computing and updating may take
 that long each; what is done for the first time (it may compile kernels), saving a checkpoint and the end, the longer of
 that and ``launch.collective_timeout_s``, which the others would not outwait anyway; opening the corpus and building the
 model, any time.
@@ -28,13 +28,13 @@ The driver's main thread does all; nothing here blocks but `look` once a limit w
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.nodes import kill_process, on_node, process_state
+from launch.nodes import ask_node, kill_process, process_state
 from launch.worker import Failure
 from trainer.pulse import DEFAULT_GROUP, Beat, Look
 
@@ -65,6 +65,8 @@ class Watched:
     answered_at_s: float = 0.0
     asked_at_s: float = 0.0
     call: Any = None
+    seeing: Callable[[float], tuple[str, str]] | None = None
+    """Waits for what is seen of its process on its node, which is asked once it has been silent for a while."""
     gone: bool = False
     """Its process has ended: others find out why."""
 
@@ -133,6 +135,8 @@ class Watchdog:
             if each.call is None and not each.gone and now - each.asked_at_s >= self.limits.every_s:
                 each.asked_at_s = now
                 each.call = each.actor.pulse.options(concurrency_group="control").remote()
+            if each.seeing is None and not each.gone and now - each.answered_at_s > self.limits.still_s / 2:
+                each.seeing = ask_node(each.node_id, see_process, each.pid, each.log)
         late = [each for each in self._watched if not each.gone and self._is_late(each, now)]
         return self._examine() if late else {}
 
@@ -155,7 +159,7 @@ class Watchdog:
             except self._ray.exceptions.RayError:
                 each.gone = True
                 continue
-            each.answered_at_s, each.moved_at_s = now, now - age_s
+            each.answered_at_s, each.moved_at_s, each.seeing = now, now - age_s, None
 
     # ------------------------------------------------------------------------------------------------ what is found
 
@@ -210,7 +214,8 @@ class Watchdog:
     def _see_process(self, each: Watched) -> tuple[str, str]:
         """The state of a process that does not answer, in words, and its stack where it can still write one."""
         try:
-            return tuple(on_node(each.node_id, see_process, each.pid, each.log, timeout_s=10 + DUMP_S))
+            seeing = each.seeing or ask_node(each.node_id, see_process, each.pid, each.log)
+            return seeing(10 + DUMP_S)
         except Exception as error:  # whatever keeps the node from telling, the hang is to be reported
             return f"cannot be seen ({type(error).__name__})", ""
 
