@@ -39,10 +39,12 @@ TARGET = 0.8
 """On CUDA: the share of the copy's bandwidth."""
 SMALL = 1 << 22
 """Elements where bits are compared or kernels compiled."""
-TRIED = ((1024, 1, (4, 8, 16)), (2048, 2, (4, 8, 16)), (4096, 2, (8, 16)), (4096, 4, (4, 16)), (8192, 4, (16,)))
+TRIED = ((1024, 1, (4, 8, 16)), (2048, 2, (4, 8, 16)), (4096, 2, (8, 16)), (4096, 4, (4, 8, 16)), (8192, 4, (16,)))
 """Tile, warps and vectors."""
-SPLIT = ((2048, 1, 8, 2), (2048, 1, 16, 2), (4096, 2, 16, 2), (8192, 4, 16, 2))
-"""Tile, warps, vector and split: what is tried besides for fused kernels."""
+SPLIT = (
+    (2048, 1, 8, 2), (2048, 1, 16, 2), (2048, 1, 16, 2, 80), (4096, 2, 16, 2), (4096, 2, 16, 2, 80), (8192, 4, 16, 2)
+)  # fmt: skip
+"""Tile, warps, vector, split and registers: what is tried besides for fused kernels."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def _sums(fp32: Tensor, outs: dict[str, Tensor], residual: Tensor, fmt: Format, 
         name = f"sum {parts} x int{fmt.bits} -> int{out_bits}" + (", feedback" if feedback else "")
         size = received.nbytes + again.nbytes + (8 * few if feedback else 0)
         written = (again,) if lost is None else (again, lost)
-        kind = "fused feedback" if feedback else "fused few" if parts <= (8 if fmt.bits == 4 else 4) else "fused many"
+        few_or_many = "fused two" if parts <= 2 else "fused few" if fmt.bits == 4 else "fused many"
+        kind = "fused feedback" if feedback else few_or_many
         found.append(Case(name, kind, fused, size, written))
     return found
 
@@ -217,7 +220,7 @@ def tune(all_cases: list[Case], copy: Callable[[], None], copy_bytes: int, below
             found.append((min(rows), setting, rows))
         found.sort(key=lambda item: item[0], reverse=True)
         kernels.SETTINGS[kind] = kernels.Setting(*found[0][1])
-        print(f"{kind}: tile, warps, vector, split; the ratio of each case")
+        print(f"{kind}: tile, warps, vector, split, registers; the ratio of each case")
         for _, setting, rows in found[:6]:
             print(f"  {setting!s:16} " + " ".join(f"{ratio:.3f}" for ratio in rows), flush=True)
     print("SETTINGS of this run: " + ", ".join(f'"{kind}": {kernels.SETTINGS[kind]}' for kind in kinds))

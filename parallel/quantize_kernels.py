@@ -28,6 +28,12 @@ the rows, so with no fewer rows than they reach, a thread holds what lies ROWS a
 the compiler's choice. 4 threads a block of 256 instead of 8 take an eighth of the instructions from the sum of two
 four-bit chunks.
 
+[Note: registers]
+A quarter of a multiprocessor has 16384 registers, a warp 32 times a thread's, rounded up to a multiple of 8: with 88 or
+96 there are 5 warps, with 80 there are 6, which a kernel needs that does little for each program: the limit costs the
+sum of two chunks 16 bytes of a thread's stack, but kernels that are not split, or of eight chunks, ten times that. The
+assembler moves loads behind other arithmetic, whatever their order here: wide loads are few and stay ahead.
+
 Every other operation is one IEEE operation in fp32, and the kernels are compiled without fusing a product and a sum
 into one by themselves (`enable_fp_fusion=False`): that is what makes them equal the CPU's arithmetic bit by bit.
 """
@@ -35,7 +41,7 @@ into one by themselves (`enable_fp_fusion=False`): that is what makes them equal
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # mypy: disable-error-code="assignment"
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -56,6 +62,13 @@ class Setting:
     memory."""
     split: int = 1
     """Of a fused kernel: pieces of a half that a thread holds. See [Note: pieces]."""
+    registers: int | None = None
+    """That a thread may have at most, where the kernel is split so. See [Note: registers]."""
+
+    def options(self, tile: int) -> dict[str, int | None | bool]:
+        """Of a launch. A block longer than the setting's tile gets more warps, not more elements a thread."""
+        warps = self.warps * max(1, tile // self.tile)
+        return {"num_warps": warps, "maxnreg": self.registers, "enable_fp_fusion": False}
 
 
 SETTINGS = {
@@ -65,7 +78,8 @@ SETTINGS = {
     "dequantize fp32": Setting(4096, 4, 4),
     "dequantize bf16": Setting(4096, 4, 8),
     "sum fp32": Setting(4096, 4, 16),  # most of what it moves is packed, so the loads are to be wide, not the stores
-    "sum bf16": Setting(2048, 2, 4),
+    "sum bf16": Setting(2048, 2, 8),
+    "fused two": Setting(2048, 1, 16, 2, 80),
     "fused few": Setting(2048, 1, 16, 2),
     "fused many": Setting(1024, 1, 4),
     "fused feedback": Setting(4096, 4, 4),
@@ -423,7 +437,7 @@ def quantize(values: Tensor, bits: int, block: int, out: Tensor, chunks: int, re
         values, out, values if residual is None else residual,
         numel // block, out.numel() // chunks, _scales_offset(numel, bits),
         HAS_RESIDUAL=residual is not None, BITS=bits, BLOCK=block, ROWS=rows, VECTOR=setting.vector,
-        num_warps=setting.warps, enable_fp_fusion=False,
+        **setting.options(block),
     )  # fmt: skip
 
 
@@ -436,13 +450,15 @@ def dequantize(packed: Tensor, bits: int, block: int, out: Tensor, chunks: int, 
     _dequantize[tiles, 1 if add else chunks](
         packed, out, numel // block, packed.numel() // chunks, _scales_offset(numel, bits), EXPONENT,
         PARTS=chunks if add else 1, BITS=bits, BLOCK=block, ROWS=rows, VECTOR=setting.vector,
-        num_warps=setting.warps, enable_fp_fusion=False,
+        **setting.options(block),
     )  # fmt: skip
 
 
 def fused_kind(chunks: int, bits: int, feedback: bool) -> str:
     """Which of `SETTINGS` the fused kernel has for chunks of `bits`."""
-    return "fused feedback" if feedback else "fused few" if chunks <= FEW[bits] else "fused many"
+    if feedback:
+        return "fused feedback"
+    return "fused two" if chunks <= 2 else "fused few" if chunks <= FEW[bits] else "fused many"
 
 
 def dequantize_sum_quantize(
@@ -460,14 +476,15 @@ def dequantize_sum_quantize(
     """As `parallel.quantize.dequantize_sum_quantize`, of arguments that it has checked; numel: of one input chunk."""
     out_numel = numel // out_chunks
     setting = SETTINGS[fused_kind(chunks, in_bits, residual is not None)]
+    if not in_block == block >= 2 * setting.split * setting.vector:
+        setting = replace(setting, split=1, registers=None)
     tile = max(setting.tile, in_block, block)
     tiles = triton.cdiv(triton.cdiv(out_numel // block, 4) * 4, tile // block)
-    split = setting.split if in_block == block >= 2 * setting.split * setting.vector else 1
     _dequantize_sum_quantize[tiles, out_chunks](
         packed, out, packed if residual is None else residual,
         numel // in_block, packed.numel() // chunks, _scales_offset(numel, in_bits),
         out_numel // block, out.numel() // out_chunks, _scales_offset(out_numel, bits), EXPONENT,
         PARTS=chunks, IN_BITS=in_bits, IN_BLOCK=in_block,
         HAS_RESIDUAL=residual is not None, BITS=bits, BLOCK=block, ROWS=tile // block,
-        SPLIT=split, VECTOR=setting.vector, num_warps=setting.warps, enable_fp_fusion=False,
+        SPLIT=setting.split, VECTOR=setting.vector, **setting.options(tile),
     )  # fmt: skip
