@@ -125,10 +125,17 @@ def _sums(fp32: Tensor, outs: dict[str, Tensor], residual: Tensor, fmt: Format, 
         name = f"sum {parts} x int{fmt.bits} -> int{out_bits}" + (", feedback" if feedback else "")
         size = received.nbytes + again.nbytes + (8 * few if feedback else 0)
         written = (again,) if lost is None else (again, lost)
-        few_or_many = "fused two" if parts <= 2 else "fused few" if fmt.bits == 4 else "fused many"
-        kind = "fused feedback" if feedback else few_or_many
-        found.append(Case(name, kind, fused, size, written))
+        found.append(Case(name, _fused_kind(parts, fmt, feedback, fp32.device), fused, size, written))
     return found
+
+
+def _fused_kind(parts: int, fmt: Format, feedback: bool, device: torch.device) -> str:
+    """Empty on a CPU: only kernels have settings, and Triton is not there."""
+    if device.type == "cpu":
+        return ""
+    from parallel.quantize_kernels import fused_kind
+
+    return fused_kind(parts, fmt.bits, feedback)
 
 
 def different(block: int) -> list[str]:

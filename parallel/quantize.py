@@ -43,6 +43,8 @@ Smaller pieces spend more on starting operations than a nearer cache saves."""
 SMALLEST_SCALE = 2.0**-100
 _BELOW_SMALLEST = SMALLEST_SCALE * (1 - 2.0**-24)
 """The next smaller fp32."""
+_SCALE_MASK = -0x100
+"""Of the bits of an fp32 as int32: 16 significant ones."""
 GROUP = 8
 """Chunks of four bits that are summed in whole numbers, which kernels read as floats and so are to stay below 2^22."""
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -255,7 +257,7 @@ class _Cpu:
 
         torch.abs(x, out=y)
         torch.amax(y_rows, 2, out=scales)  # NaN if there is one
-        scales.mul_(1 / fmt.qmax).view(torch.int32).bitwise_and_(-0x100)
+        scales.mul_(1 / fmt.qmax).view(torch.int32).bitwise_and_(_SCALE_MASK)
         torch.threshold_(scales, _BELOW_SMALLEST, 0.0).nan_to_num_(nan=torch.inf, posinf=torch.inf)
         inverse = scales.reciprocal().nan_to_num_(posinf=0.0)
         torch.mul(rows, inverse.unsqueeze(2), out=y_rows).round_()

@@ -27,8 +27,8 @@ from trainer.workload import tiles_of
 
 WARM_UP, ROUNDS = 2, 5
 SHORT_S = {"cpu": 0.5, "cuda": 2.0}
-"""So long it takes at least, however many rounds that are. A GPU that has idled computes some tenth faster, for a
-second or so, than its power limit lets it go on."""
+"""So long it takes at least, however many rounds that are. A GPU that has idled computes faster at first than its
+power limit lets it go on."""
 LONG_S = 4.0
 """After so long two rounds are enough."""
 

@@ -8,7 +8,7 @@ frozen   every node halts at the phase, and for every subset of nodes what the o
 killed   nodes are processes; at the phase some get SIGKILL and the others go on. Then it is restored, the dead are
          replaced, and the ranks go on from what was restored to the next phase. For every n and m, at every phase one
          subset of m nodes and one of m + 1; subsets rotate, so that each node dies, the coordinator among them. For
-         n = 4 and 5 at every phase all subsets of up to m + 1 (some 20 minutes each on two cores).
+         n = 4 and 5 at every phase all subsets of up to m + 1.
 
 And a bit flipped in every fragment of every node, for all these n and m; in m fragments of a stripe at one place, and
 in m + 1.
