@@ -7,12 +7,12 @@ threads, which answer while the training thread works or waits. Two things are a
   interpreter to itself;
 - **standing still**: a rank whose last beat is older than what it does may take.
 
-Both are found within ``launch.hang_timeout_s``: it counts from before that by what finding takes (`Limits.still_s`),
-as a look may have been made just before, in another all are asked how they stand, and a silent process is looked at on
-its node, which is asked for that once half the time is over. Reading the data, computing and updating may take
-that long each; what is done for the first time (it may compile kernels), saving a checkpoint and the end, the longer of
-that and ``launch.collective_timeout_s``, which the others would not outwait anyway; opening the corpus and building the
-model, any time.
+Both are found within ``launch.hang_timeout_s``: it counts from two looks before (`Limits.still_s`), as one may have
+been made just before, and in another all are asked how they stand. A silent process is looked at on its node, where a
+worker of Ray has to start for that: the node is asked when half the time is over. Reading the data, computing and
+updating may take that long each; what is done for the first time (it may compile kernels), saving a checkpoint and the
+end, the longer of that and ``launch.collective_timeout_s``, which the others would not outwait anyway; opening the
+corpus and building the model, any time.
 
 [Note: the culprit] When one rank stands still, soon all do: they wait for it in a collective. So when the first limit
 is passed all are looked at, and the culprit is, in this order: who does not answer; who has not entered a collective
@@ -44,8 +44,6 @@ STOP_STEPS, STOP_S = 5, 10.0
 """After a stop was asked for, what has stood still for so many usual steps, and so long at least, hangs."""
 DUMP_S = 1.0
 """How long `faulthandler` has to write a silent process's stack into its log."""
-SEE_S = 2.0
-"""What it takes to see a silent process on its node, where a worker of Ray starts for that."""
 
 
 @dataclass(kw_only=True)
@@ -95,7 +93,7 @@ class Limits:
     @property
     def still_s(self) -> float:
         """After which a rank that stands still, or is silent, is looked at; so that it is found in `hang_timeout_s`."""
-        return max(self.hang_timeout_s / 2, self.hang_timeout_s - 2 * self.every_s - SEE_S)
+        return max(self.hang_timeout_s / 2, self.hang_timeout_s - 2 * self.every_s)
 
     def of(self, beat: Beat) -> float:
         """Seconds that what `beat` says may take."""
