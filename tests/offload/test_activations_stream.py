@@ -65,12 +65,13 @@ def test_gradients_are_those_of_the_whole(mode: str, heads: int, size: int, tile
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_gradients_in_fewer_bits(mode: str, dtype: torch.dtype, tolerance: float) -> None:
-    """As near to those of fp64 as the untiled model's."""
+    """As near to those of fp64 as the untiled model's. The loss alone can be near by luck: held to a rounding."""
     exact, whole, model = gradients(llama(), *batch()), gradients(llama(dtype), *batch()), llama(dtype)
     stream = streaming(model, 26, mode)
     for found, plain, wanted in zip(gradients(model, *batch()), whole, exact, strict=True):
         error, allowed = (float((a.double() - wanted).norm() / wanted.norm()) for a in (found, plain))
-        assert error < 1.5 * allowed + 1e-7 and error < tolerance
+        rounding = torch.finfo(dtype).eps / (BATCH * SEQ) ** 0.5 if wanted.dim() == 0 else 0.0  # a mean over the tokens
+        assert error < max(1.5 * allowed, rounding) + 1e-7 and error < tolerance
     stream.close()
 
 
