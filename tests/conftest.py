@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+# Threads of OpenMP that wait for each other by spinning on cores that others use take ten times as long. For processes
+# that tests start, too; before torch is imported.
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
 
 @pytest.fixture
 def disk_folder() -> Iterator[Path]:

@@ -1,7 +1,6 @@
 """Placements that are tried at the start: the fastest is taken, nothing of the trial stays, a resumed run keeps it."""
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,32 +50,36 @@ def test_what_was_tried_leaves_no_trace_but_the_choice(tmp_path: Path) -> None:
     assert losses == plain and len(losses) == 4
 
 
-class _Asleep:
-    """A step of a hundredth of a second, which begins when it is asked for and is waited for."""
+STEP_S = 1 / 128
+
+
+class _Machine:
+    """A clock, and a device that is given steps and has done them once they are waited for; all else takes no time."""
 
     def __init__(self) -> None:
-        self._until = time.perf_counter() + 0.01
+        self.given: list[int] = []
+        self._num_done = 0
+
+    def train_step(self, step: int) -> "_Machine":
+        self.given.append(step)
+        return self
 
     def wait(self) -> None:
-        time.sleep(max(0.0, self._until - time.perf_counter()))
+        self._num_done = len(self.given)
+
+    def perf_counter(self) -> float:
+        return self._num_done * STEP_S
 
 
-@pytest.mark.parametrize(("least", "seconds", "fewest", "most"), [(3, 0.2, 12, 22), (30, 0.1, 32, 32), (1, 0.0, 3, 3)])
+@pytest.mark.parametrize(("least", "seconds", "count"), [(3, 16 * STEP_S, 16), (30, 16 * STEP_S, 30), (1, 0.0, 1)])
 def test_short_steps_are_tried_for_a_while(
-    least: int, seconds: float, fewest: int, most: int, monkeypatch: pytest.MonkeyPatch
+    least: int, seconds: float, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trial, "SECONDS", seconds)
-    steps: list[int] = []
-
-    def train_step(step: int) -> _Asleep:
-        steps.append(step)
-        begun = _Asleep()
-        begun.wait()
-        return begun
-
-    found = timed(train_step, least, 4, Rank(0, 1, torch.device("cpu")))
-    assert fewest <= len(steps) <= most and steps == [step % 4 for step in range(len(steps))]
-    assert len(found) == (2 if least > 1 else 1) and all(0.01 <= each < 0.02 for each in found)
+    monkeypatch.setattr(trial, "time", machine := _Machine())
+    found = timed(machine.train_step, least, 4, Rank(0, 1, torch.device("cpu")))
+    assert machine.given == [step % 4 for step in range(2 + count)]
+    assert found == [STEP_S] * (2 if least > 1 else 1)
 
 
 def rates(**seconds: float):
