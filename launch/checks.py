@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from checkpoint.options import CheckpointOptions
 from launch.config import Config
@@ -104,6 +104,7 @@ def check(config: Config, crew: Crew) -> Config:
     config.micro_batches(crew.workers)
     _check_numbers(config)
     _check_offload(config)
+    _check_idle(config)
     _check_checkpoint(config.checkpoint, crew)
     if config.launch.address is None:
         _check_files(config)
@@ -312,6 +313,38 @@ def _check_offload(job: Job) -> None:
             f"offload.states={options.states} updates by AdamW, not by optimizer={job.optimizer.name}; set "
             f"optimizer=adamw, or offload=none"
         )
+
+
+def _check_idle(job: Job) -> None:
+    """What the options beside it leave nobody to read."""
+    optimizer, data, train, offload = job.optimizer, job.data, job.train, job.offload
+    idle: list[tuple[str, Any, tuple[str, ...], bool, str]] = [
+        ("optimizer", optimizer, ("momentum",), optimizer.name != "sgd", "optimizer=sgd"),
+        ("optimizer", optimizer, ("beta1", "beta2", "eps"), optimizer.name != "adamw", "optimizer=adamw"),
+        ("optimizer", optimizer, ("final_lr_ratio",), optimizer.schedule == "constant", "a schedule that decays"),
+        ("data", data, ("column",), data.source in ("stdlib", "text"), "data.source=jsonl, parquet or datasets"),
+        ("data", data, ("valid_fraction",), bool(data.valid_paths), "empty data.valid_paths"),
+        ("train", train, ("rewinds",), train.on_bad_numbers != "rewind", "train.on_bad_numbers=rewind"),
+        ("offload", offload, ("predict",), not offload.away, "other offload.states than none"),
+        (
+            "offload.activations",
+            offload.activations,
+            ("host_bytes",),
+            not offload.activations.swaps,
+            "offload.activations.mode=swap, input, auto, stream or stream_input",
+        ),
+        (
+            "checkpoint",
+            job.checkpoint,
+            ("snapshot_hold_s",),
+            not job.checkpoint.snapshots,
+            "checkpoint.snapshot_every_steps",
+        ),
+    ]
+    for section, options, keys, unread, reader in idle:
+        for key in keys if unread else ():
+            if (value := getattr(options, key)) != getattr(type(options)(), key):
+                raise ValueError(f"{section}.{key}={value} is only read with {reader}; leave it out, or set that")
 
 
 def _check_files(job: Job) -> None:
