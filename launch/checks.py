@@ -99,13 +99,8 @@ def check(config: Config, crew: Crew) -> Config:
     """Everything that can be known before the start. Returns the config with ``parallel.levels`` filled in."""
     from trainer.run import check_run
 
-    _check_engine(config)
-    config = replace(config, parallel=_check_levels(config, crew))
-    config.micro_batches(crew.workers)
-    _check_numbers(config)
-    _check_offload(config)
-    _check_idle(config)
-    _check_checkpoint(config.checkpoint, crew)
+    config = check_options(config, crew)
+    _check_transports(config, crew)
     if config.launch.address is None:
         _check_files(config)
         _check_model(config, crew.device)
@@ -113,9 +108,20 @@ def check(config: Config, crew: Crew) -> Config:
     return config
 
 
+def check_options(config: Config, crew: Crew) -> Config:
+    """The part of `check` that needs no files and no model: also where the job will not run."""
+    _check_engine(config)
+    config = replace(config, parallel=_check_levels(config, crew))
+    config.micro_batches(crew.workers)
+    _check_numbers(config)
+    _check_offload(config)
+    _check_idle(config)
+    _check_checkpoint(config.checkpoint, crew)
+    return config
+
+
 def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
     """With levels: those that were given, else the named machine's, else what Ray's placement says."""
-    from parallel.placement import Placement
     from parallel.planning.machine import load_machine
 
     options = config.parallel
@@ -129,6 +135,14 @@ def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
             f"change one of them"
         )
     check_sequence(config, levels)
+    return replace(options, levels=levels)
+
+
+def _check_transports(config: Config, crew: Crew) -> None:
+    """The placements, and what they quantize."""
+    from parallel.placement import Placement
+
+    options, levels = config.parallel, config.parallel.levels
     every = [options, *map(options.candidate, options.candidates)]
     _check_unread(options, any(each.quantizes for each in every))
     for each in every:
@@ -142,7 +156,6 @@ def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
             check_quantized(config, transport, crew.workers)
             if config.offload.weights == "nvme":
                 _check_slots(mesh, placement, transport)
-    return replace(options, levels=levels)
 
 
 def _check_slots(mesh: "Mesh", placement: "Placement", transport: "Transport") -> None:
