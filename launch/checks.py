@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from checkpoint.options import CheckpointOptions
 from launch.config import Config
@@ -99,12 +99,8 @@ def check(config: Config, crew: Crew) -> Config:
     """Everything that can be known before the start. Returns the config with ``parallel.levels`` filled in."""
     from trainer.run import check_run
 
-    _check_engine(config)
-    config = replace(config, parallel=_check_levels(config, crew))
-    config.micro_batches(crew.workers)
-    _check_numbers(config)
-    _check_offload(config)
-    _check_checkpoint(config.checkpoint, crew)
+    config = check_options(config, crew)
+    _check_transports(config, crew)
     if config.launch.address is None:
         _check_files(config)
         _check_model(config, crew.device)
@@ -112,9 +108,20 @@ def check(config: Config, crew: Crew) -> Config:
     return config
 
 
+def check_options(config: Config, crew: Crew) -> Config:
+    """The part of `check` that needs no files and no model: also where the job will not run."""
+    _check_engine(config)
+    config = replace(config, parallel=_check_levels(config, crew))
+    config.micro_batches(crew.workers)
+    _check_numbers(config)
+    _check_offload(config)
+    _check_idle(config)
+    _check_checkpoint(config.checkpoint, crew)
+    return config
+
+
 def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
     """With levels: those that were given, else the named machine's, else what Ray's placement says."""
-    from parallel.placement import Placement
     from parallel.planning.machine import load_machine
 
     options = config.parallel
@@ -128,6 +135,14 @@ def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
             f"change one of them"
         )
     check_sequence(config, levels)
+    return replace(options, levels=levels)
+
+
+def _check_transports(config: Config, crew: Crew) -> None:
+    """The placements, and what they quantize."""
+    from parallel.placement import Placement
+
+    options, levels = config.parallel, config.parallel.levels
     every = [options, *map(options.candidate, options.candidates)]
     _check_unread(options, any(each.quantizes for each in every))
     for each in every:
@@ -141,7 +156,6 @@ def _check_levels(config: Config, crew: Crew) -> ParallelOptions:
             check_quantized(config, transport, crew.workers)
             if config.offload.weights == "nvme":
                 _check_slots(mesh, placement, transport)
-    return replace(options, levels=levels)
 
 
 def _check_slots(mesh: "Mesh", placement: "Placement", transport: "Transport") -> None:
@@ -312,6 +326,38 @@ def _check_offload(job: Job) -> None:
             f"offload.states={options.states} updates by AdamW, not by optimizer={job.optimizer.name}; set "
             f"optimizer=adamw, or offload=none"
         )
+
+
+def _check_idle(job: Job) -> None:
+    """What the options beside it leave nobody to read."""
+    optimizer, data, train, offload = job.optimizer, job.data, job.train, job.offload
+    idle: list[tuple[str, Any, tuple[str, ...], bool, str]] = [
+        ("optimizer", optimizer, ("momentum",), optimizer.name != "sgd", "optimizer=sgd"),
+        ("optimizer", optimizer, ("beta1", "beta2", "eps"), optimizer.name != "adamw", "optimizer=adamw"),
+        ("optimizer", optimizer, ("final_lr_ratio",), optimizer.schedule == "constant", "a schedule that decays"),
+        ("data", data, ("column",), data.source in ("stdlib", "text"), "data.source=jsonl, parquet or datasets"),
+        ("data", data, ("valid_fraction",), bool(data.valid_paths), "empty data.valid_paths"),
+        ("train", train, ("rewinds",), train.on_bad_numbers != "rewind", "train.on_bad_numbers=rewind"),
+        ("offload", offload, ("predict",), not offload.away, "other offload.states than none"),
+        (
+            "offload.activations",
+            offload.activations,
+            ("host_bytes",),
+            not offload.activations.swaps,
+            "offload.activations.mode=swap, input, auto, stream or stream_input",
+        ),
+        (
+            "checkpoint",
+            job.checkpoint,
+            ("snapshot_hold_s",),
+            not job.checkpoint.snapshots,
+            "checkpoint.snapshot_every_steps",
+        ),
+    ]
+    for section, options, keys, unread, reader in idle:
+        for key in keys if unread else ():
+            if (value := getattr(options, key)) != getattr(type(options)(), key):
+                raise ValueError(f"{section}.{key}={value} is only read with {reader}; leave it out, or set that")
 
 
 def _check_files(job: Job) -> None:

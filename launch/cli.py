@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, or stopped by the user with Ctrl-C; 1 the job failed; 2 what was typed or configured is wrong, also
 where only a worker could find it, before the first step; 75 (``EX_TEMPFAIL``) told to stop by SIGTERM, resumable by the
-same command, at whatever moment; 130 killed by a second Ctrl-C.
+same command, at whatever moment; 130 killed by a second Ctrl-C, or by one before training began.
 """
 
 import os
@@ -39,6 +39,7 @@ atoll chaos kill=worker|node|hang|corrupt|disk [run.name=NAME ...]
 atoll --version"""
 
 WRONG = 2
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         except BrokenPipeError:  # who reads has seen enough: atoll train --help | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(1)
+        except KeyboardInterrupt:  # before the driver listens, or in a command that only looks
+            sys.exit(INTERRUPTED)
     else:
         sys.exit(_complain(f"there is no command {command!r}\n{USAGE}"))
 

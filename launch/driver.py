@@ -65,7 +65,7 @@ class Stop:
         self._notice_s = notice_s
         self.signal: signal.Signals | None = None
         self.act: Callable[[str], None] | None = None
-        """How to stop gently; None while nothing runs that could."""
+        """How to stop gently, by `gently`; None while nothing runs that could."""
         self.ended: Killed | None = None
         """What was raised to end at once."""
         self._sigterm_at = -math.inf
@@ -90,6 +90,17 @@ class Stop:
     def _end(self, status: str, why: str) -> NoReturn:
         self.ended = Killed(status, why)
         raise self.ended
+
+    def gently(self, act: Callable[[str], None]) -> None:
+        """From now on the first signal calls `act`. Raises what one before has raised, where that was swallowed: Python
+        drops what a handler raises while C code that cannot fail, as some of Ray's, calls it back."""
+        self.check()
+        self.act = act
+
+    def check(self) -> None:
+        """Raise what has been raised before, and swallowed."""
+        if self.ended is not None:
+            raise self.ended
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -171,7 +182,7 @@ def _run_here(config: Config, crew: Crew, overrides: tuple[str, ...], stream: Te
     show = Progress(config.train.steps, stream, config.logger.every_steps).show
     check_device(crew.device)
     alone = Alone(config, overrides, show)
-    stop.act = alone.request_stop
+    stop.gently(alone.request_stop)
     with _noted(config):
         outcome = alone.run()
         _show_failures(config, stream)
@@ -183,10 +194,11 @@ def _run_on_ray(scaling: "ScalingPolicy", overrides: tuple[str, ...], stream: Te
     from trainer.progress import Progress
 
     stop.listen()
+    stop.check()
     config = scaling.config(scaling.wanted)
     show = Progress(config.train.steps, stream, config.logger.every_steps).show
     with _noted(config), Supervisor(scaling, config.launch, overrides, show) as supervisor:
-        outcome = supervisor.run(lambda: setattr(stop, "act", supervisor.request_stop))
+        outcome = supervisor.run(lambda: stop.gently(supervisor.request_stop))
         _show_failures(config, stream)
         if isinstance(outcome, Failed):
             return _failed(outcome.rank, f"node {outcome.node}", outcome.failure)

@@ -134,6 +134,7 @@ def _complete(options: argparse.Namespace, overrides: list[str]) -> list[str]:
 
 def send(target: Target, config: "Config") -> int:
     """Write and hand over, or with ``--dry-run`` print both; the exit code. ValueError where that cannot work."""
+    _check_job(target, config)
     render: dict[str, Callable[[Target, Config], Submission]] = {"slurm": slurm, "ssh": ssh, "kuberay": kuberay}
     made = render[target.kind](target, config)
     for note in made.notes:
@@ -157,6 +158,17 @@ def send(target: Target, config: "Config") -> int:
     if target.kind == "ssh":
         os.execvp(made.command[0], made.command)  # the script is told of signals as this command would be
     return int(subprocess.run(made.command).returncode != 0)
+
+
+def _check_job(target: Target, config: "Config") -> None:
+    """ValueError for options that the driver would refuse, of those that it need not be on the cluster to know."""
+    from launch.checks import Crew, check_options
+
+    if config.parallel.placement == "auto" or (config.machine and not config.parallel.levels):
+        return  # the levels are of a machine whose file may lie there
+    workers = config.launch.workers
+    assert workers is not None, "_complete gave it"
+    check_options(config, Crew(workers, config.launch.nodes, "cuda" if target.options.gpus_per_node else "cpu"))
 
 
 def slurm(target: Target, config: "Config") -> Submission:

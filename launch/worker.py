@@ -378,7 +378,7 @@ def _interface(address: str) -> str | None:
 def describe(error: BaseException) -> Failure:
     user = is_users(error)
     return Failure(
-        cause=str(error) if user else f"{type(error).__name__}: {error}".rstrip(": "),
+        cause=_sentence(error) if user else f"{type(error).__name__}: {error}".rstrip(": "),
         trace="".join(traceback.format_exception(error)),
         symptom=is_symptom(error),
         kind=kind_of(error),
@@ -389,9 +389,22 @@ def describe(error: BaseException) -> Failure:
 
 
 def is_users(error: BaseException) -> bool:
-    """Whether `error` is a sentence on what was asked for: a ValueError that code of ours has raised."""
+    """Whether `error` is a sentence on what was asked for: a ValueError that code of ours has raised, or memory or a
+    drive that is not to be had."""
+    from offload.arena import ArenaError
+    from offload.drive import DriveError
+
+    if isinstance(error, ArenaError | DriveError):
+        return True
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     return isinstance(error, ValueError) and bool(modules) and modules[-1].partition(".")[0] in PACKAGES
+
+
+def _sentence(error: BaseException) -> str:
+    """Without the number and the quotes that an OSError puts around its words."""
+    if not isinstance(error, OSError):
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
 
 
 def kind_of(error: BaseException) -> Cause:

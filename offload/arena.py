@@ -189,7 +189,7 @@ def _shared(size_bytes: int, pool: HostPool | None) -> mmap.mmap:
     try:
         file.unlink()
         os.ftruncate(handle, size_bytes)
-        memory = mmap.mmap(handle, size_bytes)
+        memory = _mapped(size_bytes, lambda: mmap.mmap(handle, size_bytes))
         _ask_for_huge_pages(memory)  # of use where /dev/shm is mounted with huge=advise, and no harm elsewhere
         _take_pages(memory, pool, lambda: os.posix_fallocate(handle, 0, size_bytes))
     finally:
@@ -199,11 +199,24 @@ def _shared(size_bytes: int, pool: HostPool | None) -> mmap.mmap:
 
 def _private(size_bytes: int, pool: HostPool | None) -> mmap.mmap:
     _check_memory(size_bytes)
-    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = _mapped(size_bytes, lambda: mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     memory.madvise(mmap.MADV_DONTFORK)
     _ask_for_huge_pages(memory)
     _take_pages(memory, pool, lambda: torch.frombuffer(memory, dtype=torch.uint8).zero_())
     return memory
+
+
+def _mapped(size_bytes: int, make: Callable[[], mmap.mmap]) -> mmap.mmap:
+    """What `make` maps; ArenaError where the kernel refuses addresses, of which no figure of free memory tells."""
+    try:
+        return make()
+    except OSError as error:
+        raise ArenaError(
+            error.errno,
+            f"could not map {size_bytes} bytes of memory: {os.strerror(error.errno or errno.ENOMEM)}; a limit of this "
+            f"process (ulimit -v) or of the machine (vm.overcommit_memory, vm.max_map_count) is reached. Raise it, or "
+            f"lower offload.host_bytes",
+        ) from error
 
 
 def _ask_for_huge_pages(memory: mmap.mmap) -> None:

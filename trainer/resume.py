@@ -11,6 +11,7 @@ from checkpoint.snapshots.no_snapshots import NoSnapshots
 from checkpoint.snapshots.rank import Snapshots
 from checkpoint.snapshots.reader import SnapshotReader
 from offload.state import MASTER
+from parallel.optimizer import moment_kinds
 from trainer.build import Rank
 from trainer.changes import as_plain, changes, show
 from trainer.run import RunFolder
@@ -51,6 +52,12 @@ def check_source(reader: Source, run: RunFolder, data: str, shapes: Mapping[str,
     """
     job = run.job
     _check_shapes(reader, run, shapes)
+    _check_moments(reader, run)
+    if reader.step > job.train.steps:
+        raise ValueError(
+            f"train.steps={job.train.steps}: {reader.step} steps of {run.checkpoint_url} are done; set as many at "
+            f"least, or go on from an earlier one by run.resume=, or choose another run.name= or checkpoint.url="
+        )
     if job.run.on_change == "accept":
         return
     if reader.meta["data"] != data:
@@ -76,6 +83,18 @@ def _check_shapes(reader: Source, run: RunFolder, shapes: Mapping[str, tuple[int
                 f"step {reader.step} of {run.checkpoint_url} is of another model, whose {name} is "
                 f"{_size(there.get(name))}, where model.* asks for {_size(shapes.get(name))}; set the options of the "
                 f"model as they were, or choose another run.name= or checkpoint.url="
+            )
+
+
+def _check_moments(reader: Source, run: RunFolder) -> None:
+    """What another optimizer has left, also one whose change was accepted, is no state to begin with."""
+    there = {kind for name in reader.names() for kind in reader.kinds(name)}
+    for kind in moment_kinds(run.job.optimizer):
+        if kind not in there:
+            raise ValueError(
+                f"step {reader.step} of {run.checkpoint_url} is of another optimizer, without the {kind} of "
+                f"optimizer={run.job.optimizer.name}; set optimizer.* as it was, or choose another run.name= or "
+                f"checkpoint.url="
             )
 
 

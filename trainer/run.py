@@ -150,6 +150,7 @@ class RunFolder:
         self.checkpoint_url = job.checkpoint.url or str(self.path / "checkpoints")
         self._lock: TextIO | None = None
         self._metrics: JsonLines | None = None
+        self._config_accepted = False
 
     def prepare(self, *, lingers: bool = False, say: Callable[[str], None] = lambda _: None) -> list[str]:
         """Take the folder for this process and lay it out. Returns notes for the user.
@@ -171,9 +172,8 @@ class RunFolder:
 
     def _settle(self) -> list[str]:
         accepted, notes = _compare(self.job)
-        if accepted:
-            self._set_config_aside()
-        if accepted or not _in_use(self.path):
+        self._config_accepted = bool(accepted)  # and written by `truncate`: what is restored may still be refused
+        if not _in_use(self.path):
             self._write_config()
         for name in ("logs", "tensorboard") if self.job.checkpoint.url else ("logs", "tensorboard", "checkpoints"):
             (self.path / name).mkdir(exist_ok=True)
@@ -222,6 +222,9 @@ class RunFolder:
         A run that starts from the beginning need not call it: the first thing logged does.
         """
         assert self._lock is not None and self._metrics is None, "prepare() first, truncate() once"
+        if self._config_accepted:
+            self._set_config_aside()
+            self._write_config()
         lost = [record for record in read_lines(self.path / "metrics.jsonl") if record["step"] >= step]
         if lost:
             seconds = sum(record.get("step_s", 0.0) for record in lost)

@@ -284,6 +284,18 @@ def test_files_that_are_not_there(change: dict, words: str, tmp_path: Path) -> N
             {"offload": OffloadOptions(states="host"), "optimizer": OptimizerOptions(name="sgd")},
             "offload.states=host updates by AdamW",
         ),
+        ({"optimizer": OptimizerOptions(momentum=0.5)}, "optimizer.momentum=0.5 is only read with optimizer=sgd"),
+        ({"optimizer": OptimizerOptions(name="sgd", beta2=0.5)}, "optimizer.beta2=0.5 .* optimizer=adamw"),
+        ({"optimizer": OptimizerOptions(schedule="constant", final_lr_ratio=0.5)}, "optimizer.final_lr_ratio=0.5 is"),
+        ({"data": DataOptions(column="body")}, "data.column=body is only read with data.source=jsonl"),
+        ({"data": DataOptions(valid_paths=[__file__], valid_fraction=0.5)}, "data.valid_fraction=0.5 is only read"),
+        ({"train": TrainOptions(rewinds=9)}, "train.rewinds=9 is only read with train.on_bad_numbers=rewind"),
+        ({"offload": OffloadOptions(predict=False)}, "offload.predict=False is only read with other offload.states"),
+        (
+            {"offload": OffloadOptions(activations=ActivationOptions(mode="recompute", host_bytes=9))},
+            "offload.activations.host_bytes=9 is only read with offload.activations.mode=swap",
+        ),
+        ({"checkpoint": CheckpointOptions(snapshot_hold_s=3)}, "checkpoint.snapshot_hold_s=3 is only read with"),
     ],
 )
 def test_what_would_be_ignored_or_refused_by_the_ranks(change: dict, words: str, tmp_path: Path) -> None:

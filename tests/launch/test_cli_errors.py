@@ -131,3 +131,13 @@ def test_help_into_a_pipe_that_closes(tmp_path: Path) -> None:
     shell = ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m launch train --help | head -1"]
     done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+def test_ctrl_c_while_the_config_is_composed(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, threading; from launch.cli import main\n"
+        "threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "main(['train', '--cfg', 'job'])"  # Hydra's import alone takes longer
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -14,6 +14,8 @@ import pytest
 from launch.failures import FILE, FailureRecord
 from launch.options import LaunchOptions
 from launch.worker import describe
+from offload.arena import Arena
+from offload.nvme import NvmeTier
 from tests.launch.conftest import COMMAND
 
 SMALL = (
@@ -81,6 +83,24 @@ def test_a_value_error_is_the_users_where_our_own_code_has_raised_it() -> None:
         told[name] = describe(found.value)
     assert told["ours"].user and told["ours"].cause.startswith("launch.workers=0: ")
     assert not told["a library's"].user and told["a library's"].cause.startswith("JSONDecodeError: ")
+
+
+def test_memory_and_drives_that_are_not_to_be_had_are_told_by_one_sentence(disk_folder: Path) -> None:
+    for act, words in (
+        (lambda: NvmeTier([disk_folder], 1 << 50), "free some space there, lower offload.nvme_bytes"),
+        (lambda: Arena(1 << 50), "lower offload.host_bytes"),
+    ):
+        with pytest.raises(OSError) as found:
+            act()
+        told = describe(found.value)
+        assert told.user and words in told.cause and "Errno" not in told.cause and "\n" not in told.cause
+
+
+def test_a_drive_that_is_full_ends_the_start_with_one_line(atoll, small_tmpfs: Path) -> None:
+    drive = [f"offload.nvme_path=[{small_tmpfs}]", "offload.nvme_direct=false", "offload.predict=false"]
+    done = atoll("train", *SMALL, "offload=nvme", *drive, "model.dim=512", cwd=small_tmpfs.parent)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"atoll: {small_tmpfs}") and "offload.nvme_path" in done.stderr
 
 
 def test_a_last_checkpoint_that_is_lost_is_a_failure(atoll_started, tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from launch.driver import Killed, Stop
 from launch.failures import FILE, TEAM_FILE, FailureRecord
 from trainer import timeline
 
@@ -173,3 +175,13 @@ def test_the_notice_ends_a_long_step(atoll_started) -> None:
     began = time.monotonic()
     assert "launch.notice_s=3 is over" in ends_resumable(run)
     assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, "stopped"), (signal.SIGINT, "killed")])
+def test_a_signal_whose_exception_was_swallowed_is_not_lost(number: signal.Signals, status: str) -> None:
+    stop = Stop(notice_s=0)
+    with suppress(Killed):  # as Python does while Ray's C code calls it back
+        stop(number, None)
+    with pytest.raises(Killed) as raised:
+        stop.gently(lambda reason: None)
+    assert raised.value.status == status

@@ -1,6 +1,7 @@
 """``atoll submit``: what is written and run, as it is shown and as bash, YAML and the programs read it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from launch.submit import Submission, parse, slurm, ssh
 NASTY = ['run.name=it\'s "$HOME" `x` !', "data.paths=[a b,$(touch broken),c\\d]", "model.name=*\n;é"]
 SLURM = "slurm --nodes 4 --gpus-per-node 8 --time 24:00:00".split()
 SSH = "ssh --hosts one,two,three".split()
+BATCH = ["--", "train.global_batch_size=96"]
+"""That divides over the workers of all of these."""
 KUBERAY = "kuberay --nodes 4 --gpus-per-node 8 --image registry/atoll:1".split()
 
 
@@ -140,17 +143,17 @@ def test_two_pods_share_no_node_of_the_document() -> None:
         ([*SLURM, "--", "--multirun=1"], ["--multirun=1", "key=value"]),
         ([*SLURM, "--", "launch.nodes=3"], ["launch.nodes=3", "leave it out"]),
         ([*SLURM, "--", "train.step=3"], ["train.step", "train.steps=3"]),
-        ([*SLURM, "--name", 'a"b', "--dry-run"], ["job-name", "sbatch"]),
+        ([*SLURM, "--name", 'a"b', "--dry-run", *BATCH], ["job-name", "sbatch"]),
         ([*SLURM, "--sbatch=qos", "--dry-run"], ["--sbatch 'qos'"]),
         (["ssh", "--hosts", "me@a,b"], ["--hosts 'me@a'", "--user"]),
         (["ssh", "--hosts", "a,a"], ["a,a", "once"]),
         ([*KUBERAY, "--shm", "lots"], ["--shm lots", "64Gi"]),
         ([*KUBERAY, "--namespace", "My_Team"], ["--namespace 'My_Team'"]),
-        (SLURM, ["sbatch", "not here", "--dry-run"]),
-        (SSH, ["ssh", "not here", "--dry-run"]),
-        (KUBERAY, ["kubectl", "not here", "--dry-run"]),
+        ([*SLURM, *BATCH], ["sbatch", "not here", "--dry-run"]),
+        ([*SSH, *BATCH], ["ssh", "not here", "--dry-run"]),
+        ([*KUBERAY, *BATCH], ["kubectl", "not here", "--dry-run"]),
     ],
-    ids=lambda value: " ".join(value[-2:]),
+    ids=lambda value: " ".join(value[:3]),
 )
 def test_what_is_wrong_is_one_sentence(
     typed: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
@@ -168,8 +171,22 @@ def test_what_is_wrong_is_one_sentence(
 
 
 def test_a_dry_run_shows_all_and_changes_nothing(atoll, tmp_path: Path) -> None:
-    done = atoll("submit", *SLURM, "--dry-run", "--", "train.steps=3")
+    done = atoll("submit", *SLURM, "--dry-run", *BATCH, "train.steps=3")
     assert done.returncode == 0, done.stderr
     state = tmp_path / "runs/tiny-stdlib/submit"
     assert f"# would write {state}/slurm.sh:" in done.stdout and f"# would run: sbatch {state}/slurm.sh" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.global_batch_size=30", "train.global_batch_size=30 must be divisible by .* launch.workers=32"),
+        ("parallel.levels={node: 4, gpu: 4}", "multiply to 16, but launch.workers=32"),
+        ("optimizer.momentum=0.5", "optimizer.momentum=0.5 is only read"),
+    ],
+)
+def test_what_the_driver_would_refuse_is_refused_before_the_queue(override: str, words: str, atoll) -> None:
+    done = atoll("submit", *SLURM, "--dry-run", *BATCH, override)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
+    assert re.search(words, done.stderr), done.stderr

@@ -1,11 +1,13 @@
 import contextlib
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -44,6 +46,19 @@ def test_an_old_kernel_takes_all_pages_too(small_shared: Path, monkeypatch: pyte
     monkeypatch.setattr(arena_module, "_MADV_POPULATE_WRITE", 9999)  # a number that no kernel knows
     with Arena(3 * MIB):
         assert taken_bytes(small_shared) == 3 * MIB
+
+
+@pytest.mark.parametrize("for_drives", [False, True])
+def test_a_limit_on_addresses_is_named(for_drives: bool) -> None:
+    """`ulimit -v`: the machine has the memory, and the kernel does not map it."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 64 * MIB, before[1]))
+    try:
+        with pytest.raises(ArenaError, match=r"could not map .*ulimit -v.* lower offload.host_bytes"):
+            Arena(256 * MIB, for_drives=for_drives)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert not left(os.getpid())
 
 
 def test_nothing_is_left_however_the_process_ends() -> None:

@@ -66,3 +66,19 @@ def test_checkpoints_of_another_training_are_gone_on_from_only_when_told(saved: 
 def test_the_same_training_in_another_folder_goes_on(saved: Path) -> None:
     events = train(job(saved, run=RunOptions(root=str(saved), name="second")))
     assert [event["step"] for event in events if event["type"] == "resumed"] == [2]
+
+
+def test_another_optimizer_has_no_moments_to_go_on_with(saved: Path) -> None:
+    run = RunOptions(root=str(saved), name="first", on_change="accept")
+    sgd = job(saved, run=run, optimizer=OptimizerOptions(name="sgd"))
+    with pytest.raises(ValueError, match="is of another optimizer, without the momentum_buffer of optimizer=sgd"):
+        train(sgd)
+    train(job(saved))  # its config is what it was
+    events = train(replace(sgd, optimizer=OptimizerOptions(name="sgd", momentum=0.0)))
+    assert [event["step"] for event in events if event["type"] == "resumed"] == [2]
+
+
+def test_fewer_steps_than_are_done(saved: Path) -> None:
+    fewer = TrainOptions(steps=1, seq_len=32, global_batch_size=2, eval_sequences=0, sample_tokens=0)
+    with pytest.raises(ValueError, match="train.steps=1: 2 steps of .* are done"):
+        train(job(saved, train=fewer, run=RunOptions(root=str(saved), name="first", on_change="accept")))

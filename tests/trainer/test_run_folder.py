@@ -103,8 +103,10 @@ def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
 def test_an_accepted_change_is_the_config_from_then_on(tmp_path: Path) -> None:
     start(make_job(tmp_path))
     changed = make_job(tmp_path, optimizer=OptimizerOptions(lr=1e-3))
-    (note,) = start(with_run(changed, on_change="accept"))
+    (note,) = start(with_run(changed, on_change="accept"), steps=0)
     assert "optimizer.lr: 0.0003 -> 0.001" in note
+    start(make_job(tmp_path))  # what was to be restored was refused, and the run is as it was
+    start(with_run(changed, on_change="accept"))
     assert not [note for note in start(changed) if "optimizer.lr" in note]
     assert OmegaConf.load(tmp_path / "run" / "config.1.yaml").optimizer.lr == 3e-4
 
