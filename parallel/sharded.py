@@ -33,7 +33,7 @@ from offload.state import MASTER, Fill, Movable, Piece, Read, filling
 from offload.weak import weakly
 from parallel import optimizer as optimizers
 from parallel.collectives import BufferPool, Queue, Steps
-from parallel.cut import cut_units, make_unit, move_without_memory, wrap_blocks
+from parallel.cut import cut_units, lay_out_buffers, make_unit, move_without_memory, wrap_blocks
 from parallel.engine import Accept
 from parallel.mesh import Mesh
 from parallel.offloaded import Offloader, num_threads, ranks_here
@@ -81,6 +81,7 @@ class ShardedModel:
 
         _create_groups(mesh, placement)
         move_without_memory(model, dtype, device)
+        lay_out_buffers(model)
         cut, root = cut_units(model, units)
         make = partial(
             make_unit, mesh=mesh, placement=placement, dtype=dtype, device=device,
