@@ -349,6 +349,8 @@ class Generation:
     def report(self, version: int, label: str, step: int, problem: str) -> None:
         """On the coordinator: a node has prepared the version, or cannot."""
         with self._changed:
+            # `_announce` goes from node to node, this one last: who heard first may be done before it is open here
+            self._changed.wait_for(lambda: self._closed or self._making.version >= version, PATIENCE_S)
             if version != self._making.version:
                 return  # it was given up meanwhile
             self._reports[label] = (step, problem)
