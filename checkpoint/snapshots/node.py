@@ -218,7 +218,8 @@ class SnapshotNode:
         return {"label": self.label, "pid": os.getpid(), "held": held}
 
     def _versions(self) -> list[Version]:
-        return [version for segment in self._segments for version in segment.committed()]
+        with self._lock:  # a segment may be removed meanwhile
+            return [version for segment in self._segments for version in segment.committed()]
 
     def _held(self, number: int) -> Version:
         for version in self._versions():
@@ -278,6 +279,8 @@ class SnapshotNode:
         if old is not None:
             old.close()
         with self._lock:
+            if self._ended.is_set():  # nobody would remove what is made now
+                raise GivenUp(f"node {self.label} has ended")
             for version in self._versions():
                 if keep is None or version.version > keep:
                     version.segment.discard(version.version)
