@@ -55,18 +55,29 @@ class SnapshotNode:
         """Answer until dropped or left alone; then remove the segments."""
         self._listener.settimeout(_POLL_S)
         try:
-            while not self._ended.is_set():
+            while not self._ended.is_set() and not self._left_alone():
                 try:
                     connection, peer = self._listener.accept()
                 except TimeoutError:
-                    alone_s = time.monotonic() - self._last_rank
-                    if self._num_ranks == 0 and alone_s > self._hold_s:
-                        _log.warning("no worker for %.0f s: the snapshots of node %s are dropped", alone_s, self.label)
-                        break
                     continue
-                threading.Thread(target=self._talk, args=(connection, str(peer)), daemon=True).start()
+                except OSError as error:  # no descriptor is left for it, say: what is held is not lost for that
+                    _log.warning("node %s cannot take a connection: %s", self.label, error)
+                    self._ended.wait(_POLL_S)
+                    continue
+                try:
+                    threading.Thread(target=self._talk, args=(connection, str(peer)), daemon=True).start()
+                except RuntimeError as error:  # nor a thread
+                    _log.warning("node %s cannot take a connection: %s", self.label, error)
+                    connection.close()
         finally:
             self.close()
+
+    def _left_alone(self) -> bool:
+        alone_s = time.monotonic() - self._last_rank
+        if self._num_ranks or alone_s <= self._hold_s:
+            return False
+        _log.warning("no worker for %.0f s: the snapshots of node %s are dropped", alone_s, self.label)
+        return True
 
     def close(self) -> None:
         """End everything and remove the segments."""
