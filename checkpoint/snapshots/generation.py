@@ -106,6 +106,8 @@ class Generation:
         self._gone: set[int] = set()
         """Ranks whose connections have ended. What they have not written will never be whole."""
         self._users = 0
+        self._receiving: set[Wire] = set()
+        """On which parities come."""
         self._closed = False
         self._reports: dict[str, tuple[int, str]] = {}
         """On the coordinator, of the version being made: by node its step and its problem."""
@@ -287,6 +289,7 @@ class Generation:
             making = self._expect(version)
             assert making.draft is not None
             self._users += 1
+            self._receiving.add(wire)
         try:
             offset = self.layout.data_bytes + number * chunk + start
             part = making.draft.payload[offset : offset + size]
@@ -296,6 +299,7 @@ class Generation:
         finally:
             with self._changed:
                 self._users -= 1
+                self._receiving.discard(wire)
                 self._changed.notify_all()
 
     def parity_made(self, version: int, number: int, header: FragmentHeader) -> None:
@@ -429,6 +433,8 @@ class Generation:
             self._closed = True
             self._changed.notify_all()
             thread = self._making.thread
+            for wire in self._receiving:  # who sends may be gone, and the slot must not be written any more
+                wire.cut()
         self._wires.end()
         self._announcing.end()
         if thread is not None:
