@@ -25,7 +25,7 @@ from checkpoint.snapshots.fragment import PIECE_BYTES, FragmentDamaged, Fragment
 from checkpoint.snapshots.meta import dump_meta
 from checkpoint.snapshots.roster import Plan
 from checkpoint.snapshots.segment import Draft, Segment
-from checkpoint.snapshots.wire import Message, Wire, Wires
+from checkpoint.snapshots.wire import Connect, Message, Wire, Wires
 
 UNKNOWN = -1
 """The step of a version that was begun before anybody wrote it."""
@@ -87,7 +87,7 @@ class Generation:
         run: bytes,
         segment: Segment,
         areas: Mapping[int, tuple[int, int]],
-        connect: Callable[[str], Wire],
+        connect: Connect,
         committed: list[int],
         committed_one: Callable[[], None],
     ) -> None:

@@ -23,7 +23,7 @@ from checkpoint.snapshots.meta import load_meta, meta_bytes
 from checkpoint.snapshots.roster import Plan
 from checkpoint.snapshots.segment import Segment, Version
 from checkpoint.snapshots.segment_files import FOLDER, NoRoom, SegmentError, remove_leftovers
-from checkpoint.snapshots.wire import Message, NodeAddress, Wire, WireError
+from checkpoint.snapshots.wire import Connect, Message, NodeAddress, Wire, WireError
 
 _log = logging.getLogger(__name__)
 
@@ -362,10 +362,10 @@ class SnapshotNode:
         return generation
 
 
-def _connector(addresses: Mapping[str, NodeAddress], token: bytes) -> Callable[[str], Wire]:
-    def connect(label: str) -> Wire:
+def _connector(addresses: Mapping[str, NodeAddress], token: bytes) -> Connect:
+    def connect(label: str, begun: Callable[[Wire], None]) -> Wire:
         if label not in addresses:
             raise WireError(f"node {label} is not among those that take part")
-        return Wire.connect(addresses[label], token)
+        return Wire.connect(addresses[label], token, begun=begun)
 
     return connect

@@ -80,8 +80,16 @@ class Wire:
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
     @classmethod
-    def connect(cls, address: NodeAddress, token: bytes, *, agreeing: bool = True) -> "Wire":
-        """agreeing: without, the other side may be of any version, and only ``drop`` can be asked."""
+    def connect(
+        cls,
+        address: NodeAddress,
+        token: bytes,
+        *,
+        agreeing: bool = True,
+        begun: Callable[["Wire"], None] = lambda wire: None,
+    ) -> "Wire":
+        """agreeing: without, the other side may be of any version, and only ``drop`` can be asked. begun: gets what may
+        be cut while the other side is waited for."""
         name = f"the snapshot process of node {address.label} at {address.host}:{address.port}"
         try:
             connection = socket.create_connection((address.host, address.port), timeout=_REACH_S)
@@ -89,6 +97,7 @@ class Wire:
             raise WireError(f"{name} cannot be reached: {error}") from error
         wire = cls(connection, name)
         try:
+            begun(wire)
             connection.settimeout(_HANDSHAKE_S)
             greeting = wire._read(len(_HELLO) + _NONCE_BYTES)
             nonce = secrets.token_bytes(_NONCE_BYTES)
@@ -240,20 +249,33 @@ class Wire:
         return bytes(content)
 
 
+Connect = Callable[[str, Callable[[Wire], None]], Wire]
+"""To the node of a label; as of `Wire.connect`, ``begun``."""
+
+
 class Wires:
     """Connections to nodes, by label and lane; each is made when it is first asked for, and one thread uses it."""
 
-    def __init__(self, connect: Callable[[str], Wire]) -> None:
+    def __init__(self, connect: Connect) -> None:
         self._connect, self._over = connect, False
         self._made: dict[tuple[str, int], Wire] = {}
 
     def to(self, label: str, lane: int = 0) -> Wire:
         """WireError where it cannot be made, or none is to be made any more."""
-        if (label, lane) not in self._made:
-            self._made[label, lane] = self._connect(label)
-        if self._over:  # asked last: `end` cuts those that it finds
-            raise WireError(f"the connections to node {label} are over")
-        return self._made[label, lane]
+        key = label, lane
+
+        def begun(wire: Wire) -> None:
+            self._made[key] = wire
+            if self._over:  # asked last: `end` cuts those that it finds
+                raise WireError(f"the connections to node {label} are over")
+
+        if key not in self._made:
+            try:
+                self._connect(label, begun)
+            except BaseException:
+                self._made.pop(key, None)
+                raise
+        return self._made[key]
 
     def cut(self) -> None:
         """Whoever waits on one of them fails. From any thread."""

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
@@ -32,7 +33,7 @@ from checkpoint.snapshots.rank import Snapshots
 from checkpoint.snapshots.recovery import newest_snapshot, retire
 from checkpoint.snapshots.roster import Plan, Roster
 from checkpoint.snapshots.segment_files import create_locked
-from checkpoint.snapshots.wire import Wire
+from checkpoint.snapshots.wire import NodeAddress, Wire, WireError, Wires
 from offload.state import Piece
 from tests.checkpoint import snapshot_nodes
 from tests.checkpoint.snapshot_nodes import Nodes, ThreadNodes, ended, pieces
@@ -239,6 +240,20 @@ def test_a_sender_that_falls_silent_does_not_hold_the_next_start_up(tmp_path: Pa
         nodes.ranks(1, act, parity=2)
     finally:
         nodes.end()
+
+
+def test_a_node_that_does_not_greet_does_not_hold_up_who_ends():
+    """Stopped, say: its kernel makes the connection, and nobody answers on it."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = NodeAddress("n1", "127.0.0.1", silent.getsockname()[1])
+        wires = Wires(lambda label, begun: Wire.connect(address, bytes(32), begun=begun))
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(wires.to, "n1")
+            until(lambda: wires._made)
+            wires.end()
+            assert isinstance(asked.exception(SOON_S), WireError)
+        with pytest.raises(WireError, match="are over"):
+            wires.to("n1")
 
 
 def test_a_node_that_has_made_the_next_version_before_the_coordinator_opens_it(
