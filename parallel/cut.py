@@ -24,6 +24,18 @@ def move_without_memory(model: nn.Module, dtype: torch.dtype, device: torch.devi
             setattr(module, name, new[old])
 
 
+def lay_out_buffers(model: nn.Module) -> None:
+    """Replace each persistent buffer that is not contiguous (expanded, transposed) by a copy that is; ties stay.
+
+    They are broadcast and checkpointed as ranges, and gloo writes past the end of one that a stride of 0 makes larger.
+    """
+    persistent, new = model.state_dict(keep_vars=True), dict[torch.Tensor, torch.Tensor]()
+    for name, old in model.named_buffers(remove_duplicate=False):
+        if name in persistent and not old.is_contiguous():
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, new.setdefault(old, old.contiguous()))
+
+
 def cut_units(model: nn.Module, units: Sequence[nn.Module]) -> tuple[list[tuple[str, nn.Module, Named]], Named]:
     """Each unit's own parameters, and the root's: those of no unit or of several. Names are the model's."""
     module_names = {module: name for name, module in model.named_modules()}

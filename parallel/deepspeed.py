@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from offload.state import MASTER, Fill, Movable, Piece, Read, filling
 from parallel import foreign
-from parallel.cut import wrap_blocks
+from parallel.cut import lay_out_buffers, wrap_blocks
 from parallel.engine import Accept
 from parallel.optimizer import moment_kinds
 from parallel.options import OptimizerOptions, ParallelOptions
@@ -71,6 +71,7 @@ class DeepSpeedEngine:
         self._numel = {name: param.numel() for name, param in model.named_parameters()}
         self._shape = {name: tuple(param.shape) for name, param in model.named_parameters()}
         wrap_blocks(recompute=recompute, compile=compile)
+        lay_out_buffers(model)
         groups = foreign.decay_groups(model.parameters(), optimizer)
         config = _config(self._stage, options, dtype, clip_norm, sum(self._numel.values()))
         for module in [*units, model]:

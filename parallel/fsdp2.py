@@ -25,7 +25,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from offload.state import MASTER, Fill, Movable, Piece, Read, filling
 from parallel import foreign
-from parallel.cut import wrap_blocks
+from parallel.cut import lay_out_buffers, wrap_blocks
 from parallel.engine import Accept
 from parallel.mesh import Mesh
 from parallel.optimizer import moment_kinds
@@ -72,6 +72,7 @@ class FSDP2Engine:
         self._keeps_gathered = options.placement in _KEEP_GATHERED
         self._mesh = _mesh(options, device)
         wrap_blocks(recompute=recompute, compile=compile)
+        lay_out_buffers(model)
         for param in model.parameters():
             param.data = param.data.float()
         self._modules = _fully_shard(model, units, self._mesh, options, dtype)

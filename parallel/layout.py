@@ -51,7 +51,8 @@ class Layout:
             self.entries.append(Entry(name, parameter.shape, parameter.numel(), end))
             end += -(-parameter.numel() // ALIGN) * ALIGN
         block = max(block, ALIGN)  # powers of two: a multiple of both
-        self.size = -(-end // (block * world)) * block * world
+        # at least a block a rank: buffers without memory are all at one address, and ranges of none cannot be packed
+        self.size = max(1, -(-end // (block * world))) * block * world
         self.numel = sum(entry.numel for entry in self.entries)
         """Elements without the padding."""
         self.has_gaps = self.numel != self.size

@@ -16,6 +16,7 @@ holds back those behind it until the backward ends.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -33,7 +34,7 @@ from offload.state import MASTER, Fill, Movable, Piece, Read, filling
 from offload.weak import weakly
 from parallel import optimizer as optimizers
 from parallel.collectives import BufferPool, Queue, Steps
-from parallel.cut import cut_units, make_unit, move_without_memory, wrap_blocks
+from parallel.cut import cut_units, lay_out_buffers, make_unit, move_without_memory, wrap_blocks
 from parallel.engine import Accept
 from parallel.mesh import Mesh
 from parallel.offloaded import Offloader, num_threads, ranks_here
@@ -81,6 +82,7 @@ class ShardedModel:
 
         _create_groups(mesh, placement)
         move_without_memory(model, dtype, device)
+        lay_out_buffers(model)
         cut, root = cut_units(model, units)
         make = partial(
             make_unit, mesh=mesh, placement=placement, dtype=dtype, device=device,
@@ -92,22 +94,25 @@ class ShardedModel:
         self._trainable = [flat for unit in self._all for flat in unit.trainable]
         if quantized := [flat.layout.numel for flat in self._trainable if flat.transport and flat.transport.quantizes]:
             self.transport.check_blocks(max(quantized), mesh.world)
-        self._offloader = Offloader(self._all, offload, optimizer, device)
-        if offload.update == "speculate" and not self._offloader.speculates:
-            say(NOT_SPECULATED)
-        self.weights = Weights(self._all, self._offloader, device, overlap=options.overlap)
-        self._resident = [flat for flat in self._trainable if flat.away is None]
-        self.optimizer = optimizers.build(optimizer, self._resident)
         persistent = model.state_dict(keep_vars=True)
         self._buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-        leave = offload.activations.leave
-        sharing, threads = (ranks_here(), num_threads(offload)) if leave else (1, None)
-        self.activations = Activations(
-            offload.activations, device,
-            pack=self.weights.pack, unpack=self.weights.unpack, sharing=sharing, device_bytes=offload.device_bytes,
-            most_tokens=most_tokens, threads=threads, drives=self._offloader.drives(offload),
-            least=_least if mesh.world > 1 else int, say=say,
-        )  # fmt: skip
+        self._offloader = Offloader(self._all, offload, optimizer, device)
+        with ExitStack() as undo:
+            undo.callback(self._offloader.close)
+            if offload.update == "speculate" and not self._offloader.speculates:
+                say(NOT_SPECULATED)
+            self.weights = Weights(self._all, self._offloader, device, overlap=options.overlap)
+            self._resident = [flat for flat in self._trainable if flat.away is None]
+            self.optimizer = optimizers.build(optimizer, self._resident)
+            leave = offload.activations.leave
+            sharing, threads = (ranks_here(), num_threads(offload)) if leave else (1, None)
+            self.activations = Activations(
+                offload.activations, device,
+                pack=self.weights.pack, unpack=self.weights.unpack, sharing=sharing, device_bytes=offload.device_bytes,
+                most_tokens=most_tokens, threads=threads, drives=self._offloader.drives(offload),
+                least=_least if mesh.world > 1 else int, say=say,
+            )  # fmt: skip
+            undo.pop_all()
         self.activations.wrap(blocks)
         again = {*recompute, *(blocks if offload.activations.leave else ())}
         self._recomputed = {unit for unit in self.units if unit.module in again}
@@ -400,7 +405,11 @@ def shard(
         units=units, optimizer=optimizer, options=options, dtype=dtype, device=device, offload=offload,
         blocks=blocks, recompute=recompute, most_tokens=most_tokens, say=say,
     )  # fmt: skip
-    engine.load(filling(initial), moments=False)
+    try:
+        engine.load(filling(initial), moments=False)
+    except BaseException:  # a peer has died, say: who survives builds the next engine in this process
+        engine.close()
+        raise
     return engine
 
 

@@ -2,7 +2,7 @@
 
 from checkpoint.erasure.code import ReedSolomon, TooManyErasures
 from checkpoint.erasure.isal import aligned_empty
-from checkpoint.erasure.layout import Element, GroupLayout, Stripe, stripes
+from checkpoint.erasure.layout import Element, GroupLayout, Stripe
 
 __all__ = [
     "Element",
@@ -11,5 +11,4 @@ __all__ = [
     "Stripe",
     "TooManyErasures",
     "aligned_empty",
-    "stripes",
 ]

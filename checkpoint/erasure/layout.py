@@ -99,8 +99,3 @@ class GroupLayout:
         """(stripe, element number) of all n elements on a node: its k chunks in order, then its m parities."""
         data = [((node - self.m - c) % self.n, c) for c in range(self.k)]
         return data + [((node - p) % self.n, self.k + p) for p in range(self.m)]
-
-
-def stripes(n: int, m: int, size: int) -> tuple[Stripe, ...]:
-    """The stripes of a group of n nodes with parity m and at most `size` bytes a node."""
-    return GroupLayout(n, m, size).stripes()

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +11,7 @@ from checkpoint.snapshots.fragment import PIECE_BYTES
 from checkpoint.snapshots.recovery import retire
 from checkpoint.snapshots.roster import Plan, Roster, cut_groups
 from checkpoint.snapshots.segment_files import NoRoom
-from checkpoint.snapshots.wire import Wire
+from checkpoint.snapshots.wire import WORK_S, Wire
 
 
 def configure(
@@ -42,17 +43,14 @@ def configure(
             for a, b in itertools.pairwise(firsts)
         ),
     )
+    common = {"do": "configure", "plan": plan.tree(), "nodes": [asdict(node) for node in roster.nodes], "keep": keep}
+    with ExitStack() as stack:  # all at once: each makes its memory
+        wires = [stack.enter_context(Wire.connect(node, roster.token)) for node in roster.nodes]
+        for wire, (its, _) in zip(wires, by_node, strict=True):
+            wire.send(common | {"areas": [[rank, *area] for rank, area in its.items()]})
+        answers = [wire.answer(wait_s=WORK_S)[0] for wire in wires]
     paths, codes = [], dict[str, list[str]]()
-    for node, (its, _) in zip(roster.nodes, by_node, strict=True):
-        message = {
-            "do": "configure",
-            "plan": plan.tree(),
-            "nodes": [asdict(address) for address in roster.nodes],
-            "areas": [[rank, *area] for rank, area in its.items()],
-            "keep": keep,
-        }
-        with Wire.connect(node, roster.token) as wire:
-            answer = wire.ask(message)
+    for node, answer in zip(roster.nodes, answers, strict=True):
         if "no_room" in answer:
             raise NoRoom(answer["no_room"])
         paths.append(answer["path"])

@@ -93,11 +93,3 @@ class FragmentHeader:
             raise FragmentDamaged(f"a fragment has {len(payload)} bytes, {self.payload_bytes} were sealed")
         found = piece_crcs(payload, self.piece_bytes, threads)
         return [number for number, (one, other) in enumerate(zip(found, self.crcs, strict=True)) if one != other]
-
-
-def seal(id: FragmentId, payload: Bytes, *, piece_bytes: int = PIECE_BYTES, threads: int = 1) -> FragmentHeader:
-    """The header of `payload`, a 1-D uint8 array, as it is now."""
-    if piece_bytes < 4096 or piece_bytes % 4096:
-        raise ValueError(f"piece_bytes={piece_bytes}: must be a multiple of 4096")
-    crcs = piece_crcs(payload, piece_bytes, threads)
-    return FragmentHeader(id=id, payload_bytes=len(payload), piece_bytes=piece_bytes, crcs=tuple(crcs))

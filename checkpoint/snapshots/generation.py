@@ -25,7 +25,7 @@ from checkpoint.snapshots.fragment import PIECE_BYTES, FragmentDamaged, Fragment
 from checkpoint.snapshots.meta import dump_meta
 from checkpoint.snapshots.roster import Plan
 from checkpoint.snapshots.segment import Draft, Segment
-from checkpoint.snapshots.wire import Message, Wire, Wires
+from checkpoint.snapshots.wire import Connect, Message, Wire, Wires
 
 UNKNOWN = -1
 """The step of a version that was begun before anybody wrote it."""
@@ -87,7 +87,7 @@ class Generation:
         run: bytes,
         segment: Segment,
         areas: Mapping[int, tuple[int, int]],
-        connect: Callable[[str], Wire],
+        connect: Connect,
         committed: list[int],
         committed_one: Callable[[], None],
     ) -> None:
@@ -106,6 +106,8 @@ class Generation:
         self._gone: set[int] = set()
         """Ranks whose connections have ended. What they have not written will never be whole."""
         self._users = 0
+        self._receiving: set[Wire] = set()
+        """On which parities come."""
         self._closed = False
         self._reports: dict[str, tuple[int, str]] = {}
         """On the coordinator, of the version being made: by node its step and its problem."""
@@ -287,6 +289,7 @@ class Generation:
             making = self._expect(version)
             assert making.draft is not None
             self._users += 1
+            self._receiving.add(wire)
         try:
             offset = self.layout.data_bytes + number * chunk + start
             part = making.draft.payload[offset : offset + size]
@@ -296,6 +299,7 @@ class Generation:
         finally:
             with self._changed:
                 self._users -= 1
+                self._receiving.discard(wire)
                 self._changed.notify_all()
 
     def parity_made(self, version: int, number: int, header: FragmentHeader) -> None:
@@ -349,6 +353,8 @@ class Generation:
     def report(self, version: int, label: str, step: int, problem: str) -> None:
         """On the coordinator: a node has prepared the version, or cannot."""
         with self._changed:
+            # `_announce` goes from node to node, this one last: who heard first may be done before it is open here
+            self._changed.wait_for(lambda: self._closed or self._making.version >= version, PATIENCE_S)
             if version != self._making.version:
                 return  # it was given up meanwhile
             self._reports[label] = (step, problem)
@@ -427,6 +433,8 @@ class Generation:
             self._closed = True
             self._changed.notify_all()
             thread = self._making.thread
+            for wire in self._receiving:  # who sends may be gone, and the slot must not be written any more
+                wire.cut()
         self._wires.end()
         self._announcing.end()
         if thread is not None:

@@ -23,7 +23,7 @@ from checkpoint.snapshots.meta import load_meta, meta_bytes
 from checkpoint.snapshots.roster import Plan
 from checkpoint.snapshots.segment import Segment, Version
 from checkpoint.snapshots.segment_files import FOLDER, NoRoom, SegmentError, remove_leftovers
-from checkpoint.snapshots.wire import Message, NodeAddress, Wire, WireError
+from checkpoint.snapshots.wire import Connect, Message, NodeAddress, Wire, WireError
 
 _log = logging.getLogger(__name__)
 
@@ -55,18 +55,29 @@ class SnapshotNode:
         """Answer until dropped or left alone; then remove the segments."""
         self._listener.settimeout(_POLL_S)
         try:
-            while not self._ended.is_set():
+            while not self._ended.is_set() and not self._left_alone():
                 try:
                     connection, peer = self._listener.accept()
                 except TimeoutError:
-                    alone_s = time.monotonic() - self._last_rank
-                    if self._num_ranks == 0 and alone_s > self._hold_s:
-                        _log.warning("no worker for %.0f s: the snapshots of node %s are dropped", alone_s, self.label)
-                        break
                     continue
-                threading.Thread(target=self._talk, args=(connection, str(peer)), daemon=True).start()
+                except OSError as error:  # no descriptor is left for it, say: what is held is not lost for that
+                    _log.warning("node %s cannot take a connection: %s", self.label, error)
+                    self._ended.wait(_POLL_S)
+                    continue
+                try:
+                    threading.Thread(target=self._talk, args=(connection, str(peer)), daemon=True).start()
+                except RuntimeError as error:  # nor a thread
+                    _log.warning("node %s cannot take a connection: %s", self.label, error)
+                    connection.close()
         finally:
             self.close()
+
+    def _left_alone(self) -> bool:
+        alone_s = time.monotonic() - self._last_rank
+        if self._num_ranks or alone_s <= self._hold_s:
+            return False
+        _log.warning("no worker for %.0f s: the snapshots of node %s are dropped", alone_s, self.label)
+        return True
 
     def close(self) -> None:
         """End everything and remove the segments."""
@@ -218,7 +229,8 @@ class SnapshotNode:
         return {"label": self.label, "pid": os.getpid(), "held": held}
 
     def _versions(self) -> list[Version]:
-        return [version for segment in self._segments for version in segment.committed()]
+        with self._lock:  # a segment may be removed meanwhile
+            return [version for segment in self._segments for version in segment.committed()]
 
     def _held(self, number: int) -> Version:
         for version in self._versions():
@@ -278,6 +290,8 @@ class SnapshotNode:
         if old is not None:
             old.close()
         with self._lock:
+            if self._ended.is_set():  # nobody would remove what is made now
+                raise GivenUp(f"node {self.label} has ended")
             for version in self._versions():
                 if keep is None or version.version > keep:
                     version.segment.discard(version.version)
@@ -348,10 +362,10 @@ class SnapshotNode:
         return generation
 
 
-def _connector(addresses: Mapping[str, NodeAddress], token: bytes) -> Callable[[str], Wire]:
-    def connect(label: str) -> Wire:
+def _connector(addresses: Mapping[str, NodeAddress], token: bytes) -> Connect:
+    def connect(label: str, begun: Callable[[Wire], None]) -> Wire:
         if label not in addresses:
             raise WireError(f"node {label} is not among those that take part")
-        return Wire.connect(addresses[label], token)
+        return Wire.connect(addresses[label], token, begun=begun)
 
     return connect

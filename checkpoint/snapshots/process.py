@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import secrets
+import select
 import signal
 import subprocess
 import sys
@@ -64,9 +65,10 @@ def _goes_on(run: bytes, door: Door, say: Callable[[str], None]) -> bool:
         say(OTHER_VERSION)
         drop_node(door.address, door.token)
     elif problem := _silence(door):
-        say(f"{problem}; {KILLED}")
-        with suppress(ProcessLookupError):
-            os.kill(door.pid, signal.SIGKILL)
+        if _is_snapshot_process(door.pid):
+            say(f"{problem}; {KILLED}")
+            with suppress(ProcessLookupError):
+                os.kill(door.pid, signal.SIGKILL)
     else:
         return True
     _await_end(run, door)
@@ -82,6 +84,14 @@ def _silence(door: Door) -> str:
         if not door.pid:
             raise
         return str(error)
+
+
+def _is_snapshot_process(pid: int) -> bool:
+    """Whether that is what the pid means here: /dev/shm may be shared with a container that numbers its own."""
+    try:
+        return __name__.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _await_end(run: bytes, door: Door) -> None:
@@ -121,9 +131,13 @@ def start_process(
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(json.dumps(settings | {"folder": folder}).encode() + b"\n")
     process.stdin.close()
-    line = process.stdout.readline()
+    ready, _, _ = select.select([process.stdout], [], [], START_S)
+    line = process.stdout.readline() if ready else b""
     process.stdout.close()
-    process.wait(START_S)
+    if not line:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     if not line:
         raise CheckpointError(f"the snapshot process of node {label} did not start; see {log}")
     return NodeAddress(label, host, int(json.loads(line)["port"]))

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from checkpoint.erasure.protocol import recoverable
 from checkpoint.errors import CheckpointError
 from checkpoint.snapshots.roster import Plan, Roster
-from checkpoint.snapshots.wire import Message, NodeAddress, Wire, WireError
+from checkpoint.snapshots.wire import WORK_S, Message, NodeAddress, Wire, WireError
 
 Say = Callable[[str], None]
 
@@ -155,7 +155,7 @@ def _check(roster: Roster, where: Mapping[str, NodeAddress], version: int, say: 
                 say(str(error))
         for label, wire in wires.items():
             try:
-                bad[label] = wire.answer()[0]["bad"]
+                bad[label] = wire.answer(wait_s=WORK_S)[0]["bad"]
             except CheckpointError as error:
                 say(str(error))
     finally:

@@ -39,6 +39,10 @@ _HANDSHAKE_S = 30.0
 need on all cores it may not run for seconds. What a node holds must not count as lost for that."""
 IO_TIMEOUT_S = 60.0
 """Longest silence of the other side within a frame or before an answer."""
+WORK_S = 600.0
+"""The same before an answer for which a node makes or reads all its memory: some GB a second, of as much as a TB."""
+_ALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
+"""After so many seconds of silence the kernel asks, so often, for the other host: one that is gone says nothing."""
 
 
 class WireError(CheckpointError):
@@ -71,10 +75,21 @@ class Wire:
         self.agreed = False
         """Whether both sides are of one format. Before it a server answers to ``drop`` alone."""
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _ALIVE.items():
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
     @classmethod
-    def connect(cls, address: NodeAddress, token: bytes, *, agreeing: bool = True) -> "Wire":
-        """agreeing: without, the other side may be of any version, and only ``drop`` can be asked."""
+    def connect(
+        cls,
+        address: NodeAddress,
+        token: bytes,
+        *,
+        agreeing: bool = True,
+        begun: Callable[["Wire"], None] = lambda wire: None,
+    ) -> "Wire":
+        """agreeing: without, the other side may be of any version, and only ``drop`` can be asked. begun: gets what may
+        be cut while the other side is waited for."""
         name = f"the snapshot process of node {address.label} at {address.host}:{address.port}"
         try:
             connection = socket.create_connection((address.host, address.port), timeout=_REACH_S)
@@ -82,6 +97,7 @@ class Wire:
             raise WireError(f"{name} cannot be reached: {error}") from error
         wire = cls(connection, name)
         try:
+            begun(wire)
             connection.settimeout(_HANDSHAKE_S)
             greeting = wire._read(len(_HELLO) + _NONCE_BYTES)
             nonce = secrets.token_bytes(_NONCE_BYTES)
@@ -92,7 +108,6 @@ class Wire:
                 raise WireError(f"{name} does not know this run's token")
             if agreeing:
                 wire._agree()
-            connection.settimeout(IO_TIMEOUT_S)
         except BaseException:
             connection.close()
             raise
@@ -109,12 +124,12 @@ class Wire:
         if not hmac.compare_digest(answer[:_PROOF_BYTES], _proof(token, b"client", nonce)):
             raise WireError(f"{name} does not know this run's token")
         wire._write(_proof(token, b"server", answer[_PROOF_BYTES:]))
-        connection.settimeout(None)  # a client may be silent for as long as it likes between its requests
         return wire
 
     def _agree(self) -> None:
         try:
-            self.ask({"do": "agree", "format": FORMAT})
+            self.send({"do": "agree", "format": FORMAT})
+            self.answer(wait_s=_HANDSHAKE_S)
         except Refused as error:
             raise OtherVersion(f"{self.name} is of another version of Atoll") from error
 
@@ -132,9 +147,15 @@ class Wire:
         if payload is not None:
             self._write(payload.data)
 
-    def receive(self) -> tuple[Message, int]:
-        """The next message, and how many bytes of payload follow, for `receive_into`. EOFError at a clean end."""
-        head = self._read(_HEADER.size + _CRC.size, may_end=True)
+    def receive(self, wait_s: float | None = None) -> tuple[Message, int]:
+        """The next message, and how many bytes of payload follow, for `receive_into`. EOFError at a clean end.
+
+        wait_s: longest wait for its beginning; None: as long as it takes. What has begun goes on within `IO_TIMEOUT_S`.
+        """
+        self._allow(wait_s)
+        begun = self._read(1, may_end=True)
+        self._allow(IO_TIMEOUT_S)
+        head = begun + self._read(_HEADER.size + _CRC.size - 1)
         magic, json_bytes, payload_bytes = _HEADER.unpack_from(head)
         if magic != _MAGIC or json_bytes > _MAX_JSON_BYTES:
             raise WireError(f"{self.name} sent something that is no frame")
@@ -166,10 +187,10 @@ class Wire:
         self.send(message, payload)
         return self.answer()[0]
 
-    def answer(self, out: Bytes | None = None) -> tuple[Message, int]:
+    def answer(self, out: Bytes | None = None, *, wait_s: float = IO_TIMEOUT_S) -> tuple[Message, int]:
         """The answer to a request that was sent; its payload goes into `out`, which must have its size."""
         try:
-            message, payload_bytes = self.receive()
+            message, payload_bytes = self.receive(wait_s)
         except EOFError as error:
             raise WireError(f"{self.name} has closed the connection") from error
         if "refused" in message:
@@ -198,9 +219,18 @@ class Wire:
     ) -> None:
         self.close()
 
-    def _write(self, content: bytes | memoryview) -> None:
+    def _allow(self, silence_s: float | None) -> None:
+        """How long each following read and write may take that moves nothing."""
         try:
-            self._socket.sendall(content)
+            self._socket.settimeout(silence_s)
+        except OSError as error:
+            raise WireError(f"{self.name} broke off: {error}") from error
+
+    def _write(self, content: bytes | memoryview) -> None:
+        rest = memoryview(content)
+        try:
+            while rest:  # not `sendall`, whose timeout is for all of it, however much goes on
+                rest = rest[self._socket.send(rest) :]
         except OSError as error:
             raise WireError(f"{self.name} broke off: {error}") from error
 
@@ -219,20 +249,33 @@ class Wire:
         return bytes(content)
 
 
+Connect = Callable[[str, Callable[[Wire], None]], Wire]
+"""To the node of a label; as of `Wire.connect`, ``begun``."""
+
+
 class Wires:
     """Connections to nodes, by label and lane; each is made when it is first asked for, and one thread uses it."""
 
-    def __init__(self, connect: Callable[[str], Wire]) -> None:
+    def __init__(self, connect: Connect) -> None:
         self._connect, self._over = connect, False
         self._made: dict[tuple[str, int], Wire] = {}
 
     def to(self, label: str, lane: int = 0) -> Wire:
         """WireError where it cannot be made, or none is to be made any more."""
-        if (label, lane) not in self._made:
-            self._made[label, lane] = self._connect(label)
-        if self._over:  # asked last: `end` cuts those that it finds
-            raise WireError(f"the connections to node {label} are over")
-        return self._made[label, lane]
+        key = label, lane
+
+        def begun(wire: Wire) -> None:
+            self._made[key] = wire
+            if self._over:  # asked last: `end` cuts those that it finds
+                raise WireError(f"the connections to node {label} are over")
+
+        if key not in self._made:
+            try:
+                self._connect(label, begun)
+            except BaseException:
+                self._made.pop(key, None)
+                raise
+        return self._made[key]
 
     def cut(self) -> None:
         """Whoever waits on one of them fails. From any thread."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from checkpoint.crc import crc32c, piece_crcs
 from checkpoint.erasure import aligned_empty, isal
-from checkpoint.snapshots.fragment import FORMAT, FragmentDamaged, FragmentHeader, FragmentId, seal
+from checkpoint.snapshots.fragment import FORMAT, FragmentDamaged, FragmentHeader, FragmentId
 
 _ID = FragmentId(run=bytes(range(16)), k=4, m=2, element=1, group=3, stripe=5, step=2**40, version=2**33)
 _PIECE, _SIZE = 4096, 5 * 4096 + 100
@@ -23,15 +23,20 @@ def _payload(seed: int = 0, size: int = _SIZE) -> np.ndarray:
     return payload
 
 
+def _header(payload: np.ndarray) -> FragmentHeader:
+    crcs = tuple(piece_crcs(payload, _PIECE))
+    return FragmentHeader(id=_ID, payload_bytes=len(payload), piece_bytes=_PIECE, crcs=crcs)
+
+
 @pytest.mark.parametrize("size", [0, 1, 4096, 4097, 10_000])
 def test_a_header_survives_its_bytes(size: int):
-    header = seal(_ID, _payload(size=size), piece_bytes=4096)
+    header = _header(_payload(size=size))
     assert FragmentHeader.loads(header.dumps()) == header
     assert len(header.crcs) == -(-size // 4096)
 
 
 def test_every_flipped_bit_of_a_header_is_found():
-    content = seal(_ID, _payload(), piece_bytes=_PIECE).dumps()
+    content = _header(_payload()).dumps()
     for position in range(len(content)):
         for bit in range(8):
             damaged = bytearray(content)
@@ -49,7 +54,7 @@ def test_noise_is_no_header(content: bytes):
 
 def test_a_header_that_vouches_for_nonsense_is_refused():
     """Its CRC is right, as a stranger's could be; its numbers are not."""
-    body = seal(_ID, _payload(), piece_bytes=_PIECE).dumps()[:-4]
+    body = _header(_payload()).dumps()[:-4]
     for offset, value in (
         (8, FORMAT + 1),
         (28, 254),
@@ -66,14 +71,14 @@ def test_a_header_that_vouches_for_nonsense_is_refused():
 @pytest.mark.parametrize("position", [0, 4095, 4096, 3 * 4096 + 7, _SIZE - 1])
 def test_a_flipped_bit_is_located_to_its_piece(position: int):
     payload = _payload()
-    header = seal(_ID, payload, piece_bytes=_PIECE)
+    header = _header(payload)
     assert header.bad_pieces(payload) == []
     payload[position] ^= 1
     assert header.bad_pieces(payload) == [position // _PIECE]
 
 
 def test_a_payload_of_another_size_is_refused():
-    header = seal(_ID, _payload(), piece_bytes=_PIECE)
+    header = _header(_payload())
     with pytest.raises(FragmentDamaged, match="were sealed"):
         header.bad_pieces(_payload()[:-1])
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import weakref
 from datetime import timedelta
 from pathlib import Path
@@ -44,6 +45,26 @@ def test_a_closed_engine_and_its_model_are_freed() -> None:
     del engine, model
     gc.collect()
     assert [ref() for ref in left] == [None] * 3
+
+
+@pytest.mark.parametrize("at", ["the first weights", "activations"])
+def test_an_engine_that_cannot_be_made_leaves_no_threads(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a peer dies meanwhile, which ranks find in the first collective after."""
+
+    def fails(*args: object, **more: object) -> torch.Tensor:
+        raise RuntimeError("a peer has died")
+
+    if at == "activations":
+        monkeypatch.setattr("parallel.sharded.Activations", fails)
+    model = Mean(nn.Linear(8, 8), nn.Linear(8, 1))
+    before = set(threading.enumerate())
+    with pytest.raises(RuntimeError, match="a peer has died"):
+        shard(
+            model, Mesh({"worker": 1}), Placement(0, 0, 0), units=list(model), optimizer=OptimizerOptions(),
+            initial=fails, options=ParallelOptions(), dtype=torch.float32, device=torch.device("cpu"),
+            offload=OffloadOptions(states="host"),
+        )  # fmt: skip
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize(

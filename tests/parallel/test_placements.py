@@ -92,6 +92,15 @@ def test_parameters_equal_those_of_ddp() -> None:
     assert not far, far
 
 
+def test_parameters_without_elements_and_buffers_with_strides() -> None:
+    zero3 = {"placement": "zero3", "prefetch_units": 2}
+    quantized = {"quantize": "all", "weights_block": 32, "grads_block": 32}
+    cases = [{"parallel": zero3, "empty": True}, {"parallel": zero3, "strides": True}]
+    answers = run_world(2, [*cases, {"parallel": zero3 | quantized, "empty": True, "tied": False}])
+    assert [a for a in answers[:2] if a["difference"] < 1e-6] == answers[:2]
+    assert answers[2]["difference"] < 0.2
+
+
 @pytest.mark.slow
 def test_variants_equal_one_process() -> None:
     """Untied, recomputed, compiled, no clipping, prefetching more or nothing, evaluation in between, SGD."""
