@@ -71,6 +71,16 @@ def failure_of(call: Any, member: Member) -> Failure | None:
         return Failure(cause=cause, kind="preemption" if preempted else "process")
 
 
+def fault_of(member: Member) -> str:
+    """Why a process that has been started is not ready to be a rank, and never will be; empty where it is."""
+    if failure := failure_of(member.entered, member):
+        return failure.cause
+    fault: str | None = ray.get(member.entered)["fault"]
+    if fault is None and (failure := failure_of(member.loaded, member)):
+        return failure.cause
+    return fault or ""
+
+
 def _exit_reason(error: RayError) -> str:
     """Ray's own words on how a process ended, without the advice around them."""
     if not isinstance(error, ActorDiedError):
