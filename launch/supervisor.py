@@ -229,10 +229,11 @@ class Supervisor:
         if (crew := self._scaling.crew(len(there))) is None:
             wait_s = self._options.start_timeout_s
             self._say(f"no nodes are left to go on with: waiting {wait_s:g} s for others (launch.start_timeout_s)")
-            there += self._places.take(self._scaling.wanted.nodes - len(there), wait_s)
+            missing = self._scaling.wanted.nodes - len(there)
+            there += self._places.take(missing, wait_s, go_on=lambda: self._stop_reason is None)
             if (crew := self._scaling.crew(len(there))) is None:
                 self._ledger.give_up()
-                self._outcome = Failed(rank=0, node="none", failure=Failure(cause="no nodes are left", kind="node"))
+                self._outcome = self._without_nodes()
                 return State.FINISH
         keep = there[: crew.nodes]
         for node in {*self._nodes, *self._coming, *there} - set(keep):
@@ -243,6 +244,12 @@ class Supervisor:
         self._nodes, self._coming, self._leaving, self.crew = keep, [], set(), crew
         self._job = self._resuming(self._scaling.config(crew).job())
         return State.START
+
+    def _without_nodes(self) -> dict[str, Any] | Failed:
+        if self._stop_reason is None:
+            return Failed(rank=0, node="none", failure=Failure(cause="no nodes are left", kind="node"))
+        self._say(f"stopped ({self._stop_reason}) with no nodes; the same command goes on from the last checkpoint")
+        return {"type": "end", "status": "stopped", "step": self._ledger.watched.step}
 
     # ------------------------------------------------------------------------------------------------ places
 

@@ -93,6 +93,20 @@ def test_a_node_on_which_nothing_starts_is_done_without(tmp_path: Path) -> None:
         cluster.close()
 
 
+def test_who_waits_for_nodes_heeds_a_stop(tmp_path: Path) -> None:
+    cluster = Raylets(2)
+    try:
+        with running(tmp_path, *over(cluster.address, 2, "train.steps=1000")) as run:
+            for node in started(run):
+                cluster.kill(node)
+            run.wait(lambda: "waiting 120 s for others" in run.said)
+            run.process.send_signal(signal.SIGTERM)
+            assert run.end(20) == 75, run.said
+            assert "stopped (SIGTERM) with no nodes" in run.said and len(run.failures) == 1
+    finally:
+        cluster.close()
+
+
 def test_more_nodes_lost_than_parity_goes_back_to_storage_and_says_so(tmp_path: Path, raylets: Raylets) -> None:
     config = over(raylets.address, 4, "checkpoint.every_steps=5", "train.steps=1000")
     with running(tmp_path, *config) as run:
