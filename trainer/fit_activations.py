@@ -221,7 +221,7 @@ def settle(
 
 def _narrowed(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, most_bytes: float) -> Narrowed | None:
     """Of this rank; None for a model that fake tensors do not run: it chooses as it may, and may not fit."""
-    options = job.offload
+    options, here = job.offload, ranks_here()  # at once: a rank that fails below asks the others nothing more
     micro, _ = job.micro_batches(where.world)
     try:
         sizes = footprint(job, vocab_size=model.vocab_size, micro_batch_size=micro, dtype=dtype)
@@ -229,11 +229,10 @@ def _narrowed(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, m
         log.warning("no estimate of what fits: %s: %s", type(error).__name__, error)
         return None
     work, traffic = reckoned(job, model, where, dtype)
-    here = ranks_here()
     room = ActivationBudget(
         device_bytes=max(0.0, most_bytes - others_bytes(options, work, traffic)),
         host_bytes=host_room(options, HOST_SHARE * capacity_bytes() / here, work.numel / where.world),
-        drives=(lambda: _drives(options)) if options.nvme_path else None,
+        drives=(lambda: _drives(options, here)) if options.nvme_path else None,
         refused=_refused(job, model, dtype, where.device),
     )
     peak = peak_flops(where.device, dtype)
@@ -246,9 +245,12 @@ def host_room(options: OffloadOptions, there_bytes: float, num_parameters: float
     return options.activations.host_bytes or max(0.0, there_bytes - away)
 
 
-def _drives(options: OffloadOptions) -> DriveRoom:
+def _drives(options: OffloadOptions, here: int) -> DriveRoom:
     drives = Drives(
-        folders=[Path(path) for path in options.nvme_path], direct=options.nvme_direct, most_bytes=options.nvme_bytes
+        folders=[Path(path) for path in options.nvme_path],
+        direct=options.nvme_direct,
+        most_bytes=options.nvme_bytes,
+        sharing=here,
     )
     return DriveRoom(drives.room_bytes(), drives.bytes_per_s())
 
