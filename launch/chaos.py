@@ -66,7 +66,7 @@ def chaos(args: list[str], say: Callable[[str], None] = print) -> str:
     for number in range(plan.count):
         if number:
             time.sleep(plan.every_s)
-        say(_strike(plan))
+        say(_strike_once_made(plan))
     made = f"{plan.count} fault{'s' if plan.count > 1 else ''} made (seed={plan.seed})"
     return f"{made}; what came of it: atoll report run.root={plan.folder.parent} run.name={plan.folder.name}"
 
@@ -106,7 +106,8 @@ def parse_plan(args: list[str]) -> Plan:
     )
 
 
-def _strike(plan: Plan) -> str:
+def _strike_once_made(plan: Plan) -> str:
+    """`strike`, again where the team was just being made anew, for up to `REMADE_S`."""
     deadline = time.monotonic() + REMADE_S
     while True:
         try:

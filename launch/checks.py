@@ -15,6 +15,8 @@ from trainer.job import Job
 from trainer.options import HFOptions, LlamaOptions
 
 if TYPE_CHECKING:
+    import torch
+
     from parallel.mesh import Mesh
     from parallel.placement import Placement
     from parallel.transport import Transport
@@ -144,7 +146,9 @@ def _check_transports(config: Config, crew: Crew) -> None:
 
     options, levels = config.parallel, config.parallel.levels
     every = [options, *map(options.candidate, options.candidates)]
-    _check_unread(options, any(each.quantizes for each in every))
+    quantizes = any(each.quantizes for each in every)
+    _check_unread(options, quantizes)
+    model = without_memory(config) if quantizes else None
     for each in every:
         placement = Placement.of(each, len(levels))
         if each.quantizes or config.offload.weights == "nvme":
@@ -153,7 +157,8 @@ def _check_transports(config: Config, crew: Crew) -> None:
 
             mesh = Mesh(levels)
             transport = Transport.of(each, mesh, placement)
-            check_quantized(config, transport, crew.workers)
+            if model is not None:
+                check_quantized(model, transport, crew.workers)
             if config.offload.weights == "nvme":
                 _check_slots(mesh, placement, transport)
 
@@ -177,16 +182,15 @@ def _check_unread(options: ParallelOptions, quantizes: bool) -> None:
             )
 
 
-def check_quantized(config: Config, transport: "Transport", workers: int) -> None:
+def check_quantized(model: "LanguageModel", transport: "Transport", workers: int) -> None:
     """That there is something to quantize, in blocks that a shard can be cut into: as the engine does, but before
-    anything is taken, by the model without its memory."""
+    anything is taken. model: without its memory."""
     if not transport.quantizes:
         return
     from fnmatch import fnmatchcase
 
     from parallel.cut import cut_units
 
-    model = _without_memory(config)
     names = [name for name, _ in model.named_parameters()]
     for pattern in transport.exact:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -206,14 +210,16 @@ def check_quantized(config: Config, transport: "Transport", workers: int) -> Non
     transport.check_blocks(max(sizes), workers)
 
 
-def _without_memory(job: Job) -> "LanguageModel":
+def without_memory(job: Job, dtype: "torch.dtype | None" = None) -> "LanguageModel":
+    """The job's model on ``meta``; dtype: of compute, by default fp32."""
     import torch
 
     from trainer.data.tokenizer import open_tokenizer
     from trainer.models import build_model
 
     vocab_size, meta = open_tokenizer(job.data.tokenizer).vocab_size, torch.device("meta")
-    return build_model(job.model, vocab_size=vocab_size, seq_len=job.train.seq_len, dtype=torch.float32, device=meta)
+    dtype = dtype or torch.float32
+    return build_model(job.model, vocab_size=vocab_size, seq_len=job.train.seq_len, dtype=dtype, device=meta)
 
 
 def check_sequence(config: Config, levels: Mapping[str, int]) -> None:
@@ -395,7 +401,7 @@ def _check_model(job: Job, device: str) -> None:
     from trainer.build import run_by_tiles
     from trainer.workload import check_shared
 
-    model = _without_memory(job)
+    model = without_memory(job)
     run_by_tiles(activations, model, torch.float32 if job.train.dtype == "fp32" else torch.bfloat16, device)
     check_shared(job, model, SequenceParallel.pretended(job.parallel.sequence_ranks))
 

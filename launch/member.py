@@ -65,12 +65,23 @@ def failure_of(call: Any, member: Member) -> Failure | None:
         return None
     except RayTaskError as error:
         return Failure(cause=str(error.cause), trace=str(error))
-    except RayActorError as error:
+    except RayError as error:  # not RayActorError alone: of a process that Ray's monitor of memory has killed it is not
         cause = f"its process (pid {member.pid or 'unknown'}) died: {_exit_reason(error)}"
-        return Failure(cause=cause, kind="preemption" if error.preempted else "process")
+        preempted = isinstance(error, RayActorError) and error.preempted
+        return Failure(cause=cause, kind="preemption" if preempted else "process")
 
 
-def _exit_reason(error: RayActorError) -> str:
+def fault_of(member: Member) -> str:
+    """Why a process that has been started is not ready to be a rank, and never will be; empty where it is."""
+    if failure := failure_of(member.entered, member):
+        return failure.cause
+    fault: str | None = ray.get(member.entered)["fault"]
+    if fault is None and (failure := failure_of(member.loaded, member)):
+        return failure.cause
+    return fault or ""
+
+
+def _exit_reason(error: RayError) -> str:
     """Ray's own words on how a process ended, without the advice around them."""
     if not isinstance(error, ActorDiedError):
         return str(error).splitlines()[0]

@@ -6,7 +6,7 @@ Ray notices that a node died after about 14 s; `is_there` asks the node itself, 
 
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -48,21 +48,29 @@ class Places:
         self._groups: dict[Node, PlacementGroup] = {}
         self._lost: set[str] = set()
 
-    def take(self, count: int, timeout_s: float, prefer: Collection[Node] = ()) -> list[Node]:
-        """Up to `count` more nodes, as soon as there are so many, or what there is after `timeout_s`."""
+    def take(
+        self,
+        count: int,
+        timeout_s: float,
+        prefer: Collection[Node] = (),
+        go_on: Callable[[], bool] = lambda: True,
+    ) -> list[Node]:
+        """Up to `count` more nodes, as soon as there are so many, or what there is after `timeout_s`, or once `go_on`
+        says no."""
         deadline = time.monotonic() + timeout_s
         taken: list[Node] = []
         refused: set[Node] = set()
         while len(taken) < count:
             free = sorted(set(self.free()) - refused, key=lambda node: node not in prefer)[: count - len(taken)]
-            for node, group in [(node, self._ask(node)) for node in free]:
-                if group.wait(GRANT_S):
+            asked, granted_by = [(node, self._ask(node)) for node in free], time.monotonic() + GRANT_S
+            for node, group in asked:
+                if group.wait(max(0.1, granted_by - time.monotonic())):
                     self._groups[node] = group
                     taken.append(node)
                 else:
                     remove_placement_group(group)
                     refused.add(node)
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or not go_on():
                 break
             if len(taken) < count:
                 time.sleep(POLL_S)

@@ -6,10 +6,11 @@ The figures are those of `parallel.planning` for the placement that is configure
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from launch.checks import check_quantized, check_sequence
+from launch.checks import check_quantized, check_sequence, without_memory
 from launch.config import Config
 from launch.plan_activations import ActivationPlan, plan_activations
 from offload.nvme import endurance
@@ -24,6 +25,9 @@ from parallel.planning.simulate import simulate
 from parallel.planning.workload import Workload
 from parallel.transport import Transport
 from trainer.progress import plural
+
+if TYPE_CHECKING:
+    from trainer.models import LanguageModel
 
 HEADROOM = 0.92
 """The part of a tier's memory that a plan may fill: the rest is the driver's, the allocator's and the collectives'."""
@@ -102,36 +106,39 @@ def plan(config: Config, machine: Machine) -> Planned:
     memory = machine.memory.get(machine.tier, math.inf)
     cap_gib, options = config.parallel.memory_gib, config.parallel
     cap_bytes = HEADROOM * memory if cap_gib is None else cap_gib * 2**30
-    work, activations, flops = read_workload(config, machine, mesh, config.offload.device_bytes or cap_bytes)
+    bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and machine.tier == "gpu")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = without_memory(config, dtype)
+    work, activations = _read_workload(config, model, dtype, machine, mesh, config.offload.device_bytes or cap_bytes)
     choice = None
     if options.placement == "auto":
-        allowed = _quantizations(config, mesh)
+        allowed = _quantizations(config, model, mesh)
         choice = choose(work, mesh, machine, cap_bytes=cap_bytes, quantize=allowed, options=options)
         candidate = choice.best
     else:
         placement = Placement.of(options, mesh.num_levels)
         made = Plan(mesh, placement, Transport.of(options, mesh, placement))
-        check_quantized(config, made.transport, world)
+        check_quantized(model, made.transport, world)
         candidate = Candidate(made, options.quantize, estimate(work, made, machine), simulate(work, made, machine))
     away = None
     if config.offload.away:
         simulation = candidate.simulation
         waits_s = simulation.step_s - simulation.compute_s if simulation else 0.0
         away = plan_away(work, candidate.plan, machine, config.offload, cap_bytes=cap_bytes, waits_s=waits_s)
-    tokens = config.train.global_batch_size * config.train.seq_len
+    tokens, flops = config.train.global_batch_size * config.train.seq_len, model.flops_per_token(config.train.seq_len)
     return Planned(
         work, machine, candidate, choice, cap_bytes, tokens, flops, activations, away, config.offload.nvme_tbw
     )
 
 
-def _quantizations(config: Config, mesh: Mesh) -> tuple[str, ...]:
+def _quantizations(config: Config, model: "LanguageModel", mesh: Mesh) -> tuple[str, ...]:
     """The values of ``parallel.quantize`` that ``parallel=auto`` may take: of those that it was not told to, only what
     the engine would not refuse."""
     asked, allowed = config.parallel.quantize, ["none"]
     for name in QUANTIZE[1:-1] if asked == "auto" else (asked,):
         options = config.parallel.candidate(f"zero3+{name}")
         try:
-            check_quantized(config, Transport.of(options, mesh, Placement.of(options, mesh.num_levels)), mesh.world)
+            check_quantized(model, Transport.of(options, mesh, Placement.of(options, mesh.num_levels)), mesh.world)
         except ValueError:
             if asked != "auto":
                 raise
@@ -140,25 +147,14 @@ def _quantizations(config: Config, mesh: Mesh) -> tuple[str, ...]:
     return tuple(allowed) if asked == "auto" else (asked,)
 
 
-def read_workload(
-    config: Config, machine: Machine, mesh: Mesh, cap_bytes: float
-) -> tuple[Workload, ActivationPlan | None, int]:
-    """The job's numbers, from its model on ``meta``, what its activations take, and its model FLOPs a token. cap_bytes:
-    of the device's memory, what may be used."""
+def _read_workload(
+    config: Config, model: "LanguageModel", dtype: torch.dtype, machine: Machine, mesh: Mesh, cap_bytes: float
+) -> tuple[Workload, ActivationPlan | None]:
+    """The job's numbers, and what its activations take. model: on ``meta``. dtype: of compute. cap_bytes: of the
+    device's memory, what may be used."""
     from trainer.build import run_by_tiles
-    from trainer.data.tokenizer import open_tokenizer
-    from trainer.models import build_model
     from trainer.workload import workload_of
 
-    bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and machine.tier == "gpu")
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    model = build_model(
-        config.model,
-        vocab_size=open_tokenizer(config.data.tokenizer).vocab_size,
-        seq_len=config.train.seq_len,
-        dtype=dtype,
-        device=torch.device("meta"),
-    )
     run_by_tiles(config.offload.activations, model, dtype, "cuda" if machine.tier == "gpu" else "cpu")
     work = workload_of(config, model, mesh.world, compute_bytes=dtype.itemsize)
     activations = plan_activations(config, work, machine, mesh, cap_bytes)
@@ -166,7 +162,7 @@ def read_workload(
         job = replace(config, offload=config.offload.with_activations(activations.settled))
         work = workload_of(job, model, mesh.world, compute_bytes=work.compute_bytes)
         work = replace(work, activation_bytes=activations.device_bytes)
-    return work, activations, model.flops_per_token(config.train.seq_len)
+    return work, activations
 
 
 def show(planned: Planned) -> str:

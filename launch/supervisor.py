@@ -87,6 +87,8 @@ class Supervisor:
         self._coming: list[Node] = []
         """Nodes that are ours, and whose processes still start."""
         self._leaving: set[Node] = set()
+        self._unfit: set[Node] = set()
+        """Nodes on which nothing of ours can start."""
         self._team: Team | None = None
         self._generation = 0
         self._left_behind = LeftBehind()
@@ -141,6 +143,7 @@ class Supervisor:
         self._generation += 1
         self._stop_told = self._pausing = False
         self._ledger.watched.starts()
+        new = {node for node in self._nodes if not any(self._ranks_of(node))}
         ranks = [member or self._fill(rank) for rank, member in enumerate(self._ranks)]
         self._ranks = list(ranks)
         if self.crew.device == "cuda":  # there cores are left for their imports; on CPU the ranks compute with all
@@ -149,6 +152,8 @@ class Supervisor:
         if not team.assemble(self._job, self._overrides, self._roster, self._left_behind):
             if self._generation == 1:
                 _complain(team)
+            elif new != set(self._nodes):  # others have shown that the fault is not in what was asked for
+                self._do_without(team, team.unfit & new)
             return State.DIAGNOSE
         for rank, member in enumerate(ranks):
             if member.devices:
@@ -211,7 +216,7 @@ class Supervisor:
         lies in their nodes' memory."""
         assert self._team is not None
         silent = self._team.lost | gone({*self._nodes, *self._coming} - self._team.lost - self._leaving)
-        lost = silent | self._leaving
+        lost = silent | self._unfit | self._leaving
         if self._nodes[0] in silent:  # where rank 0 was; cut off, it may live on
             self._left_behind = replace(self._left_behind, lingers=True)
         held = {node: self._ranks_of(node) for node in self._nodes if node not in lost}
@@ -224,20 +229,27 @@ class Supervisor:
         if (crew := self._scaling.crew(len(there))) is None:
             wait_s = self._options.start_timeout_s
             self._say(f"no nodes are left to go on with: waiting {wait_s:g} s for others (launch.start_timeout_s)")
-            there += self._places.take(self._scaling.wanted.nodes - len(there), wait_s)
+            missing = self._scaling.wanted.nodes - len(there)
+            there += self._places.take(missing, wait_s, go_on=lambda: self._stop_reason is None)
             if (crew := self._scaling.crew(len(there))) is None:
                 self._ledger.give_up()
-                self._outcome = Failed(rank=0, node="none", failure=Failure(cause="no nodes are left", kind="node"))
+                self._outcome = self._without_nodes()
                 return State.FINISH
         keep = there[: crew.nodes]
         for node in {*self._nodes, *self._coming, *there} - set(keep):
-            self._drop(node, lost=node in silent)
+            self._drop(node, lost=node in silent | self._unfit)
         if crew != self.crew:
             self._say(f"going on with {crew.workers} ranks on {crew.nodes} nodes, after {self.crew.workers} ranks")
         self._ranks = [member for node in keep for member in held.get(node, [None] * crew.per_node)]
         self._nodes, self._coming, self._leaving, self.crew = keep, [], set(), crew
         self._job = self._resuming(self._scaling.config(crew).job())
         return State.START
+
+    def _without_nodes(self) -> dict[str, Any] | Failed:
+        if self._stop_reason is None:
+            return Failed(rank=0, node="none", failure=Failure(cause="no nodes are left", kind="node"))
+        self._say(f"stopped ({self._stop_reason}) with no nodes; the same command goes on from the last checkpoint")
+        return {"type": "end", "status": "stopped", "step": self._ledger.watched.step}
 
     # ------------------------------------------------------------------------------------------------ places
 
@@ -264,6 +276,15 @@ class Supervisor:
 
     def _new(self, node: Node, *, own_gpu: bool = False) -> Member:
         return members.start(node, self._places.options(node), self.crew, self._options, own_gpu=own_gpu)
+
+    def _do_without(self, team: Team, nodes: set[Node]) -> None:
+        """No rank is started on `nodes` any more: what failed there is theirs, and other nodes go on."""
+        self._unfit |= nodes
+        for rank, failure in team.failures.items():
+            if (node := team.members[rank].node) in nodes:
+                cause = f"node {node} is done without: {failure.cause}"
+                team.failures[rank] = replace(failure, cause=cause, kind="node", user=False)
+                ray.kill(team.members[rank].actor)
 
     def _drop(self, node: Node, *, lost: bool) -> None:
         """Nothing of ours stays on `node`. lost: it is not there any more."""
@@ -340,8 +361,16 @@ class Supervisor:
         assert self._team is not None
         missing = self._scaling.wanted.nodes - self.crew.nodes
         if self._coming:
-            waiting = [spare.loaded for spare in self._spares if spare.node in self._coming]
-            if waiting and len(ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]) == len(waiting):
+            there = [spare for spare in self._spares if spare.node in self._coming]
+            waiting = [spare.loaded for spare in there]
+            if not waiting or len(ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]) < len(waiting):
+                return
+            faults = {spare.node: fault for spare in there if (fault := members.fault_of(spare))}
+            for node, fault in faults.items():
+                self._say(f"node {node} is done without: {fault}")
+                self._coming.remove(node)
+                self._drop(node, lost=True)
+            if self._coming:
                 self._pausing = True
                 self._ledger.watched.times = {"found": time.time()}
                 self._team.request_pause()

@@ -39,6 +39,8 @@ class Team:
         self.nodes: list[Node] = list(dict.fromkeys(member.node for member in members))
         self.lost: set[Node] = set()
         """Nodes that did not answer. Asking a machine that is switched off takes seconds, so it is not asked again."""
+        self.unfit: set[Node] = set()
+        """Nodes on which a process could not be made ready."""
         self.failures: dict[int, Failure] = {}
         self.results: dict[int, dict[str, Any]] = {}
         self._running: dict[Any, int] = {}
@@ -70,13 +72,17 @@ class Team:
             member.devices = member.devices or place["devices"]
             if place["fault"]:
                 self.failures[rank] = Failure(cause=place["fault"], user=True)
+                self.unfit.add(member.node)
         try:
             known = None if self.failures else roster(self._all_there)
         except ValueError as error:
             self._probed = 0.0
             if self._all_there():
                 self.failures[0] = Failure(cause=str(error), user=True)
-        if self.failures or self._gather([member.loaded for member in self.members], "import torch") is None:
+        if self.failures:
+            return False
+        if self._gather([member.loaded for member in self.members], "import torch") is None:
+            self.unfit = {self.members[rank].node for rank, one in self.failures.items() if one.kind == "error"}
             return False
         self.loaded_at = time.time()
         return self._join(job, overrides, known, left_behind)

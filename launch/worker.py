@@ -175,7 +175,6 @@ class Worker:
         self._trainer: trainer.loop.Trainer | None = None
         self._stop_reason: str | None = None
         self._store: Store | None = None
-        self._verdict: Failure | None = None
         self._abandoned = False
         self._free = threading.Event()
         """Set while neither `join` nor `train` runs."""
@@ -195,7 +194,7 @@ class Worker:
 
     def join(self, assignment: Assignment) -> Failure | None:
         """Join the process group, all ranks at once."""
-        self._assignment, self._verdict, self._abandoned = assignment, None, False
+        self._assignment, self._abandoned = assignment, False
         self._free.clear()
         try:
             leave()  # a group that was joined, and then never trained
@@ -244,7 +243,7 @@ class Worker:
                 fence.close()
 
     def _failed(self, error: BaseException) -> Failure:
-        """Tidy up after `error`, and tell it, or what made this rank give up."""
+        """Tidy up after `error`, and tell it."""
         failure = describe(error)
         traceback.print_exc()
         traceback.clear_frames(error.__traceback__)  # they hold the model, and so do the functions that they ran
@@ -255,7 +254,7 @@ class Worker:
             traceback.print_exc()
             os._exit(1)  # a process that cannot let go is of no use: another takes its place
         # what fails after the word that a peer is gone is a consequence of it
-        return self._verdict or replace(failure, symptom=failure.symptom or self._abandoned)
+        return replace(failure, symptom=failure.symptom or self._abandoned)
 
     def _leave(self) -> None:
         self._trainer = self._store = None
@@ -263,9 +262,9 @@ class Worker:
         leave()
         self._free.set()
 
-    def abandon(self, verdict: Failure | None = None) -> None:
-        """Get `join` or `train` to end soon, by an exception: a peer is gone. verdict: what they return then."""
-        self._verdict, self._abandoned = verdict, True
+    def abandon(self) -> None:
+        """Get `join` or `train` to end soon, by an exception: a peer is gone."""
+        self._abandoned = True
         while not self._free.is_set():
             self._wait_no_more()
             self._way_out.break_connections()

@@ -61,6 +61,8 @@ class Drives:
     direct: bool = True
     most_bytes: int | None = None
     """On all together. None: what is needed."""
+    sharing: int = 1
+    """How many ranks take of what is free there."""
     calls: SystemCalls | None = None
 
     def open(self, size_bytes: int) -> NvmeTier:
@@ -68,9 +70,9 @@ class Drives:
         return NvmeTier(self.folders, size_bytes, direct=self.direct, calls=self.calls)
 
     def room_bytes(self) -> float:
-        """What they may hold, and have free."""
+        """What they may hold, and have free for one of the ranks."""
         free, _ = space_of(self.folders)
-        return min(free, math.inf if self.most_bytes is None else self.most_bytes)
+        return min(free // self.sharing, math.inf if self.most_bytes is None else self.most_bytes)
 
     def bytes_per_s(self) -> float:
         """What they take, or twice what they give where that is less: a backward lasts twice as long as a forward, or

@@ -83,18 +83,25 @@ def _speculated(away: Sequence[Part], options: OffloadOptions) -> list[bool]:
 
 
 def _fill_host(shards: Sequence[Shard], limit_bytes: int) -> None:
-    """Bring shards from NVMe into host memory, the first to run first, while there is room; the others are not
-    speculated on."""
-    doubled = [shard.pingpong for shard in shards]
+    """Bring shards from NVMe into host memory while there is room, the first to run first. Those to be speculated on
+    are there twice where room is left over, the last to run first: without it an update waits for its turn in host
+    memory, and on a drive for the drive."""
+    speculated = [shard for shard in shards if shard.pingpong]
     for shard in shards:
         shard.pingpong = False
+    room = limit_bytes - host_bytes(shards)
+    for shard in shards:
+        before, shard.on_nvme = shard.host_bytes, False
+        room -= shard.host_bytes - before
+        if room < 0:
+            shard.on_nvme = True
+            break
     room, passing = limit_bytes - host_bytes(shards), 0
-    for shard, doubles in zip(shards, doubled, strict=True):
-        before = shard.host_bytes
-        shard.on_nvme, shard.pingpong = False, doubles
+    for shard in [shard for shard in reversed(speculated) if not shard.on_nvme]:
+        before, shard.pingpong = shard.host_bytes, True
         largest = max(passing, shard.passing_bytes)
         room -= shard.host_bytes - before + outgoing_bytes(largest) - outgoing_bytes(passing)
         if room < 0:
-            shard.on_nvme, shard.pingpong = True, False
+            shard.pingpong = False
             return
         passing = largest

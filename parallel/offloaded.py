@@ -189,8 +189,8 @@ class Offloader:
         """To drives, since the first update."""
         return self._states.written_bytes_per_s() if self._states else 0.0
 
-    def drives(self, options: OffloadOptions) -> Drives | None:
-        """Where activations may go on to, and how much states leave of it."""
+    def drives(self, options: OffloadOptions, sharing: int) -> Drives | None:
+        """Where activations may go on to, and how much states leave of it. sharing: how many ranks take of it."""
         if not (options.nvme_path and options.activations.swaps):
             return None
         most, states = options.nvme_bytes, self.bytes().get("nvme", 0)
@@ -198,6 +198,7 @@ class Offloader:
             folders=[Path(path) for path in options.nvme_path],
             direct=options.nvme_direct,
             most_bytes=None if most is None else most - states,
+            sharing=sharing,
         )
 
     def close(self) -> None:

@@ -109,7 +109,7 @@ class ShardedModel:
             self.activations = Activations(
                 offload.activations, device,
                 pack=self.weights.pack, unpack=self.weights.unpack, sharing=sharing, device_bytes=offload.device_bytes,
-                most_tokens=most_tokens, threads=threads, drives=self._offloader.drives(offload),
+                most_tokens=most_tokens, threads=threads, drives=self._offloader.drives(offload, sharing),
                 least=_least if mesh.world > 1 else int, say=say,
             )  # fmt: skip
             undo.pop_all()

@@ -200,14 +200,19 @@ def forward_s(work: Workload, flops_per_s: float) -> float:
 def settle(
     job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, say: Callable[[str], None]
 ) -> tuple[Job, int | None]:
-    """The job with what ``auto`` may begin with, and what that takes of the device; None where it is not known.
-    Collective: all ranks take what the one that has least can.
+    """The job with what ``auto`` may begin with, and what blocks that swap take of the device; None where it is not
+    known, or nobody asks: with another mode ``offload.states=auto`` alone does. Collective: all ranks take what the one
+    that has least can.
 
     model: on ``meta``. Nothing is known, and nothing changed, on CPU without ``offload.device_bytes``."""
     options = job.offload.activations
     most = job.offload.device_bytes or limit_bytes(where.device)
-    if options.mode != "auto" or job.engine != "native" or most is None:
+    if job.engine != "native" or most is None:
         return job, None
+    if options.mode != "auto":
+        wanted = job.offload.states == "auto" and options.mode in ("swap", "input")
+        counts = where.gather(_counted(job, model, where, dtype)) if wanted else [None]
+        return job, None if None in counts else max(size.device_bytes(options) for size in counts)
     answers = where.gather(_narrowed(job, model, where, dtype, HEADROOM * most))
     if None in answers:
         return job, None
@@ -219,21 +224,26 @@ def settle(
     return replace(job, offload=job.offload.with_activations(found.options)), found.device_bytes
 
 
-def _narrowed(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, most_bytes: float) -> Narrowed | None:
-    """Of this rank; None for a model that fake tensors do not run: it chooses as it may, and may not fit."""
-    options = job.offload
+def _counted(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype) -> Footprint | None:
+    """Of this rank; None for a model that fake tensors do not run."""
     micro, _ = job.micro_batches(where.world)
     try:
-        sizes = footprint(job, vocab_size=model.vocab_size, micro_batch_size=micro, dtype=dtype)
+        return footprint(job, vocab_size=model.vocab_size, micro_batch_size=micro, dtype=dtype)
     except Exception as error:
         log.warning("no estimate of what fits: %s: %s", type(error).__name__, error)
         return None
+
+
+def _narrowed(job: Job, model: LanguageModel, where: Rank, dtype: torch.dtype, most_bytes: float) -> Narrowed | None:
+    """Of this rank; None where nothing is counted: it chooses as it may, and may not fit."""
+    options, here = job.offload, ranks_here()  # at once: a rank that fails below asks the others nothing more
+    if (sizes := _counted(job, model, where, dtype)) is None:
+        return None
     work, traffic = reckoned(job, model, where, dtype)
-    here = ranks_here()
     room = ActivationBudget(
         device_bytes=max(0.0, most_bytes - others_bytes(options, work, traffic)),
         host_bytes=host_room(options, HOST_SHARE * capacity_bytes() / here, work.numel / where.world),
-        drives=(lambda: _drives(options)) if options.nvme_path else None,
+        drives=(lambda: _drives(options, here)) if options.nvme_path else None,
         refused=_refused(job, model, dtype, where.device),
     )
     peak = peak_flops(where.device, dtype)
@@ -246,9 +256,12 @@ def host_room(options: OffloadOptions, there_bytes: float, num_parameters: float
     return options.activations.host_bytes or max(0.0, there_bytes - away)
 
 
-def _drives(options: OffloadOptions) -> DriveRoom:
+def _drives(options: OffloadOptions, here: int) -> DriveRoom:
     drives = Drives(
-        folders=[Path(path) for path in options.nvme_path], direct=options.nvme_direct, most_bytes=options.nvme_bytes
+        folders=[Path(path) for path in options.nvme_path],
+        direct=options.nvme_direct,
+        most_bytes=options.nvme_bytes,
+        sharing=here,
     )
     return DriveRoom(drives.room_bytes(), drives.bytes_per_s())
 

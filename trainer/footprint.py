@@ -45,6 +45,8 @@ class Footprint:
     """The most that a block's forward and backward hold beside what it saves."""
     head_bytes: int
     """The most that the head and its loss hold."""
+    mask_bytes: int = 0
+    """Of masks that blocks are given."""
     stream_bytes: int | None = None
     """The most that a block holds that runs by tiles, or the head beside it; None for a model whose blocks cannot."""
 
@@ -75,9 +77,9 @@ class Footprint:
         n, least = self.num_blocks, self.input_bytes + self.attention_bytes
         if options.streams and self.stream_bytes is not None:
             return self.stream_bytes
-        running = max(self.work_bytes + self.kept_bytes, self.head_bytes)
+        running = max(self.work_bytes + self.kept_bytes, self.head_bytes) + self.mask_bytes
         if options.mode == "keep":
-            return n * self.kept_bytes + max(self.work_bytes, self.head_bytes)
+            return n * self.kept_bytes + max(self.work_bytes, self.head_bytes) + self.mask_bytes
         if options.mode == "checkpoint":
             return n * self.input_bytes + running
         if options.mode == "recompute":
@@ -132,6 +134,7 @@ def footprint(job: Job, *, vocab_size: int, micro_batch_size: int, dtype: torch.
                 model.run_by_tiles(replace(options, mode="stream", alpha=None))
                 most = max(most, _head(head, x, tokens))
             sizes["stream_bytes"] = most
+        sizes["mask_bytes"] = model.mask_bytes(micro_batch_size, num_tokens)
         return Footprint(num_blocks=len(blocks), **sizes)
 
 

@@ -22,6 +22,7 @@ stop_driver() { if [[ -n ${lease[driver]:-} ]]; then echo stop >&"${lease[driver
 begin() { # begin KEY HOST ARG...: a part of launch.node on HOST, under a lease named KEY
     local key=$1 host=$2 pipe=$pipes/$1 fd other
     shift 2
+    end "$key" # of the one before, which is gone: else each new start of a lost node would leave a pipe open
     rm -f "$pipe"
     mkfifo -m 600 "$pipe"
     exec {fd}<>"$pipe" # for both directions: opening it does not wait for the reader

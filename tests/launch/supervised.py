@@ -116,9 +116,9 @@ class Raylets:
         self._cluster.wait_for_nodes()
         self.address: str = self._cluster.address
 
-    def add(self) -> str:
-        """Its id."""
-        node = self._cluster.add_node(num_cpus=self._cpus)
+    def add(self, **environment: str) -> str:
+        """Its id. environment: of its processes, beside ours."""
+        node = self._cluster.add_node(num_cpus=self._cpus, env_vars=environment)
         self._nodes[node.node_id] = node
         return str(node.node_id)
 

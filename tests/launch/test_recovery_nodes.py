@@ -67,6 +67,46 @@ def test_without_a_replacement_fewer_go_on_and_it_grows_back(tmp_path: Path, ray
         assert [found[step] for step in common] == pytest.approx([whole[step] for step in common], rel=1e-5)
 
 
+def test_a_node_on_which_nothing_starts_is_done_without(tmp_path: Path) -> None:
+    """Whether it takes the place of a lost one, or comes to make up for it."""
+    shadow = tmp_path / "shadow" / "trainer"
+    shadow.mkdir(parents=True)
+    (shadow / "__init__.py").touch()
+    cluster = Raylets(2)
+    try:
+        with running(tmp_path, *over(cluster.address, 2, "train.steps=1000")) as run:
+            nodes = started(run)
+            cluster.add(PYTHONPATH=str(shadow.parent))
+            cluster.kill(nodes[1])
+            run.wait(lambda: len(run.team["ranks"]) == 1)
+            steps = run.steps
+            run.wait(lambda: run.steps > steps + 5)
+            cluster.add(PYTHONPATH=str(shadow.parent))
+            run.wait(lambda: run.said.count("is done without") == 2)
+            generation, steps = run.generation, run.steps
+            run.wait(lambda: run.steps > steps + 5)
+            assert run.generation == generation and run.said.count("the name 'trainer' leads") >= 2
+            good = cluster.add()
+            run.wait(lambda: len(run.team["ranks"]) == 2)
+            assert good in [node["node_id"] for node in run.team["nodes"]]
+    finally:
+        cluster.close()
+
+
+def test_who_waits_for_nodes_heeds_a_stop(tmp_path: Path) -> None:
+    cluster = Raylets(2)
+    try:
+        with running(tmp_path, *over(cluster.address, 2, "train.steps=1000")) as run:
+            for node in started(run):
+                cluster.kill(node)
+            run.wait(lambda: "waiting 120 s for others" in run.said)
+            run.process.send_signal(signal.SIGTERM)
+            assert run.end(20) == 75, run.said
+            assert "stopped (SIGTERM) with no nodes" in run.said and len(run.failures) == 1
+    finally:
+        cluster.close()
+
+
 def test_more_nodes_lost_than_parity_goes_back_to_storage_and_says_so(tmp_path: Path, raylets: Raylets) -> None:
     config = over(raylets.address, 4, "checkpoint.every_steps=5", "train.steps=1000")
     with running(tmp_path, *config) as run:

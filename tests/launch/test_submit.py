@@ -39,6 +39,16 @@ def test_the_script_is_sound_bash(typed: list[str], tmp_path: Path) -> None:
         assert said.returncode == 0, said.stdout
 
 
+def test_a_node_that_is_started_again_and_again_leaves_no_pipe_open() -> None:
+    """A lost node is tried every 15 s, for days: the script has as few descriptors as at first."""
+    functions = rendered(*SSH).text.partition("\nfailures=")[0]
+    lost = "on() { return 1; }; token=t; count() { set -- /proc/$$/fd/*; echo $#; }; begin_node 1; count\n"
+    again = 'for n in {1..9}; do begin_node 1; wait "${process[node-1]}"; done; count'
+    shown = subprocess.run(["bash", "-c", f"{functions}\n{lost}{again}"], capture_output=True, text=True, check=True)
+    first, last = shown.stdout.split()
+    assert first == last
+
+
 @pytest.mark.parametrize("typed", [SLURM, SSH], ids=["slurm", "ssh"])
 def test_bash_reads_the_overrides_as_typed(typed: list[str], tmp_path: Path) -> None:
     settings = rendered(*typed, "--", *NASTY).text.partition("\njob=")[0]

@@ -414,7 +414,9 @@ def test_auto_measures_the_drive_and_chooses(
 def test_the_rate_of_a_drive(disk_folder: Path) -> None:
     assert 1e6 < Drives(folders=[disk_folder], most_bytes=64 << 20).bytes_per_s() < 1e12
     assert Drives(folders=[disk_folder], most_bytes=5).bytes_per_s() == 0
-    assert Drives(folders=[disk_folder], most_bytes=5).room_bytes() == 5 < Drives(folders=[disk_folder]).room_bytes()
+    alone = Drives(folders=[disk_folder]).room_bytes()
+    assert Drives(folders=[disk_folder], most_bytes=5).room_bytes() == 5 < alone
+    assert Drives(folders=[disk_folder], sharing=8).room_bytes() < alone / 7
 
 
 # ---------------------------------------------------------------------------------------------------- on a GPU

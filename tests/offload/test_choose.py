@@ -36,6 +36,17 @@ def test_host_memory_is_filled_before_the_drives() -> None:
     assert all(shard.on_nvme for shard in place(PARTS, replace(options, host_bytes=None)) if shard)
 
 
+def test_nothing_is_there_twice_while_something_is_on_drives() -> None:
+    options = OffloadOptions(states="nvme", nvme_path=["/drive"], update="speculate", speculate_share=1.0)
+    found = []
+    for limit in range(900_000_000, 2_600_000_000, 50_000_000):
+        placed = [shard for shard in place(PARTS, replace(options, host_bytes=limit)) if shard]
+        found.append((sum(shard.on_nvme for shard in placed), sum(shard.pingpong for shard in placed)))
+        assert not any(drives and twice for drives, twice in found)
+    assert {(1, 0), (0, 1), (0, 8)} <= set(found)
+    assert [drives for drives, _ in found] == sorted((drives for drives, _ in found), reverse=True)
+
+
 @pytest.mark.parametrize("weights", ["device", "host", "nvme"])
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_what_is_there_twice_does_not_fill_host_memory_over_its_limit(weights: str, share: float) -> None:

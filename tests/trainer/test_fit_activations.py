@@ -17,10 +17,11 @@ from tests.offload.leaving import one_thread
 from tests.trainer.test_activations import MODEL, data, kept, run
 from tests.trainer.test_footprint import LAYERS, found
 from tests.trainer.test_out_of_memory import full_once
-from trainer.fit_activations import ActivationBudget, Narrowed, narrow
-from trainer.footprint import Footprint
+from trainer.build import Rank
+from trainer.fit_activations import ActivationBudget, Narrowed, narrow, settle
+from trainer.footprint import Footprint, footprint
 from trainer.job import Job
-from trainer.models import llama
+from trainer.models import build_model, llama
 from trainer.options import HFOptions, TrainOptions
 from trainer.probe import probe
 
@@ -43,6 +44,22 @@ def narrowed(sizes: Footprint, device_bytes: int, host_bytes: float = math.inf, 
 
 def test_it_stays_as_asked_where_that_fits(sizes: Footprint) -> None:
     assert narrowed(sizes, takes(sizes, 2)) == Narrowed(AUTO, 0, takes(sizes, 2), "")
+
+
+@pytest.mark.parametrize(("mode", "states", "counted"), [
+    ("swap", "auto", True), ("input", "auto", True), ("keep", "auto", False), ("swap", "host", False),
+])  # fmt: skip
+def test_states_are_chosen_beside_blocks_that_swap(mode: str, states: str, counted: bool) -> None:
+    """What is measured for it are blocks that recompute, which keep more or less than those."""
+    options = ActivationOptions(mode=mode, keep_last=1)
+    known = {"device_bytes": 1 << 30} if states == "auto" else {}
+    job = Job(model=MODEL, train=TrainOptions(seq_len=64, global_batch_size=2),
+              offload=OffloadOptions(states=states, activations=options, **known))  # fmt: skip
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    model = build_model(job.model, vocab_size=256, seq_len=64, dtype=torch.float32, device=meta)
+    same, taken = settle(job, model, Rank(0, 1, cpu), torch.float32, print)
+    whole = footprint(job, vocab_size=256, micro_batch_size=2, dtype=torch.float32).device_bytes(options)
+    assert same is job and taken == (whole if counted else None)
 
 
 def test_fewer_blocks_keep_before_anything_else_is_changed(sizes: Footprint) -> None:

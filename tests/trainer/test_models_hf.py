@@ -206,6 +206,29 @@ def test_models_whose_sequences_ranks_share(name, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*no fused attention")
+@pytest.mark.parametrize("seq_len", [8, 16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gemma3", "mistral", "qwen3"])
+def test_the_masks_that_blocks_are_given_are_counted(name, seq_len, tmp_path, materialize):
+    """Of a window, or of attention that is not fused, which take as much as the square of the sequence."""
+    windows = {"mistral": lambda: transformers.MistralConfig(**SHAPE, sliding_window=8)}
+    (CONFIGS | windows)[name]().save_pretrained(tmp_path)
+    model = build(tmp_path, seq_len=seq_len, from_scratch=True)
+    materialize(model, model.initial(0, CPU))
+    masks = {}
+
+    def note(_, args, kwargs):
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and value.shape[-2:] == (seq_len, seq_len):
+                masks[value.data_ptr()] = value.untyped_storage().nbytes()
+
+    for block in model.blocks():
+        block.register_forward_pre_hook(note, with_kwargs=True)
+    tokens = torch.zeros(2, seq_len, dtype=torch.int64)
+    model(tokens, tokens)
+    assert model.mask_bytes(2, seq_len) == sum(masks.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*no fused attention")
 def test_a_model_without_attention_has_flops_too(tmp_path):
     transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
     model = build(tmp_path, from_scratch=True)

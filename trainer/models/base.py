@@ -60,6 +60,10 @@ class LanguageModel(nn.Module, ABC):
         elif options.tile_tokens is not None and not options.streams:
             tile(self.tiles(), options.tile_tokens)
 
+    def mask_bytes(self, batch_size: int, seq_len: int) -> int:
+        """Of masks of attention that blocks are given, and that stay for the whole step."""
+        return 0
+
     def check_shared(self, seq_len: int, ranks: int) -> None:
         """ValueError where `ranks` cannot share its sequences: tokens may meet in causal attention over all of them
         alone, by `torch.nn.functional.scaled_dot_product_attention` (`parallel.sequence`)."""

@@ -74,6 +74,27 @@ class HFModel(LanguageModel):
         config = self.config.get_text_config()
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
+    def mask_bytes(self, batch_size: int, seq_len: int) -> int:
+        """One mask for each type of layer: torch's attention is given a bool one (seq_len, seq_len) where a window is
+        no longer than the sequence, any other always one (batch_size, seq_len, seq_len) of the weights' dtype."""
+        config = self.config.get_text_config()
+        types = {"full_attention", *_WINDOWED} & set(getattr(config, "layer_types", None) or ())
+        if not hasattr(config, "num_attention_heads"):  # as of Mamba
+            return 0
+        if self.model.config._attn_implementation == "sdpa":
+            return (len(types & _WINDOWED) or 1) * seq_len**2 if self._window(seq_len + 1) else 0
+        return (len(types) or 1) * next(self.parameters()).element_size() * batch_size * seq_len**2
+
+    def _window(self, seq_len: int) -> str:
+        """Which field of the config has attention see less than `seq_len` tokens; empty where none does."""
+        config = self.config.get_text_config()
+        types = set(getattr(config, "layer_types", None) or ())
+        for field in ("sliding_window", "attention_chunk_size"):
+            window = getattr(config, field, None)
+            if window and window < seq_len and (not types or types & _WINDOWED):
+                return field
+        return ""
+
     def check_shared(self, seq_len: int, ranks: int) -> None:
         if why := self._unshared(seq_len, ranks):
             raise ValueError(
@@ -88,10 +109,8 @@ class HFModel(LanguageModel):
             return f"as its tokens meet in more than attention ({', '.join(sorted(types)) or 'it has a state'})"
         if self.model.config._attn_implementation != "sdpa":
             return "as its attention is its own, not torch's scaled_dot_product_attention"
-        for field in ("sliding_window", "attention_chunk_size"):
-            window = getattr(config, field, None)
-            if window and window < seq_len and (not types or types & _WINDOWED):
-                return f"as its {field}={window} is less than train.seq_len={seq_len}: lower that"
+        if field := self._window(seq_len):
+            return f"as its {field}={getattr(config, field)} is less than train.seq_len={seq_len}: lower that"
         for field in ("attention_dropout", "attn_pdrop"):
             if getattr(config, field, None):
                 return f"as its attention drops at random: set model.overrides.{field}=0"
