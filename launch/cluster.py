@@ -45,9 +45,10 @@ def _start(crew: Crew) -> None:
     """Our own cluster on this machine."""
     # A SIGTERM for all our processes (Slurm, systemd, timeout) must reach the driver alone, so that the workers can
     # finish their step: Ray's processes inherit this mask, as they do Ray's own for SIGINT. One that comes meanwhile
-    # waits, and then meets our handler, not Ray's, which ends the driver.
+    # waits, and then meets our handler, not Ray's, which ends the driver. So does Ctrl-C: what a handler raises within
+    # Ray's C code is lost, or ends the process by a segmentation fault.
     handler = signal.getsignal(signal.SIGTERM)
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         with _on_loopback():
             ray.init(
