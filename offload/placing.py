@@ -100,8 +100,8 @@ def _fill_host(shards: Sequence[Shard], limit_bytes: int) -> None:
     for shard in [shard for shard in reversed(speculated) if not shard.on_nvme]:
         before, shard.pingpong = shard.host_bytes, True
         largest = max(passing, shard.passing_bytes)
-        room -= shard.host_bytes - before + outgoing_bytes(largest) - outgoing_bytes(passing)
-        if room < 0:
+        taken = shard.host_bytes - before + outgoing_bytes(largest) - outgoing_bytes(passing)
+        if taken > room:
             shard.pingpong = False
-            return
-        passing = largest
+        else:
+            room, passing = room - taken, largest

@@ -211,8 +211,9 @@ def settle(
         return job, None
     if options.mode != "auto":
         wanted = job.offload.states == "auto" and options.mode in ("swap", "input")
-        counts = where.gather(_counted(job, model, where, dtype)) if wanted else [None]
-        return job, None if None in counts else max(size.device_bytes(options) for size in counts)
+        sizes = _counted(job, model, where, dtype) if wanted else None
+        counts = where.gather(sizes and sizes.device_bytes(options)) if wanted else [None]
+        return job, None if None in counts else max(counts)
     answers = where.gather(_narrowed(job, model, where, dtype, HEADROOM * most))
     if None in answers:
         return job, None

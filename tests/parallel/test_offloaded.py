@@ -95,7 +95,7 @@ def test_where_states_are_changes_no_bit(nvme: dict) -> None:
         nvme | {"weights": "host"},
         nvme | {"host_bytes": 125_000},
         nvme | WEIGHTS,
-        nvme | WEIGHTS | {"host_bytes": 250_000, "update": "speculate", "speculate_share": 1.0},
+        nvme | WEIGHTS | {"host_bytes": 180_000, "update": "speculate", "speculate_share": 1.0},
     ]
     cases = [
         {

@@ -38,7 +38,7 @@ TIERS: dict[str, dict[str, Any]] = {
     "streamed": HOST | {"weights": "host"},
     "speculate": HOST | {"weights": "host", "update": "speculate", "speculate_share": 0.7},
     "nvme": HOST | {"states": "nvme"},
-    "half": HOST | {"states": "nvme", "host_bytes": 1_500_000, "update": "speculate", "speculate_share": 1.0},
+    "half": HOST | {"states": "nvme", "host_bytes": 1_400_000, "update": "speculate", "speculate_share": 1.0},
     "weights": HOST | {"states": "nvme", "weights": "nvme"},
     "half-weights": HOST
     | {"states": "nvme", "weights": "nvme", "host_bytes": 1_700_000, "update": "speculate", "speculate_share": 1.0},
