@@ -4,6 +4,7 @@ A group for each node, not one for all: a node that is lost gives its group back
 Ray notices that a node died after about 14 s; `is_there` asks the node itself, whose port refuses in the same moment.
 """
 
+import errno
 import socket
 import time
 from collections.abc import Callable, Collection
@@ -18,6 +19,8 @@ from launch.checks import Crew
 
 PROBE_S, PROBES = 1.0, 3
 """A node that does not answer to so many connections, within so long each, is not there."""
+_SHORT_HERE = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
+"""What this machine lacks says nothing of another."""
 GRANT_S = 5.0
 """How long a node that seemed free may take to grant its place."""
 POLL_S = 0.25
@@ -142,8 +145,8 @@ def is_there(node: Node) -> bool:
                 return True
         except TimeoutError:
             continue
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno in _SHORT_HERE
     return False
 
 

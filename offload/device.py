@@ -9,6 +9,7 @@ Source: NVML API reference, docs.nvidia.com/deploy/nvml-api.
 """
 
 import logging
+import math
 import re
 import threading
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import psutil
 import torch
 
 log = logging.getLogger(__name__)
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 PEAK_TFLOPS: tuple[tuple[str, float, float, float], ...] = (
     # pattern of the name, then dense TFLOP/s in bf16 (fp32 sums), tf32, fp32; NVIDIA data sheets of each product
@@ -97,15 +98,23 @@ class DeviceReader:
             self._nvml.close()
 
 
-def host_available_bytes(cgroup: Path = CGROUP) -> int:
-    """Memory still to be had without swapping: the machine's, or less where a container (cgroup v2) is limited."""
+def host_available_bytes(root: Path = CGROUP, own: Path = OWN_CGROUP) -> int:
+    """Memory still to be had without swapping: the machine's, or less where a control group (v2) that we are in is
+    limited: a container's, a Slurm job's, one of systemd's."""
     available = int(psutil.virtual_memory().available)
-    limit = cgroup / "memory.max"
+    entries = own.read_text().splitlines() if own.exists() else []
+    path = next((entry.removeprefix("0::/") for entry in entries if entry.startswith("0::/")), "")
+    groups = [root / path, *(root / path).parents]
+    return max(0, min([available, *(_left_bytes(group) for group in groups if group.is_relative_to(root))]))
+
+
+def _left_bytes(group: Path) -> float:
+    limit = group / "memory.max"
     if not limit.exists() or (text := limit.read_text().strip()) == "max":
-        return available
-    stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-    used = int((cgroup / "memory.current").read_text()) - int(stat["inactive_file"])  # page cache is given back
-    return max(0, min(available, int(text) - used))
+        return math.inf
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # page cache is given back
+    return int(text) - used
 
 
 class NvmlSampler:

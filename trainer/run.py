@@ -117,7 +117,7 @@ def run_id(job: Job) -> bytes:
     path = run_path(job) / "run.id"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        fresh = path.with_name(f"run.id.{os.getpid()}")
+        fresh = path.with_name(f"run.id.{os.urandom(8).hex()}")
         fresh.write_text(os.urandom(16).hex())
         try:
             os.link(fresh, path)  # whoever comes first: driver and ranks may ask at the same time

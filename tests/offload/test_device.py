@@ -26,11 +26,27 @@ def test_a_cpu_reads_the_memory_of_this_process() -> None:
     assert 0 < before["host_available_bytes"] <= psutil.virtual_memory().total
 
 
+def limited(group: Path, limit_mib: int, used_mib: int) -> None:
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "memory.max").write_text(f"{limit_mib << 20}\n")
+    (group / "memory.current").write_text(f"{used_mib + 200 << 20}\n")
+    (group / "memory.stat").write_text(f"anon 1\ninactive_file {200 << 20}\n")
+
+
 def test_a_limited_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text(f"{1 << 30}\n")
-    (tmp_path / "memory.current").write_text(f"{700 << 20}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {200 << 20}\n")
-    assert host_available_bytes(tmp_path) == 524 << 20
+    limited(tmp_path, 1024, 500)
+    assert host_available_bytes(tmp_path, tmp_path / "absent") == 524 << 20
+
+
+def test_a_job_has_what_the_least_limit_above_it_leaves(tmp_path: Path) -> None:
+    """Of a Slurm job, say, whose limit is two groups above its task's, in a machine that limits all of them."""
+    limited(tmp_path, 1024, 500)
+    limited(tmp_path / "slurm/job_7", 256, 100)
+    (tmp_path / "slurm/job_7/step_0/task_0").mkdir(parents=True)
+    (own := tmp_path / "own").write_text("4:memory:/other\n0::/slurm/job_7/step_0/task_0\n")
+    assert host_available_bytes(tmp_path, own) == 156 << 20
+    limited(tmp_path, 1024, 900)
+    assert host_available_bytes(tmp_path, own) == 124 << 20
 
 
 def test_an_unlimited_container_has_what_the_machine_has(tmp_path: Path) -> None:
