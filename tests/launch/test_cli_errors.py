@@ -136,6 +136,7 @@ def test_help_into_a_pipe_that_closes(tmp_path: Path) -> None:
 def test_ctrl_c_while_the_config_is_composed(tmp_path: Path) -> None:
     script = (
         "import os, signal, threading; from launch.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's job in the background ignores it
         "threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "main(['train', '--cfg', 'job'])"  # Hydra's import alone takes longer
     )
