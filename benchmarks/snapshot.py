@@ -138,11 +138,14 @@ def nothing(*_: object) -> None:
     pass
 
 
-def num_below(n: int) -> int | None:
-    """How many of the smallest and of the largest of `n` samples lie outside of what holds the true median with at
-    least 95% (order statistics; no distribution is assumed). None: `n` is too few."""
-    tails = [2 * sum(math.comb(n, less) for less in range(below + 1)) / 2**n for below in range(n // 2)]
-    return sum(tail <= 0.05 for tail in tails) - 1 if n >= 6 else None
+def interval(ordered: list[float]) -> list[float] | None:
+    """What holds the true median with at least 95% (order statistics; no distribution is assumed). None: fewer than six
+    samples never do."""
+    n, found = len(ordered), None
+    for below in range(n // 2):  # so many of the smallest and of the largest lie outside
+        if 2 * sum(math.comb(n, less) for less in range(below + 1)) / 2**n <= 0.05:
+            found = [ordered[below], ordered[n - 1 - below]]
+    return found
 
 
 def versus(
@@ -157,10 +160,10 @@ def versus(
             settle()
         rounds.append((found["without"], found["with"]))
     ratios = sorted(without / with_ for without, with_ in rounds)
-    inner = ratios[below : len(ratios) - below] if (below := num_below(len(ratios))) is not None else []
+    holds = interval(ratios)
     return {
         "ratio": round(statistics.median(ratios), 4),
-        "interval": [round(ratio, 4) for ratio in (inner[0], inner[-1])] if inner else None,
+        "interval": holds and [round(ratio, 4) for ratio in holds],
         "ratios": [round(ratio, 4) for ratio in ratios],
         "step_s_without": round(statistics.median(r[0] for r in rounds), 4),
         "step_s_with": round(statistics.median(r[1] for r in rounds), 4),

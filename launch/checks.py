@@ -1,7 +1,7 @@
 """Checks across parts, on the driver, before a worker or a GPU is taken. All raise ValueError."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from checkpoint.options import CheckpointOptions
 from launch.config import Config
 from launch.options import LaunchOptions
-from offload.options import OffloadOptions
 from parallel.options import ParallelOptions
 from trainer.job import Job
 from trainer.options import HFOptions, LlamaOptions
@@ -174,12 +173,19 @@ def _check_slots(mesh: "Mesh", placement: "Placement", transport: "Transport") -
 
 def _check_unread(options: ParallelOptions, quantizes: bool) -> None:
     """What says how to quantize, where nothing is."""
-    for key in () if quantizes else ("exact", "weights_block", "grads_block"):
-        if (value := getattr(options, key)) != getattr(ParallelOptions(), key):
-            raise ValueError(
-                f"parallel.{key}={value} is only read where something is quantized: set parallel.quantize, "
-                f"parallel.weights_format or parallel.grads_format, or leave it out"
-            )
+    if not quantizes:
+        _refuse_set(
+            "parallel", options, ("exact", "weights_block", "grads_block"),
+            "is only read where something is quantized: set parallel.quantize, parallel.weights_format or "
+            "parallel.grads_format, or leave it out",
+        )  # fmt: skip
+
+
+def _refuse_set(section: str, options: Any, keys: Iterable[str], why: str) -> None:
+    """ValueError for the first of `keys` that is not what it is by default."""
+    for key in keys:
+        if (value := getattr(options, key)) != getattr(type(options)(), key):
+            raise ValueError(f"{section}.{key}={value} {why}")
 
 
 def check_quantized(model: "LanguageModel", transport: "Transport", workers: int) -> None:
@@ -312,16 +318,11 @@ def _check_offload(job: Job) -> None:
     if options.activations.swaps and options.nvme_path:
         unread = tuple(key for key in unread if key not in drives)
     for key in unread:
-        value = getattr(options, key)
-        if value != getattr(OffloadOptions(), key):
-            raise ValueError(
-                f"offload.{key}={value} is not read with offload.states={options.states}; leave it out, or choose "
-                f"other offload.states"
-                + (", or offload.activations that swap and offload.nvme_path" if key in drives else "")
-            )
-    share = options.speculate_share
-    if options.update != "speculate" and share != OffloadOptions.speculate_share:
-        raise ValueError(f"offload.speculate_share={share} is only read with offload.update=speculate")
+        _refuse_set(
+            "offload", options, (key,),
+            f"is not read with offload.states={options.states}; leave it out, or choose other offload.states"
+            + (", or offload.activations that swap and offload.nvme_path" if key in drives else ""),
+        )  # fmt: skip
     if options.update == "speculate" and options.states == "nvme" and not options.host_bytes:
         raise ValueError(
             "offload.update=speculate with offload.states=nvme is for the states that offload.host_bytes has room for; "
@@ -345,6 +346,7 @@ def _check_idle(job: Job) -> None:
         ("data", data, ("valid_fraction",), bool(data.valid_paths), "empty data.valid_paths"),
         ("train", train, ("rewinds",), train.on_bad_numbers != "rewind", "train.on_bad_numbers=rewind"),
         ("offload", offload, ("predict",), not offload.away, "other offload.states than none"),
+        ("offload", offload, ("speculate_share",), offload.update != "speculate", "offload.update=speculate"),
         (
             "offload.activations",
             offload.activations,
@@ -361,9 +363,8 @@ def _check_idle(job: Job) -> None:
         ),
     ]
     for section, options, keys, unread, reader in idle:
-        for key in keys if unread else ():
-            if (value := getattr(options, key)) != getattr(type(options)(), key):
-                raise ValueError(f"{section}.{key}={value} is only read with {reader}; leave it out, or set that")
+        if unread:
+            _refuse_set(section, options, keys, f"is only read with {reader}; leave it out, or set that")
 
 
 def _check_files(job: Job) -> None:

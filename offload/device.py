@@ -105,7 +105,7 @@ def host_available_bytes(root: Path = CGROUP, own: Path = OWN_CGROUP) -> int:
     entries = own.read_text().splitlines() if own.exists() else []
     path = next((entry.removeprefix("0::/") for entry in entries if entry.startswith("0::/")), "")
     groups = [root / path, *(root / path).parents]
-    return max(0, min([available, *(_left_bytes(group) for group in groups if group.is_relative_to(root))]))
+    return max(0, int(min([available, *(_left_bytes(group) for group in groups if group.is_relative_to(root))])))
 
 
 def _left_bytes(group: Path) -> float:

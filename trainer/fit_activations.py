@@ -210,9 +210,10 @@ def settle(
     if job.engine != "native" or most is None:
         return job, None
     if options.mode != "auto":
-        wanted = job.offload.states == "auto" and options.mode in ("swap", "input")
-        sizes = _counted(job, model, where, dtype) if wanted else None
-        counts = where.gather(sizes and sizes.device_bytes(options)) if wanted else [None]
+        if job.offload.states != "auto" or options.mode not in ("swap", "input"):
+            return job, None
+        sizes = _counted(job, model, where, dtype)
+        counts = where.gather(sizes and sizes.device_bytes(options))
         return job, None if None in counts else max(counts)
     answers = where.gather(_narrowed(job, model, where, dtype, HEADROOM * most))
     if None in answers:

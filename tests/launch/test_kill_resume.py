@@ -89,7 +89,7 @@ SPECULATE = ["offload.weights=host", "offload.update=speculate", "offload.specul
 @pytest.mark.parametrize(
     ("tier", "more", "kills"),
     [
-        ("nvme", [*SPECULATE[:2], "offload.speculate_share=1.0", "offload.host_bytes=7200000"], 1),
+        ("nvme", [*SPECULATE[:2], "offload.speculate_share=1.0", "offload.host_bytes=6000000"], 1),
         ("host", [], 3),
         ("host", SPECULATE, 3),
         ("nvme", [], 3),
