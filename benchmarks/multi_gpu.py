@@ -332,10 +332,10 @@ def _killed(run: Run, deadline: float) -> dict[str, Any]:
 
 
 def long(
-    ranks: int, root: Path, deadline: float, model: str, first: int, activations: list[str]
+    ranks: int, root: Path, deadline: float, model: str, first: int, activations: list[str], steps: int
 ) -> Iterator[dict[str, Any]]:
     """Sequences over all GPUs, twice as long each time, until one does not fit or there is no time for the next. The
-    second step is timed: the first compiles, and makes host memory for what blocks swap."""
+    last of `steps` is timed: the first compiles, and makes host memory for what blocks swap."""
     seq_len, last_s = first, 0.0
     while time.monotonic() + 3.5 * last_s + 60 < deadline:
         start = time.monotonic()
@@ -344,17 +344,18 @@ def long(
             [
                 f"model={model}", f"launch.workers={ranks}", "launch.device=cuda", "parallel=zero3", "offload=host",
                 f"parallel.levels={{gpu: {ranks}}}", "parallel.sequence=gpu", "offload.predict=false",
-                *(f"offload.activations{each}" for each in activations), f"train.seq_len={seq_len}", "train.steps=2",
-                "train.global_batch_size=1", "train.eval_every_steps=0", "train.sample_tokens=0",
+                *(f"offload.activations{each}" for each in activations), f"train.seq_len={seq_len}",
+                f"train.steps={steps}", "train.global_batch_size=1", "train.eval_every_steps=0",
+                "train.sample_tokens=0",
                 "train.eval_sequences=0", "train.dtype=bf16", "data.valid_fraction=0", "logger.tensorboard=false",
                 "logger.plot=false",
             ],
         )  # fmt: skip
         try:
-            run.wait_for(1, deadline)
+            run.wait_for(steps - 1, deadline)
         except TimeoutError as error:
-            steps = [{key: line[key] for key in ("step", "step_s", "loss")} for line in run.steps()]
-            yield {"name": f"{model} {seq_len} tokens", "failed": str(error)[-700:], "steps": steps}
+            done = [{key: line[key] for key in ("step", "step_s", "loss")} for line in run.steps()]
+            yield {"name": f"{model} {seq_len} tokens", "failed": str(error)[-700:], "steps": done}
             return
         finally:
             if run.process.poll() is None:
@@ -362,8 +363,8 @@ def long(
         last = run.steps()[-1]
         gpu = {key: value for key, value in last.items() if "gpu" in key or "memory" in key}
         yield {
-            "name": f"{model} {seq_len} tokens", "seq": seq_len, "step_s": last["step_s"], "loss": last["loss"],
-            "tokens_per_s_a_gpu": last["tokens_per_s"] / ranks, "mfu": last["mfu"], **gpu,
+            "name": f"{model} {seq_len} tokens", "seq": seq_len, "step": last["step"], "step_s": last["step_s"],
+            "loss": last["loss"], "tokens_per_s_a_gpu": last["tokens_per_s"] / ranks, "mfu": last["mfu"], **gpu,
         }  # fmt: skip
         last_s, seq_len = time.monotonic() - start, 2 * seq_len
 
@@ -449,6 +450,7 @@ def main() -> None:
         "--long-activations", nargs="+", default=["=swap", ".alpha=0", ".keep_last=0"], metavar="OVERRIDE",
         help="of offload.activations",
     )  # fmt: skip
+    parser.add_argument("--long-steps", type=int, default=2, help="of a run; with 1 its time has the compilation in it")
     parser.add_argument("--root", type=Path, default=None, help="folder for the jobs' runs")
     parser.add_argument("--out", default=str(HERE / "results" / "multi_gpu.json"))
     args = parser.parse_args()
@@ -480,7 +482,8 @@ def main() -> None:
         elif section == "kill" and ranks > 1:
             report.add(section, {}, kill(ranks, device, root, deadline))
         elif section == "long" and device == "cuda":
-            for row in long(ranks, root, deadline, args.long[0], int(args.long[1]), args.long_activations):
+            model, first = args.long[0], int(args.long[1])
+            for row in long(ranks, root, deadline, model, first, args.long_activations, args.long_steps):
                 report.add(section, {}, row)
         else:
             print(f"{section}: not on {ranks} x {device}")

@@ -39,7 +39,14 @@ TARGET = 0.8
 """On CUDA: the share of the copy's bandwidth."""
 SMALL = 1 << 22
 """Elements where bits are compared or kernels compiled."""
-TRIED = ((1024, 1, (4, 8, 16)), (2048, 2, (4, 8, 16)), (4096, 2, (8, 16)), (4096, 4, (4, 8, 16)), (8192, 4, (16,)))
+TRIED = (
+    (1024, 1, (4, 8, 16)),
+    (2048, 1, (8, 16)),
+    (2048, 2, (4, 8, 16)),
+    (4096, 2, (8, 16)),
+    (4096, 4, (4, 8, 16)),
+    (8192, 4, (16,)),
+)
 """Tile, warps and vectors."""
 SPLIT = (
     (2048, 1, 8, 2), (2048, 1, 16, 2), (2048, 1, 16, 2, 80), (4096, 2, 16, 2), (4096, 2, 16, 2, 80), (8192, 4, 16, 2)
@@ -213,7 +220,7 @@ def tune(all_cases: list[Case], copy: Callable[[], None], copy_bytes: int, below
     plain = [(tile, warps, vector) for tile, warps, vectors in TRIED for vector in vectors]
     tried = {kind: [*plain, *(SPLIT if kind.startswith("fused") else ())] for kind in kinds}
     started = time.perf_counter()
-    workers = max(1, min(16, (os.cpu_count() or 2) - 2))
+    workers = max(1, min(16, len(os.sched_getaffinity(0)) - 1))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(compile_here, kind, setting, block) for kind in kinds for setting in tried[kind]]
         for job in jobs:
@@ -228,7 +235,7 @@ def tune(all_cases: list[Case], copy: Callable[[], None], copy_bytes: int, below
         found.sort(key=lambda item: item[0], reverse=True)
         kernels.SETTINGS[kind] = kernels.Setting(*found[0][1])
         print(f"{kind}: tile, warps, vector, split, registers; the ratio of each case")
-        for _, setting, rows in found[:6]:
+        for _, setting, rows in found:
             print(f"  {setting!s:16} " + " ".join(f"{ratio:.3f}" for ratio in rows), flush=True)
     print("SETTINGS of this run: " + ", ".join(f'"{kind}": {kernels.SETTINGS[kind]}' for kind in kinds))
 

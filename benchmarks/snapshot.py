@@ -372,6 +372,7 @@ def worker(args: argparse.Namespace, rank: int, port: int) -> None:
             if training.cuda:
                 torch._C._host_emptyCache()  # twice the state, which the next one may need
     dist.barrier()
+    training.engine.close()
     dist.destroy_process_group()
 
 

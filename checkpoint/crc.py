@@ -98,4 +98,4 @@ def _pool(threads: int, niceness: int, process: int) -> HostPool:
 
 def idle_threads() -> int:
     """Of a node's cores, how many the background may take: a quarter, 2 to 4."""
-    return max(2, min(4, (os.cpu_count() or 1) // 4))
+    return max(2, min(4, len(os.sched_getaffinity(0)) // 4))

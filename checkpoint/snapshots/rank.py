@@ -519,7 +519,7 @@ class Snapshots:
             return 1.0
         cost_s = sum(self.stats.stall_s[-5:]) / len(self.stats.stall_s[-5:])
         if not torch.cuda.is_available():  # training and snapshots share the cores
-            cores = os.cpu_count() or 1
+            cores = len(os.sched_getaffinity(0))
             cost_s += (self.stats.copy_s[-1] if self.stats.copy_s else 0.0) / cores
             cost_s += self.stats.node_s.get("cpu", 0.0) / cores
         return float(np.ceil(cost_s / (COST * self._step_s)))
