@@ -110,6 +110,11 @@ def memory_rows(numel: int, rounds: int, threads: int | None) -> list[dict[str, 
             "copy, each array at a page": (24 * numel, lambda: copy_all(paged_copies)),
             "torch copy": (24 * numel, lambda: [into.copy_(source) for into, source in copies]),
             "adamw in place": (28 * numel, lambda: adamw(*state, grad, weight, updates=3, pool=pool, **HYPER)),
+            "adamw, the weight alone": (
+                16 * numel,
+                lambda: adamw(*state, grad, weight, updates=3, weight_alone=True, pool=pool, **HYPER),
+            ),
+            "adamw, the states alone": (26 * numel, lambda: adamw(*state, grad, None, updates=3, pool=pool, **HYPER)),
             "adamw ping-pong": (
                 28 * numel,
                 lambda: adamw(*state, grad, weight, updates=3, out=beside, pool=pool, **HYPER),

@@ -63,10 +63,10 @@ def baseline(name: str, case: str, *, cap: float, clip: float, steps: int, nvme:
 
 def options(name: str, nvme: str) -> dict[str, Any] | None:
     """Options of ours by name: ``TIER[+GiB on the GPU][/GiB in host memory][~share speculated on][@threads]
-    [%ACTIVATIONS[:alpha[:blocks kept last]]][^tokens a tile]``; None for another's name. Without activations blocks are
-    checkpointed; only swap takes an alpha, so ``%input::0`` keeps no block."""
+    [%ACTIVATIONS[:alpha[:blocks kept last]]][^tokens a tile]``; None for another's name. ``~first`` updates weights
+    first. Without activations blocks are checkpointed; only swap takes an alpha, so ``%input::0`` keeps no block."""
     found = re.fullmatch(
-        r"([a-z-]+)(?:\+([\d.]+))?(?:/([\d.]+))?(?:~([\d.]+))?(?:@(\d+))?"
+        r"([a-z-]+)(?:\+([\d.]+))?(?:/([\d.]+))?(?:~([\d.]+|first))?(?:@(\d+))?"
         r"(?:%([a-z_]+)(?::([\d.]*)(?::(\d+))?)?)?(?:\^(\d+))?",
         name,
     )
@@ -85,7 +85,9 @@ def options(name: str, nvme: str) -> dict[str, Any] | None:
         chosen["gpu_bytes"] = int(float(gpu) * 2**30)
     if host:
         chosen["host_bytes"] = int(float(host) * 2**30)
-    if share:
+    if share == "first":
+        chosen["update"] = "weights_first"
+    elif share:
         chosen |= {"update": "speculate", "speculate_share": float(share)}
     if threads:
         chosen["threads"] = int(threads)

@@ -13,6 +13,9 @@ memory (ping-pong) would move 40 bytes a parameter instead of 28. Streaming stor
 They are used where a destination is not also a source and begins a cache line (64 bytes): for all of an out-of-place
 update, and for the weight also in place.
 
+[Note: the weight alone] The new weight can be made without the new states, which are left to a second pass: 16 bytes a
+parameter now (bf16 gradient 2, master 4, exp_avg 4, exp_avg_sq 4, bf16 weight 2) and 26 later, of the same bits.
+
 Threads: see `offload/hostpool.py`. Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; the order of
 operations is that of `parallel/kernels.py`, with 1 - beta taken in double precision as torch does.
 """
@@ -42,7 +45,7 @@ class _Update(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("new_master", "new_exp_avg", "new_exp_avg_sq", "weight")),
         ("numel", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("scale", "rest1", "beta2", "rest2", "eps", "decay", "step_size", "root")),
-        *((name, ctypes.c_int32) for name in ("grad_type", "weight_type", "stream_state")),
+        *((name, ctypes.c_int32) for name in ("grad_type", "weight_type", "stream_state", "weight_alone")),
     ]
 
 
@@ -83,14 +86,16 @@ def adamw(
     weight_decay: float,
     updates: int,
     out: State | None = None,
+    weight_alone: bool = False,
     pool: HostPool,
 ) -> None:
     """One AdamW update of 1-D CPU tensors of n elements.
 
     master, exp_avg, exp_avg_sq: fp32. grad: bf16 or fp32, is multiplied by `scale` first. weight: None, or where the
     new weights go, bf16 (rounded to nearest even) or fp32; may be `grad` itself. updates: how many there were, this
-    one included. out: where the new master and moments go; None: in place. A non-finite gradient is not looked for:
-    that is what `sum_of_squares` is for.
+    one included. out: where the new master and moments go; None: in place. weight_alone: they go nowhere, only
+    `weight` is written, which is not `grad` then. A non-finite gradient is not looked for: that is what
+    `sum_of_squares` is for.
     Raises ValueError for a tensor of another kind, or where `out` overlaps in part with what is read.
     """
     state = (master, exp_avg, exp_avg_sq)
@@ -98,19 +103,22 @@ def adamw(
     _check(master.numel(), {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, (torch.float32,))
     _check(master.numel(), dict(zip(("out[0]", "out[1]", "out[2]"), new, strict=True)), (torch.float32,))
     _check(master.numel(), {"grad": grad} if weight is None else {"grad": grad, "weight": weight}, tuple(_TYPES))
-    written = [*new] if weight is None else [*new, weight]
-    _check_overlap([*state, grad], written)
+    written = [*(() if weight_alone else new), *(() if weight is None else (weight,))]
+    _check_overlap([*state, grad], written, same_allowed=not weight_alone)
+    if weight_alone and (weight is None or out is not None):
+        raise ValueError("weight_alone writes `weight` and no states: give a weight, and no `out`")
     if updates < 1:
         raise ValueError(f"updates={updates}: the first update is number 1")
     values = (scale, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, lr / (1 - beta1**updates))
     root = math.sqrt(1 - beta2**updates)
     if not pool.native:
-        _torch_adamw(state, grad, weight, new, *(_as_fp32(value) for value in (*values, root)))
+        _torch_adamw(state, grad, weight, () if weight_alone else new, *map(_as_fp32, (*values, root)))
         return
     pointers = [t.data_ptr() for t in (*state, grad, *new)] + [None if weight is None else weight.data_ptr()]
     weight_type = 0 if weight is None else _TYPES[weight.dtype]
     stream = all(target.data_ptr() != source.data_ptr() for target, source in zip(new, state, strict=True))
-    arguments = _Update(*pointers, master.numel(), *values, root, _TYPES[grad.dtype], weight_type, stream)
+    types = _TYPES[grad.dtype], weight_type
+    arguments = _Update(*pointers, master.numel(), *values, root, *types, stream, weight_alone)
     pool.call("adamw", arguments)
 
 
@@ -154,7 +162,7 @@ def copy(into: Tensor, source: Tensor, *, pool: HostPool) -> None:
 
 
 def _torch_adamw(
-    state: State, grad: Tensor, weight: Tensor | None, new: State,
+    state: State, grad: Tensor, weight: Tensor | None, new: State | tuple[()],
     scale: float, rest1: float, beta2: float, rest2: float, eps: float, decay: float, step_size: float, root: float,
 ) -> None:  # fmt: skip
     """The C code's operations, one by one: no `lerp`, `addcmul` or `alpha`, which torch may fuse."""
@@ -165,8 +173,9 @@ def _torch_adamw(
         square_root = torch.from_numpy(np.sqrt(exp_avg_sq.numpy()))  # torch's, from MKL, is not always the nearest
         denominator = square_root / torch.tensor(root) + eps  # by a number, torch might multiply by its inverse
         master = state[0][part] * decay - exp_avg / denominator * step_size
-        for target, values in zip(new, (master, exp_avg, exp_avg_sq), strict=True):
-            target[part] = values
+        if new:
+            for target, values in zip(new, (master, exp_avg, exp_avg_sq), strict=True):
+                target[part] = values
         if weight is not None:
             weight[part] = master
 

@@ -1,8 +1,9 @@
 """``offload.states=auto``: what lives where, so that a step is the shortest that fits into the memory there is.
 
-Every tier, with the weights on the device, streamed, or on drives beside their states, and a grid of shares to
-speculate on, is a candidate; each keeps as much on the device as there is room for. Of those within 1% of the shortest
-step the one that wears the drives least is taken, and of these the one that needs the least host memory.
+Every tier, with the weights on the device, streamed, or on drives beside their states, and updated just in time,
+weights first or with one of a grid of shares to speculate on, is a candidate; each keeps as much on the device as there
+is room for. Of those within 1% of the shortest step the one that wears the drives least is taken, and of these the one
+that needs the least host memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,8 @@ from offload.options import OffloadOptions
 from offload.placing import Part, place
 from offload.shard import LEAVING
 
-SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Of what is away, how much is speculated on; 0: all is updated just in time."""
+SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
+"""Of what is away, how much is speculated on."""
 HEADROOM = 0.96
 """The part of the device's memory that is planned with: the rest is the allocator's and the driver's."""
 GIB = 2**30
@@ -125,16 +126,12 @@ def _candidates(layers: Sequence[Layer], options: OffloadOptions, room: MemoryBu
     for states in tiers:
         host_bytes = int(room.host_bytes) if states == "nvme" else options.host_bytes
         for weights in ("device", "host", *(["nvme"] if states == "nvme" and slots_can_follow else [])):
+            placed = replace(options, states=states, weights=weights, host_bytes=host_bytes, device_bytes=None)
+            yield placed
+            if states == "host":
+                yield replace(placed, update="weights_first")
             for share in SHARES:
-                yield replace(
-                    options,
-                    states=states,
-                    weights=weights,
-                    update="speculate" if share else "just_in_time",
-                    speculate_share=share or OffloadOptions.speculate_share,
-                    host_bytes=host_bytes,
-                    device_bytes=None,
-                )
+                yield replace(placed, update="speculate", speculate_share=share)
 
 
 def _fill_device(
@@ -177,6 +174,8 @@ def overrides(options: OffloadOptions) -> str:
         said.append(f"offload.gpu_bytes={options.gpu_bytes}")
     if options.update == "speculate":
         said.append(f"offload.update=speculate offload.speculate_share={options.speculate_share:g}")
+    elif options.update != OffloadOptions.update:
+        said.append(f"offload.update={options.update}")
     if options.states == "nvme":
         said.append(f"offload.host_bytes={options.host_bytes}")
     return " ".join(said)

@@ -33,6 +33,10 @@ class Rates:
     """Parameters/s of the CPU optimizer, in place."""
     pingpong: float
     """The same into a second copy of the states."""
+    weights: float
+    """The same of new weights alone, the states left as they are."""
+    states: float
+    """The same of new states alone, in place."""
     resident: float
     """Parameters/s of the optimizer on the device."""
     into: float
@@ -45,7 +49,7 @@ class Rates:
     """Part of what the device computes with that an update takes from it: on a CPU its threads over the cores."""
 
     def __post_init__(self) -> None:
-        for name in ("update", "pingpong", "resident", "into", "out"):
+        for name in ("update", "pingpong", "weights", "states", "resident", "into", "out"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"a machine's rate {name}={getattr(self, name)}: must be above 0")
 
@@ -163,6 +167,7 @@ class _Play:
         self._device = self._into = self._out = self._host = self._drives = self._known = self._before = 0.0
         self._asked: dict[int, float] = {}  # when the weights of layers that were asked for have been loaded
         self._arrived: dict[Shard, float] = dict.fromkeys(self.shards, 0.0)
+        self._behind: dict[Shard, float] = {}  # when the new states of those updated weights first are made
         self._stands: dict[Shard, float] = {}
         before = 0.0
         for _ in range(STEPS):
@@ -186,6 +191,9 @@ class _Play:
     def _step(self, clipped: bool) -> None:
         ready = [self._update(i) for i in range(len(self._layers))]
         self._stands = {}
+        for shard in reversed(self.shards):
+            if shard.weights_first:
+                self._behind[shard] = self._work(shard.numel / self._rates.states)
         order, last = range(len(self._layers)), self._micro_batches - 1
         for micro in range(self._micro_batches):
             begin = self._device, self.busy.copy(), self.waits.copy(), self.moved.copy()
@@ -228,10 +236,9 @@ class _Play:
                 ready = max(ready, self._stands[shard])
                 continue
             start = max(self._host, self._known, self._arrived[shard])
-            seconds_ = shard.numel / self._rates.update
+            seconds_ = shard.numel / (self._rates.weights if shard.weights_first else self._rates.update)
             cause = OUT if start - max(self._host, self._known) > seconds_ else HOST
-            self.busy[HOST] += seconds_
-            self._host = start + seconds_
+            self._work(seconds_, start)
             if shard.on_nvme:
                 stored = self._pass(start, read=shard.nvme_bytes, written=shard.nvme_bytes)
                 cause = DRIVE if stored > self._host else HOST
@@ -240,6 +247,12 @@ class _Play:
         if self._loaded[i]:
             ready, cause = self._pass(self._host, read=self._loaded[i]), DRIVE
         return ready, cause
+
+    def _work(self, taken_s: float, start: float = 0.0) -> float:
+        """When the thread is through with an update that it may begin at `start`."""
+        self._host = max(self._host, start) + taken_s
+        self.busy[HOST] += taken_s
+        return self._host
 
     def _pass(self, start: float, *, read: int = 0, written: int = 0) -> float:
         """When the drives are through with what was asked of them at `start`."""
@@ -260,8 +273,7 @@ class _Play:
         """Speculation, in what is left of the backward once the gradient is there."""
         start = max(self._host, self._arrived[shard])
         if shard.pingpong and start < self._known:
-            self._host = start + shard.numel / self._rates.pingpong
-            self.busy[HOST] += shard.numel / self._rates.pingpong
+            self._work(shard.numel / self._rates.pingpong, start)
             self._stands[shard] = self._send(shard)
 
     def _send(self, shard: Shard) -> float:
@@ -292,6 +304,10 @@ class _Play:
     def _leave(self, shard: Shard) -> None:
         size_bytes = shard.numel * shard.dtype.itemsize
         taken_s = size_bytes / self._rates.out
+        waited_s = self._behind.get(shard, 0.0) - self._device
+        if waited_s > 0:  # whoever issues the device's work waits
+            self.waits[HOST] += waited_s
+            self._device += waited_s
         self._out = max(self._out, self._device) + taken_s
         self._arrived[shard] = self._out
         self.busy[OUT] += taken_s

@@ -40,17 +40,16 @@ def measure(
     """
     sample = _sample(parts, SAMPLE)
     with HostPool(threads) as pool:
-        update, pingpong, into, out = _host_rates(sample, device, pool)
+        updates, link = _host_rates(sample, device, pool)
         drive = None
         if options.nvme_path and options.states in ("nvme", "auto"):
             most = min(8 * CHUNK, int(nvme_bytes / 12))
             drive = _drive_rate(_sample(parts, max(BLOCK, most)), options, device, pool)
     cores = len(os.sched_getaffinity(0))
     return Rates(
-        update=update,
-        pingpong=pingpong,
-        into=into,
-        out=out,
+        **updates,
+        into=link[0],
+        out=link[1],
         resident=_resident_rate(device),
         drive=drive,
         shared=min(1.0, threads / cores) if device.type == "cpu" else 0.0,
@@ -68,25 +67,28 @@ def _sample(parts: Sequence[Part], most: int) -> list[Part]:
     return taken
 
 
-def _host_rates(parts: Sequence[Part], device: torch.device, pool: HostPool) -> tuple[float, float, float, float]:
-    """Parameters/s in place and ping-pong; bytes/s into the device and out of it."""
-    shards = [Shard(numel=p.numel, dtype=p.slot_dtype, on_nvme=False, pingpong=True) for p in parts]
+def _host_rates(
+    parts: Sequence[Part], device: torch.device, pool: HostPool
+) -> tuple[dict[str, float], tuple[float, float]]:
+    """Parameters/s by the names of `Rates`; bytes/s into the device and out of it."""
+    shards = [Shard(numel=p.numel, dtype=p.slot_dtype, on_nvme=False, pingpong=True, stays=True) for p in parts]
     register = device if device.type == "cuda" else None
     with Arena(host_bytes(shards), register=register, pool=pool) as arena:
         arrays = [arena.take_together(shard.numel, shard.dtypes) for shard in shards]
 
-        def update(twice: bool) -> None:
-            for *states, slot in arrays:
-                out = (states[3], states[4], states[5]) if twice else None
+        def update(what: str) -> None:
+            for *states, apart, slot in arrays:
+                out = (states[3], states[4], states[5]) if what == "pingpong" else None
                 adamw(
-                    states[0], states[1], states[2], slot, slot, lr=1e-4, beta1=_ADAMW.beta1, beta2=_ADAMW.beta2,
-                    eps=_ADAMW.eps, weight_decay=0.0, updates=1, out=out, pool=pool,
+                    states[0], states[1], states[2], slot, {"states": None, "weights": apart}.get(what, slot), lr=1e-4,
+                    beta1=_ADAMW.beta1, beta2=_ADAMW.beta2, eps=_ADAMW.eps, weight_decay=0.0, updates=1, out=out,
+                    weight_alone=what == "weights", pool=pool,
                 )  # fmt: skip
 
-        numel = sum(shard.numel for shard in shards)
-        rates = [numel / _fastest_s(partial(update, twice)) for twice in (False, True)]
+        numel, ways = sum(shard.numel for shard in shards), ("update", "pingpong", "weights", "states")
+        rates = {what: numel / _fastest_s(partial(update, what)) for what in ways}
         memory = max((states[0] for states in arrays), key=lambda tensor: tensor.nbytes).view(torch.uint8)
-        return rates[0], rates[1], *_link_rates(memory[:LINK_BYTES], device)
+        return rates, _link_rates(memory[:LINK_BYTES], device)
 
 
 def _link_rates(host: Tensor, device: torch.device) -> tuple[float, float]:

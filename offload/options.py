@@ -7,7 +7,7 @@ STREAM_TOKENS = 32768
 """Of a tile where none are given: kernels work well on so many, and what is inside a block of them takes a few GB."""
 STATES = ("none", "host", "nvme", "auto")
 WEIGHTS = ("device", "host", "nvme")
-UPDATES = ("just_in_time", "speculate")
+UPDATES = ("just_in_time", "weights_first", "speculate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +97,10 @@ class OffloadOptions:
     worker), and weights that are not quantized. Weights that do not train stay in host memory."""
     update: str = "just_in_time"
     """When states in host memory are updated: ``just_in_time``, once the gradient norm is known, beside the next
-    forward; or ``speculate``: those of `speculate_share` beside the backward, and again where the norm then asks for
-    clipping. The same bits."""
+    forward; ``weights_first``: likewise, but of the states the forward waits only for what the new weights are made
+    from, and the states are written beside the backward, 14 bytes more read and 2 more held a parameter; or
+    ``speculate``: those of `speculate_share` beside the backward, and again where the norm then asks for clipping. The
+    same bits."""
     speculate_share: float = 0.6
     """Of the parameters whose states are away, the share that is speculated on, from those that run last: 12 bytes each
     more (14 with ``weights=host``). The others are updated just in time."""
@@ -148,6 +150,9 @@ class OffloadOptions:
             )
         if self.update == "speculate" and self.states == "none":
             raise ValueError("offload.update=speculate needs offload.states=host, or nvme, for the part in host memory")
+        if self.update == "weights_first" and self.states not in ("host", "auto"):
+            why = "nothing is updated away" if self.states == "none" else "each update would load states twice"
+            raise ValueError(f"offload.update=weights_first needs offload.states=host: with {self.states} {why}")
         if not 0 <= self.speculate_share <= 1:
             raise ValueError(f"offload.speculate_share={self.speculate_share}: must be from 0 to 1")
         if self.states == "nvme" and not self.nvme_path:

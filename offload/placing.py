@@ -20,6 +20,10 @@ NOT_SPECULATED = (
     "offload.update=speculate: nothing is speculated on, as states are on drives, weights are packed after their "
     "update (parallel.quantize), or offload.speculate_share is less than a unit"
 )
+NOT_WEIGHTS_FIRST = (
+    "offload.update=weights_first: all is updated just in time, as no states are away, or weights are packed after "
+    "their update (parallel.quantize)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,7 @@ def place(parts: Sequence[Part], options: OffloadOptions, *, extra_bytes: int = 
     shards = [
         Shard(
             numel=p.numel, dtype=p.slot_dtype, on_nvme=options.states == "nvme", pingpong=doubles, stays=streams,
+            weights_first=options.update == "weights_first" and _made_apart(p, options),
             slot_follows=options.weights == "nvme",
         )
         for p, doubles in zip(away, speculated, strict=True)
@@ -78,8 +83,13 @@ def _speculated(away: Sequence[Part], options: OffloadOptions) -> list[bool]:
             room -= away[i].numel
             if room < 0:
                 break
-            chosen[i] = away[i].slot_is_shard if options.streams_weights else away[i].weights_direct
+            chosen[i] = _made_apart(away[i], options)
     return chosen
+
+
+def _made_apart(part: Part, options: OffloadOptions) -> bool:
+    """Whether new weights may be made beside the gradient."""
+    return part.slot_is_shard if options.streams_weights else part.weights_direct
 
 
 def _fill_host(shards: Sequence[Shard], limit_bytes: int) -> None:

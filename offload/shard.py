@@ -27,7 +27,7 @@ NEIGHBOURS = 2
 """Shards whose slots have room in host memory on their way to drives, and as many on their way back: one is copied
 while the other is stored or loaded."""
 OUTGOING = 3
-"""Buffers for weights of ping-pong shards on their way to the device."""
+"""Buffers for weights on their way to the device, of shards that keep the gradient."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class Update:
 
     def __init__(self) -> None:
         self.answer: Future[torch.cuda.Event | None] = Future()
+        """The weights are there, after the event where they go to a GPU."""
+        self.states: Future[None] = Future()
+        """The new states are there too."""
 
     def finish(self) -> None:
         """Let what the caller does next, on its current stream, see the new weights. Raises what went wrong."""
@@ -71,6 +74,8 @@ class Shard:
     on_nvme: bool
     pingpong: bool = False
     """Whether the states are there twice, in host memory."""
+    weights_first: bool = False
+    """Whether an update makes the weights and leaves the states, in host memory, for later."""
     stays: bool = False
     """Whether the weights have no `target`: they are used from where the update leaves them."""
     slot_follows: bool = False
@@ -85,6 +90,8 @@ class Shard:
     """Its own memory for states: two where they are speculated on, none on NVMe."""
     state: State = field(init=False)
     """The current version: in a home, or where snapshots gave it room."""
+    behind: Future[None] | None = None
+    """Until when the gradient in the slot is still wanted: the new states are to be made from it."""
     made: tuple[Terms, State] | None = None
     """By which terms the next version was made from the gradient in the slot, and where."""
     place: int = 0
@@ -104,9 +111,14 @@ class Shard:
         return self.slot if self.apart is None else self.apart
 
     @property
+    def keeps_gradient(self) -> bool:
+        """Whether new weights do not take the gradient's place."""
+        return self.pingpong or self.weights_first
+
+    @property
     def dtypes(self) -> list[torch.dtype]:
         """Of the arrays that a shard in host memory has, the slot last."""
-        weights = 2 if self.pingpong and self.stays else 1
+        weights = 2 if self.keeps_gradient and self.stays else 1
         return [torch.float32] * (6 if self.pingpong else 3) + [self.dtype] * weights
 
     @property
@@ -129,7 +141,7 @@ class Shard:
     @property
     def passing_bytes(self) -> int:
         """Of weights that pass through host memory to the device apart from the slot."""
-        return self.numel * self.dtype.itemsize if self.pingpong and not self.stays else 0
+        return self.numel * self.dtype.itemsize if self.keeps_gradient and not self.stays else 0
 
     def chunks(self) -> "Iterator[Chunk]":
         """In their order, of a shard on NVMe."""

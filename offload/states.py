@@ -21,6 +21,13 @@ the factor is known is made just in time too. After a clipped step the next one 
 vain takes bandwidth. It pays for shards whose gradients come early; the others, which the next forward asks for first,
 need no second copy: updated in place, they take their turn while the next forward runs.
 
+[Note: weights first] What the next forward waits for is the weights alone. A shard that is updated weights first has
+them made from its states and the gradient, 16 bytes a parameter instead of 28, and when all shards' weights are on
+their way the states follow, 26 bytes, from the last shard on, whose gradient comes first: beside the device's work,
+clipped or not, since the factor is known by then. Until its states are made the gradient stays in the slot, so the
+weights have a place of their own, and whoever brings the next gradient waits (`Shard.behind`). Both passes do the same
+operations on the same numbers.
+
 [Note: the other version] Snapshots keep versions of the state in shared memory. Where they have room for the next one,
 an update reads the states where they are and writes them there, which takes the bytes of an update in place, and no
 copy is made later. The version before is not touched from then on: it is the snapshot. Where there is no room, as no
@@ -47,10 +54,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +93,10 @@ class _Batch:
     """See `Movable`."""
     over: threading.Event = field(default_factory=threading.Event)
     """What it stores is there, and the ring whole, which a walk needs."""
+
+    @property
+    def answers(self) -> Iterator[Future[Any]]:
+        return (future for *_, update in self.work for future in (update.answer, update.states))
 
 
 class AwayStates:
@@ -127,7 +140,7 @@ class AwayStates:
         self._began: tuple[float, int] | None = None
         """When the first update was asked for, and the bytes that had been written to drives."""
         self.update_s = 0.0
-        """Seconds that the last updates took, from when their gradients and the factor were known."""
+        """Seconds until the last updates' weights were there, from when their gradients and the factor were known."""
         self._movable = Movable(extents=())
         self._moving: dict[Shard, int] = {}
         """With the number of their first extent."""
@@ -182,7 +195,7 @@ class AwayStates:
                 shard.slot = self.arena.take(shard.numel, shard.dtype)
             else:
                 *states, shard.slot = self.arena.take_together(shard.numel, shard.dtypes)
-                if shard.pingpong and shard.stays:
+                if shard.keeps_gradient and shard.stays:
                     shard.apart = states.pop()
                 shard.homes = [(a, b, c) for a, b, c in zip(states[::3], states[1::3], states[2::3], strict=True)]
                 shard.state = shard.homes[0]
@@ -211,6 +224,9 @@ class AwayStates:
     def take(self, shard: Shard, grad: Tensor) -> None:
         """Start moving a gradient (numel, on the device) into the shard's slot; the caller lets go of it. The shard's
         last update has been finished. See [Note: gradients on their way]."""
+        if shard.behind is not None:
+            shard.behind.result()
+            shard.behind = None
         if self._out is None:
             self._land(shard, grad)
             return
@@ -275,6 +291,8 @@ class AwayStates:
             scale, known = host, torch.cuda.current_stream().record_event()
         answers = [Update() for _ in work]
         batch = [(shard, terms, answer) for (shard, terms), answer in zip(work, answers, strict=True)]
+        for shard, _, answer in batch:
+            shard.behind = answer.states if shard.weights_first else None
         self._known, self._submitted = known, True
         self._last = _Batch(work=batch, scale=scale, known=known, room=room)
         self._batches.put(self._last)
@@ -286,8 +304,8 @@ class AwayStates:
         last = self._last
         if last is None:
             return
-        for *_, update in last.work:
-            update.answer.result()
+        for answer in last.answers:
+            answer.result()
         last.over.wait()
         if self._last is last:
             self._last = None
@@ -315,15 +333,14 @@ class AwayStates:
                 except BaseException as error:
                     failed = failed or error
                 continue
-            answers = deque(answer for *_, answer in item.work)
             try:
                 if failed is not None:
                     raise failed
-                for event in self._update(item):
-                    answers.popleft().answer.set_result(event)
+                self._update(item)
             except BaseException as error:
-                for answer in answers:
-                    answer.answer.set_exception(error)
+                for answer in item.answers:
+                    if not answer.done():
+                        answer.set_exception(error)
             item.over.set()
 
     def _guess(self, shard: Shard, terms: Terms) -> None:
@@ -331,7 +348,7 @@ class AwayStates:
             return
         self._await_gradient(shard)
         out = self._place(shard, self._movable.room(False), apart=True)
-        self._make(shard, terms, out)
+        self._make(shard, terms, 1.0, out)
         shard.made = terms, out
 
     def _place(self, shard: Shard, room: Destination | None, *, apart: bool = False) -> State:
@@ -346,67 +363,93 @@ class AwayStates:
             places = [place for place in places if place[0].data_ptr() != here]
         return shard.state if places[0][0].data_ptr() == here else places[0]
 
-    def _update(self, batch: _Batch) -> Iterator[torch.cuda.Event | None]:
-        """Update the shards of a batch; yields each one's event."""
+    def _update(self, batch: _Batch) -> None:
+        """Update the shards of a batch and answer each."""
         with self._through_ring([shard for shard, *_ in batch.work], write=True) as walk:
             if batch.known is not None:
                 batch.known.synchronize()
             scale = 1.0 if batch.scale is None else float(batch.scale)
             self._clipped = scale != 1.0
             start_s = time.perf_counter()
-            for shard, terms, _ in batch.work:
+            for shard, terms, update in batch.work:
                 self._await_gradient(shard)
-                made, shard.made = shard.made, None
-                if made is not None and scale == 1.0 and made[0] == terms:
-                    self.hits += 1
-                    shard.state = made[1]
-                    yield shard.left
-                    continue
-                if shard.left is not None:  # of a guess, whose weights must not arrive after these
-                    shard.left.synchronize()
-                if shard.on_nvme:
-                    assert walk is not None
-                    for start, state, weight in walk.through(shard):
-                        self._step(terms, scale, start, state, weight, state, weight)
-                else:
+                event = self._renew(shard, terms, scale, batch.room, walk)
+                if not shard.weights_first:
+                    update.states.set_result(None)
+                update.answer.set_result(event)
+            self.update_s = time.perf_counter() - start_s
+            for shard, terms, update in reversed(batch.work):
+                if shard.weights_first:
                     out = self._place(shard, batch.room)
-                    self._step(terms, scale, 0, shard.state, shard.slot, out, shard.weight)
+                    self._step(terms, scale, 0, shard.state, shard.slot, out, None)
                     shard.state = out
-                yield self._send(shard)
-        self.update_s = time.perf_counter() - start_s
+                    update.states.set_result(None)
+
+    def _renew(
+        self, shard: Shard, terms: Terms, scale: float, room: Destination | None, walk: Walk | None
+    ) -> torch.cuda.Event | None:
+        """Have the new weights of a shard made and sent; its states too, if it is not updated weights first."""
+        made, shard.made = shard.made, None
+        if made is not None and scale == 1.0 and made[0] == terms:
+            self.hits += 1
+            shard.state = made[1]
+            return shard.left
+        if shard.left is not None:  # of a guess, whose weights must not arrive after these
+            shard.left.synchronize()
+        if shard.weights_first:
+            return self._make(shard, terms, scale, None)
+        if shard.on_nvme:
+            assert walk is not None
+            for start, state, weight in walk.through(shard):
+                self._step(terms, scale, start, state, weight, state, weight)
+        else:
+            out = self._place(shard, room)
+            self._step(terms, scale, 0, shard.state, shard.slot, out, shard.weight)
+            shard.state = out
+        return self._send(shard)
 
     @staticmethod
     def _await_gradient(shard: Shard) -> None:
         if shard.arrived is not None:
             shard.arrived.synchronize()
 
-    def _make(self, shard: Shard, terms: Terms, out: State) -> None:
-        """Make a next version of the states from the current one, and send the weights."""
+    def _make(self, shard: Shard, terms: Terms, scale: float, out: State | None) -> torch.cuda.Event | None:
+        """Make a next version of the states from the current one, or with None only the weights, and send these."""
         if shard.apart is not None:
-            self._step(terms, 1.0, 0, shard.state, shard.slot, out, shard.apart)
-            return
+            self._step(terms, scale, 0, shard.state, shard.slot, out, shard.apart)
+            return None
         buffer, used = self._outgoing.popleft()
         if used is not None:
             used.synchronize()
         weight = buffer[: shard.numel * shard.dtype.itemsize].view(shard.dtype)
-        self._step(terms, 1.0, 0, shard.state, shard.slot, out, weight)
-        self._outgoing.append((buffer, self._bring(shard, weight)))
+        self._step(terms, scale, 0, shard.state, shard.slot, out, weight)
+        event = self._bring(shard, weight)
+        self._outgoing.append((buffer, event))
+        return event
 
     def _step(
-        self, terms: Terms, scale: float, start: int, state: State, grad: Tensor, out: State, weight: Tensor
+        self,
+        terms: Terms,
+        scale: float,
+        start: int,
+        state: State,
+        grad: Tensor,
+        out: State | None,
+        weight: Tensor | None,
     ) -> None:
         """Update `state` by `grad` into `out`, and its weights into `weight`: n elements each, from element `start` of
-        their shard on."""
+        their shard on. Without `out` or `weight` only the other is made."""
         stop, place = start + state[0].numel(), start
 
         def keep(low: int, high: int) -> None:
             """Elements that get no update."""
             if low < high:
                 part = slice(low - start, high - start)
-                for target, source in zip(out, state, strict=True):
+                for target, source in zip(out or (), state, strict=bool(out)):
                     if target is not source:
                         target[part] = source[part]
-                weight[part] = state[0][part]
+                if weight is not None:
+                    weight[part] = state[0][part]
 
         for run in terms.runs:
             low, high = max(start, run.start), min(stop, run.stop)
@@ -420,7 +463,7 @@ class AwayStates:
                 exp_avg[part],
                 exp_avg_sq[part],
                 grad[part],
-                weight[part],
+                None if weight is None else weight[part],
                 scale=scale,
                 lr=terms.lr,
                 beta1=self._adamw.beta1,
@@ -428,7 +471,8 @@ class AwayStates:
                 eps=self._adamw.eps,
                 weight_decay=self._adamw.weight_decay if run.decays else 0.0,
                 updates=terms.updates,
-                out=None if out is state else (out[0][part], out[1][part], out[2][part]),
+                out=None if out is None or out is state else (out[0][part], out[1][part], out[2][part]),
+                weight_alone=out is None,
                 pool=self.pool,
             )
         keep(place, stop)

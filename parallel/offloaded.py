@@ -174,10 +174,10 @@ class Offloader:
             return Movable(extents=())
         return self._states.movable(flat.away for flat in self.flats if flat.away and flat.states_are_own)
 
-    @property
-    def speculates(self) -> bool:
-        """Whether any states are there twice."""
-        return any(flat.away is not None and flat.away.pingpong for flat in self.flats)
+    def updates(self, update: str) -> bool:
+        """Whether any states are updated so, one of `offload.options.UPDATES` but just in time."""
+        shards = [flat.away for flat in self.flats if flat.away]
+        return any(shard.pingpong if update == "speculate" else shard.weights_first for shard in shards)
 
     def bytes(self) -> dict[str, int]:
         """What is held in host memory and on NVMe."""

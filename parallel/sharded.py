@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.activations import Activations
 from offload.options import OffloadOptions
-from offload.placing import NOT_SPECULATED
+from offload.placing import NOT_SPECULATED, NOT_WEIGHTS_FIRST
 from offload.state import MASTER, Fill, Movable, Piece, Read, filling
 from offload.weak import weakly
 from parallel import optimizer as optimizers
@@ -99,8 +99,8 @@ class ShardedModel:
         self._offloader = Offloader(self._all, offload, optimizer, device)
         with ExitStack() as undo:
             undo.callback(self._offloader.close)
-            if offload.update == "speculate" and not self._offloader.speculates:
-                say(NOT_SPECULATED)
+            if offload.update != "just_in_time" and not self._offloader.updates(offload.update):
+                say(NOT_SPECULATED if offload.update == "speculate" else NOT_WEIGHTS_FIRST)
             self.weights = Weights(self._all, self._offloader, device, overlap=options.overlap)
             self._resident = [flat for flat in self._trainable if flat.away is None]
             self.optimizer = optimizers.build(optimizer, self._resident)

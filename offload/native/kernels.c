@@ -17,13 +17,13 @@ typedef struct {
     void *weight;
     int64_t numel;
     float scale, rest1, beta2, rest2, eps, decay, step_size, root_correction2; /* rest: 1 - beta */
-    int32_t grad_type, weight_type, stream_state;
+    int32_t grad_type, weight_type, stream_state, weight_alone; /* alone: no new state is written */
 } update;
 
 #define UNROLL _Pragma("GCC unroll 4")
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE void update_one(const update *u, int64_t i, int grad_type, int weight_type) {
+INLINE void update_one(const update *u, int64_t i, int grad_type, int weight_type, int alone) {
     float grad = grad_type == BF16 ? from_bf16(((const uint16_t *)u->grad)[i]) : ((const float *)u->grad)[i];
     grad = grad * u->scale;
     float exp_avg = u->exp_avg[i];
@@ -31,9 +31,11 @@ INLINE void update_one(const update *u, int64_t i, int grad_type, int weight_typ
     float exp_avg_sq = u->beta2 * u->exp_avg_sq[i] + u->rest2 * grad * grad;
     float denominator = sqrtf(exp_avg_sq) / u->root_correction2 + u->eps;
     float master = u->master[i] * u->decay - u->step_size * (exp_avg / denominator);
-    u->new_exp_avg[i] = exp_avg;
-    u->new_exp_avg_sq[i] = exp_avg_sq;
-    u->new_master[i] = master;
+    if (!alone) {
+        u->new_exp_avg[i] = exp_avg;
+        u->new_exp_avg_sq[i] = exp_avg_sq;
+        u->new_master[i] = master;
+    }
     if (weight_type == BF16) ((uint16_t *)u->weight)[i] = to_bf16(master);
     if (weight_type == FP32) ((float *)u->weight)[i] = master;
 }
@@ -43,7 +45,8 @@ INLINE void update_one(const update *u, int64_t i, int grad_type, int weight_typ
 #define AHEAD 512 /* elements: half a page of floats, over the border where the processor's prefetchers stop */
 
 /* Elements i..i+AT_ONCE*LANES-1, the same operations in the same order as update_one. */
-INLINE void update_lanes(const update *u, int64_t i, int grad_type, int weight_type, int stream, int stream_weight) {
+INLINE void update_lanes(
+    const update *u, int64_t i, int grad_type, int weight_type, int alone, int stream, int stream_weight) {
     vec masters[AT_ONCE], exp_avgs[AT_ONCE], exp_avg_sqs[AT_ONCE];
     prefetch(u->exp_avg + i + AHEAD);
     prefetch(u->exp_avg_sq + i + AHEAD);
@@ -63,9 +66,11 @@ INLINE void update_lanes(const update *u, int64_t i, int grad_type, int weight_t
         exp_avgs[k] = exp_avg;
         exp_avg_sqs[k] = exp_avg_sq;
     }
-    UNROLL for (int k = 0; k < AT_ONCE; k++) vec_put(u->new_exp_avg + i + k * LANES, exp_avgs[k], stream);
-    UNROLL for (int k = 0; k < AT_ONCE; k++) vec_put(u->new_exp_avg_sq + i + k * LANES, exp_avg_sqs[k], stream);
-    UNROLL for (int k = 0; k < AT_ONCE; k++) vec_put(u->new_master + i + k * LANES, masters[k], stream);
+    if (!alone) {
+        UNROLL for (int k = 0; k < AT_ONCE; k++) vec_put(u->new_exp_avg + i + k * LANES, exp_avgs[k], stream);
+        UNROLL for (int k = 0; k < AT_ONCE; k++) vec_put(u->new_exp_avg_sq + i + k * LANES, exp_avg_sqs[k], stream);
+        UNROLL for (int k = 0; k < AT_ONCE; k++) vec_put(u->new_master + i + k * LANES, masters[k], stream);
+    }
     if (weight_type == BF16)
         UNROLL for (int k = 0; k < AT_ONCE; k++)
             vec_put_bf16((uint16_t *)u->weight + i + k * LANES, masters[k], stream_weight);
@@ -81,9 +86,9 @@ static int64_t head_length(const float *start, int64_t length) {
     return head < length ? head : length;
 }
 
-INLINE void update_range(const update *u, int64_t start, int64_t stop, int grad_type, int weight_type) {
+INLINE void update_range(const update *u, int64_t start, int64_t stop, int grad_type, int weight_type, int alone) {
     int64_t i = start, first = start + head_length(u->new_master + start, stop - start);
-    for (; i < first; i++) update_one(u, i, grad_type, weight_type);
+    for (; i < first; i++) update_one(u, i, grad_type, weight_type, alone);
     const int64_t wide = 64;
     int stream = u->stream_state && aligned(u->new_master + i, wide) && aligned(u->new_exp_avg + i, wide) &&
                  aligned(u->new_exp_avg_sq + i, wide);
@@ -91,21 +96,26 @@ INLINE void update_range(const update *u, int64_t start, int64_t stop, int grad_
                         : weight_type == FP32 ? aligned((float *)u->weight + i, wide)
                                               : 0;
     /* the weight is never read, so it is streamed in place too: its lines are not fetched only to be overwritten */
-    for (; i + AT_ONCE * LANES <= stop; i += AT_ONCE * LANES) update_lanes(u, i, grad_type, weight_type, stream, stream_weight);
-    for (; i < stop; i++) update_one(u, i, grad_type, weight_type);
+    for (; i + AT_ONCE * LANES <= stop; i += AT_ONCE * LANES)
+        update_lanes(u, i, grad_type, weight_type, alone, stream, stream_weight);
+    for (; i < stop; i++) update_one(u, i, grad_type, weight_type, alone);
     stream_fence();
 }
 
 static void update_task(void *arguments, int64_t index) {
     const update *u = arguments;
     int64_t start = index * CHUNK, stop = start + CHUNK < u->numel ? start + CHUNK : u->numel;
-    switch (u->grad_type * 3 + u->weight_type) {
-        case BF16 * 3 + NO_WEIGHT: update_range(u, start, stop, BF16, NO_WEIGHT); break;
-        case BF16 * 3 + BF16: update_range(u, start, stop, BF16, BF16); break;
-        case BF16 * 3 + FP32: update_range(u, start, stop, BF16, FP32); break;
-        case FP32 * 3 + NO_WEIGHT: update_range(u, start, stop, FP32, NO_WEIGHT); break;
-        case FP32 * 3 + BF16: update_range(u, start, stop, FP32, BF16); break;
-        default: update_range(u, start, stop, FP32, FP32); break;
+    switch ((u->grad_type * 3 + u->weight_type) * 2 + u->weight_alone) {
+        case (BF16 * 3 + NO_WEIGHT) * 2: update_range(u, start, stop, BF16, NO_WEIGHT, 0); break;
+        case (BF16 * 3 + BF16) * 2: update_range(u, start, stop, BF16, BF16, 0); break;
+        case (BF16 * 3 + BF16) * 2 + 1: update_range(u, start, stop, BF16, BF16, 1); break;
+        case (BF16 * 3 + FP32) * 2: update_range(u, start, stop, BF16, FP32, 0); break;
+        case (BF16 * 3 + FP32) * 2 + 1: update_range(u, start, stop, BF16, FP32, 1); break;
+        case (FP32 * 3 + NO_WEIGHT) * 2: update_range(u, start, stop, FP32, NO_WEIGHT, 0); break;
+        case (FP32 * 3 + BF16) * 2: update_range(u, start, stop, FP32, BF16, 0); break;
+        case (FP32 * 3 + BF16) * 2 + 1: update_range(u, start, stop, FP32, BF16, 1); break;
+        case (FP32 * 3 + FP32) * 2: update_range(u, start, stop, FP32, FP32, 0); break;
+        default: update_range(u, start, stop, FP32, FP32, 1); break;
     }
 }
 

@@ -81,6 +81,23 @@ def test_every_width_of_vector_gives_the_same_bits(pool: HostPool, architecture:
         library.atoll_pool_close(other._handle)
 
 
+@pytest.mark.parametrize("weight_dtype", [BF16, FP32])
+@pytest.mark.parametrize("grad_dtype", [BF16, FP32])
+@pytest.mark.parametrize("shift", [0, 3])
+def test_the_weight_alone_and_then_the_states_give_the_same_bits(
+    pool: HostPool, torch_pool: HostPool, grad_dtype: torch.dtype, weight_dtype: torch.dtype, shift: int
+) -> None:
+    numel = 200_003
+    *new, weight = updated(pool, numel, grad_dtype=grad_dtype, weight_dtype=weight_dtype)
+    for each in (pool, torch_pool):
+        state, grad = state_of(numel, shift), placed(grad_of(numel, grad_dtype), shift)
+        before, alone = [values.clone() for values in state], placed(torch.zeros(numel, dtype=weight_dtype), shift)
+        adamw(*state, grad, alone, scale=0.7, updates=3, weight_alone=True, pool=each, **HYPER)
+        assert same_bits(alone, weight) and all(map(same_bits, state, before))
+        adamw(*state, grad, None, scale=0.7, updates=3, pool=each, **HYPER)
+        assert all(map(same_bits, state, new))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     numel=st.integers(1, 200_000),
@@ -217,6 +234,15 @@ def test_tensors_of_the_wrong_kind_are_refused(pool: HostPool) -> None:
             adamw(*arguments, updates=1, pool=pool, **HYPER)
     with pytest.raises(ValueError, match="updates=0"):
         adamw(*state, grad, None, updates=0, pool=pool, **HYPER)
+
+
+def test_a_weight_alone_leaves_the_gradient_and_needs_a_place(pool: HostPool) -> None:
+    state, grad = state_of(8), grad_of(8)
+    with pytest.raises(ValueError, match="overlaps"):
+        adamw(*state, grad, grad, updates=1, weight_alone=True, pool=pool, **HYPER)
+    for weight, out in ((None, None), (grad.clone(), state_of(8))):
+        with pytest.raises(ValueError, match="give a weight, and no `out`"):
+            adamw(*state, grad, weight, updates=1, out=out, weight_alone=True, pool=pool, **HYPER)
 
 
 def test_outputs_that_overlap_in_part_are_refused(pool: HostPool) -> None:

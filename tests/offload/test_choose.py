@@ -12,7 +12,7 @@ from offload.options import ActivationOptions, OffloadOptions
 from offload.placing import Part, place
 from offload.shard import host_bytes
 
-RATES = Rates(update=3e8, pingpong=4e8, resident=5e10, into=2e10, out=2e10, drive=2e9)
+RATES = Rates(update=3e8, pingpong=4e8, weights=5e8, states=3e8, resident=5e10, into=2e10, out=2e10, drive=2e9)
 AUTO = OffloadOptions(states="auto", nvme_path=["/drive"])
 PARTS = [Part(numel=10_000_000, weight_bytes=20_000_000, slot_dtype=torch.bfloat16) for _ in range(8)]
 LAYERS = [Layer(forward_s=0.01, backward_s=0.03, parts=(part,), gathered_bytes=20_000_000) for part in PARTS]

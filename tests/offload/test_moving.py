@@ -40,12 +40,16 @@ class Slots:
         return taken
 
 
-def states_of(doubled: bool) -> AwayStates:
+def states_of(update: str) -> AwayStates:
     pool = HostPool(1)
     states = AwayStates(OPTIMIZER, device=torch.device("cpu"), pool=pool)
     states.add(
-        Shard(numel=n, dtype=torch.float32, on_nvme=False, pingpong=doubled and i != 0) for i, n in enumerate(SIZES)
-    )
+        Shard(
+            numel=n, dtype=torch.float32, on_nvme=False, pingpong=update == "speculated" and i != 0,
+            weights_first=update == "weights first" and i != 1,
+        )
+        for i, n in enumerate(SIZES)
+    )  # fmt: skip
     states.allocate()
     for shard in states.shards:
         shard.target = torch.zeros(shard.numel)
@@ -54,7 +58,7 @@ def states_of(doubled: bool) -> AwayStates:
     return states
 
 
-@pytest.fixture(params=[False, True], ids=["just in time", "speculated"])
+@pytest.fixture(params=["just in time", "weights first", "speculated"])
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[AwayStates, AwayStates]]:
     pair = states_of(request.param), states_of(request.param)
     yield pair

@@ -4,6 +4,7 @@ few."""
 import queue
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from offload import arena
+from offload import states as states_module
 from offload.hostpool import HostPool
 from offload.shard import LEAVING, RING, Run, Shard, Terms
 from offload.states import AdamW, AwayStates
@@ -124,10 +126,10 @@ def test_gradients_on_their_way_are_few_and_whole() -> None:
         pool.close()
 
 
-def doubled(pool: HostPool) -> tuple[AwayStates, Shard, Terms]:
-    """One shard in host memory that may be speculated on, after an update."""
+def updated(pool: HostPool, **kind: bool) -> tuple[AwayStates, Shard, Terms]:
+    """One shard of a kind in host memory, after an update."""
     states = AwayStates(OPTIMIZER, device=torch.device("cpu"), pool=pool)
-    states.add([Shard(numel=NUMEL, dtype=torch.float32, on_nvme=False, pingpong=True)])
+    states.add([Shard(numel=NUMEL, dtype=torch.float32, on_nvme=False, **kind)])
     states.allocate()
     (shard,) = states.shards
     shard.target = torch.zeros(NUMEL)
@@ -149,7 +151,7 @@ def settles(states: AwayStates) -> bool:
 def test_who_reads_states_waits_for_no_guess() -> None:
     """A snapshot of states that stand still is copied beside the backward, which guesses all the while."""
     pool, go = HostPool(1), threading.Event()
-    states, shard, terms = doubled(pool)
+    states, shard, terms = updated(pool, pingpong=True)
     try:
         states.movable([shard]).room = lambda wait: go.wait() and None
         states.take(shard, torch.ones(NUMEL))
@@ -163,10 +165,60 @@ def test_who_reads_states_waits_for_no_guess() -> None:
 
 def test_who_reads_states_is_not_left_waiting_when_they_are_closed() -> None:
     pool = HostPool(1)
-    states, *_ = doubled(pool)
+    states, *_ = updated(pool, pingpong=True)
     states.close()
     pool.close()
     assert settles(states)
+
+
+class StatesHeld(Exception):
+    pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_come_first_and_the_next_gradient_waits_for_the_states(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """And where making the states fails, who brings the next gradient, and who reads states, is told."""
+    pool, go = HostPool(1), threading.Event()
+    states, shard, terms = updated(pool, weights_first=True)
+    adamw = states_module.adamw
+
+    def held(*tensors: torch.Tensor | None, **options: object) -> None:
+        if not options["weight_alone"]:
+            assert go.wait(20)
+            if fails:
+                raise StatesHeld
+        adamw(*tensors, **options)
+
+    try:
+        states.settle()
+        monkeypatch.setattr(states_module, "adamw", held)
+        states.take(shard, torch.ones(NUMEL))
+        before, weights = [tensor.clone() for tensor in shard.state], shard.target.clone()
+        (update,) = states.update([(shard, replace(terms, updates=2))], scale=torch.tensor(0.5))
+        update.finish()
+        assert not torch.equal(shard.target, weights) and all(map(torch.equal, shard.state, before))
+
+        with ThreadPoolExecutor(1) as other:
+            taking = other.submit(states.take, shard, torch.full((NUMEL,), 2.0))
+            with pytest.raises(TimeoutError):
+                taking.result(0.3)
+            assert torch.equal(shard.slot, torch.ones(NUMEL)), "the gradient is still wanted"
+            go.set()
+            if fails:
+                with pytest.raises(StatesHeld):
+                    taking.result(20)
+                with pytest.raises(StatesHeld):
+                    states.settle()
+                return
+            taking.result(20)
+        states.settle()
+        assert torch.equal(shard.state[0], shard.target) and shard.slot[0] == 2
+    finally:
+        go.set()
+        states.close()
+        pool.close()
 
 
 def drive_threads() -> list[str]:

@@ -11,6 +11,7 @@ from tests.parallel.test_placements import PRESETS, free, run_world
 HOST = {"states": "host", "threads": 1}
 STREAMED = HOST | {"weights": "host"}
 SPECULATE = HOST | {"update": "speculate", "speculate_share": 1.0}
+FIRST = HOST | {"update": "weights_first"}
 HALF = SPECULATE | {"speculate_share": 0.5, "weights": "host"}
 WEIGHTS = {"weights": "nvme"}
 SPLIT = HOST | {"gpu_bytes": 20_000}
@@ -77,7 +78,9 @@ def test_every_placement_equals_a_plain_process(nvme: dict) -> None:
     levels = {"node": 2, "gpu": 2}
     cases = [
         {"levels": levels, "parallel": {"placement": preset}, "accumulation": 2, "offload": offload}
-        for preset, offload in zip(PRESETS, (HOST, STREAMED, SPECULATE, HALF, nvme, SPECULATE, STREAMED), strict=True)
+        for preset, offload in zip(
+            PRESETS, (FIRST | STREAMED, STREAMED, SPECULATE, HALF, nvme, FIRST, STREAMED), strict=True
+        )
     ]
     cases.append({"levels": levels, "parallel": free(0, 1, 2), "offload": STREAMED | {"gpu_bytes": 5_000}})
     check(4, cases)
@@ -88,6 +91,8 @@ def test_where_states_are_changes_no_bit(nvme: dict) -> None:
     offloads = [
         HOST,
         STREAMED,
+        FIRST,
+        FIRST | STREAMED,
         SPECULATE,
         HALF,
         HALF | {"speculate_share": 1.0},
@@ -123,7 +128,9 @@ def check_skipping(nvme: dict, world: int, levels: dict, placements: tuple[str, 
 
 
 def test_a_step_that_is_not_accepted_leaves_no_trace(nvme: dict) -> None:
-    check_skipping(nvme, 1, {}, ("zero3",), [{}, STREAMED, SPECULATE, nvme | {"weights": "host"}, nvme | WEIGHTS])
+    check_skipping(
+        nvme, 1, {}, ("zero3",), [{}, STREAMED, FIRST, SPECULATE, nvme | {"weights": "host"}, nvme | WEIGHTS]
+    )
 
 
 @pytest.mark.slow
@@ -143,7 +150,7 @@ def test_quantized_transport_of_offloaded_weights_is_that_of_others(placements: 
     """What is speculated among them: its weights are packed from the slot, so they must be there."""
     cases = [
         {"check": "alike", "levels": {"node": 2}, "parallel": {"placement": placement, "quantize": "all"},
-         "offloads": [HOST, STREAMED, SPECULATE, HALF], "clip": clip, "bf16": bf16}
+         "offloads": [HOST, STREAMED, SPECULATE, HALF, FIRST], "clip": clip, "bf16": bf16}
         for placement in placements
         for clip, bf16 in ((1e9, False), (0.5, True))
     ]  # fmt: skip
@@ -161,6 +168,8 @@ def test_state_moves_between_tiers(nvme: dict) -> None:
             (STREAMED, HOST),
             (nvme | WEIGHTS, HOST),
             (nvme, nvme | WEIGHTS),
+            (HOST, FIRST),
+            (FIRST | STREAMED, HOST),
         )
     ]
     for answer in run_world(1, cases):
@@ -193,6 +202,8 @@ def test_what_is_updated_into_snapshots_is_what_it_is_elsewhere_and_stays(nvme: 
         (half, "3"),
         (nvme, "1"),
         (nvme | WEIGHTS, "2"),
+        (FIRST, "1"),
+        (FIRST | STREAMED, "3"),
     ]
     answers = check_snapshots(1, {}, [("zero3", offload, every) for offload, every in offloads])
     copied = [answer["copied"] / answer["state_bytes"] for answer in answers]
@@ -203,19 +214,26 @@ def test_what_is_updated_into_snapshots_is_what_it_is_elsewhere_and_stays(nvme: 
 @pytest.mark.timeout(290)
 def test_what_several_ranks_update_into_snapshots(nvme: dict) -> None:
     """hsdp, ddp: states that ranks share are copied, each a part."""
-    cases = [("zero3", HOST, "1"), ("hsdp", HOST, "1"), ("ddp", STREAMED, "2"), ("topo", SPLIT, "1")]
+    cases = [("zero3", HOST, "1"), ("hsdp", HOST, "1"), ("ddp", STREAMED, "2"), ("topo", FIRST, "1")]
     check_snapshots(2, {}, [*cases, ("zero1", HALF, "3")])
     check_snapshots(4, {"node": 2, "gpu": 2}, [*cases, ("hfsdp", STREAMED, "1")])
 
 
-@pytest.mark.parametrize(("share", "speculates"), [(1.0, True), (0.1, False)])
-def test_that_nothing_is_speculated_on_is_told(share: float, speculates: bool) -> None:
-    model, told = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), []
+@pytest.mark.parametrize(
+    ("offload", "quantize", "said"),
+    [
+        (SPECULATE, "none", ""),
+        (SPECULATE | {"speculate_share": 0.1}, "none", "nothing is speculated on"),
+        (FIRST, "none", ""),
+        (FIRST, "all", "all is updated just in time"),
+    ],
+)
+def test_that_a_way_of_updating_comes_to_nothing_is_told(offload: dict, quantize: str, said: str) -> None:
+    model, told, options = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), [], ParallelOptions(quantize=quantize)
     engine = shard(
-        model, Mesh({"worker": 1}), Placement.of(ParallelOptions(), 1), units=list(model), optimizer=OptimizerOptions(),
-        initial=lambda name, kind, start, stop: torch.zeros(stop - start), options=ParallelOptions(),
-        dtype=torch.float32, device=torch.device("cpu"), say=told.append,
-        offload=OffloadOptions(states="host", update="speculate", speculate_share=share, threads=1),
+        model, Mesh({"worker": 1}), Placement.of(options, 1), units=list(model), optimizer=OptimizerOptions(),
+        initial=lambda name, kind, start, stop: torch.zeros(stop - start), options=options,
+        dtype=torch.float32, device=torch.device("cpu"), say=told.append, offload=OffloadOptions(**offload),
     )  # fmt: skip
     engine.close()
-    assert bool(told) != speculates and all("nothing is speculated on" in text for text in told)
+    assert bool(told) == bool(said) and all(said in text for text in told)

@@ -200,7 +200,7 @@ def test_of_several_ranks_the_slowest_counts() -> None:
         probed=forecast.Probed(
             block_forward_s=1, block_backward_s=2, rest_forward_s=1, rest_backward_s=0, block_bytes=None, rest_bytes=5
         ),
-        rates=forecast.Rates(update=2, pingpong=2, resident=2, into=2, out=2, drive=None),
+        rates=forecast.Rates(update=2, pingpong=2, weights=2, states=2, resident=2, into=2, out=2, drive=None),
         room=forecast.MemoryBudget(device_bytes=8, host_bytes=8, nvme_bytes=0),
     )
     slow = forecast.replace(

@@ -36,6 +36,8 @@ HOST: dict[str, Any] = {"states": "host", "threads": 1, "predict": False}
 TIERS: dict[str, dict[str, Any]] = {
     "host": HOST,
     "streamed": HOST | {"weights": "host"},
+    "weights first": HOST | {"update": "weights_first"},
+    "streamed, weights first": HOST | {"weights": "host", "update": "weights_first"},
     "speculate": HOST | {"weights": "host", "update": "speculate", "speculate_share": 0.7},
     "nvme": HOST | {"states": "nvme"},
     "half": HOST | {"states": "nvme", "host_bytes": 1_400_000, "update": "speculate", "speculate_share": 1.0},
