@@ -283,7 +283,7 @@ def spare_bytes(device: torch.device, limit_bytes: int | None = None) -> int | N
     free, total = torch.cuda.mem_get_info(device)
     reserved, allowed = torch.cuda.memory_reserved(device), total
     if hasattr(torch.cuda, "get_per_process_memory_fraction"):
-        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device.index))
     if limit_bytes is not None:
         allowed = min(allowed, limit_bytes)
     most = torch.cuda.max_memory_reserved(device)

@@ -154,6 +154,7 @@ def test_equals_a_plain_loop_alone(accumulation) -> None:
 HOST = {"states": "host", "threads": 4}
 STREAMED = HOST | {"weights": "host"}
 SPECULATE = HOST | {"update": "speculate", "speculate_share": 1.0}
+FIRST = {"update": "weights_first"}
 HALF = SPECULATE | {"weights": "host", "speculate_share": 0.5}
 
 
@@ -173,6 +174,8 @@ def test_states_and_weights_away_change_no_bit(nccl, disk_folder, placement, acc
             STREAMED,
             nvme,
             nvme | {"weights": "host"},
+            HOST | FIRST,
+            STREAMED | FIRST,
             SPECULATE,
             HALF,
             *([weights, weights | {"host_bytes": 30_000_000}] if placement == "zero3" else []),

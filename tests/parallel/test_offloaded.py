@@ -220,16 +220,16 @@ def test_what_several_ranks_update_into_snapshots(nvme: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("offload", "quantize", "said"),
+    ("offload", "said"),
     [
-        (SPECULATE, "none", ""),
-        (SPECULATE | {"speculate_share": 0.1}, "none", "nothing is speculated on"),
-        (FIRST, "none", ""),
-        (FIRST, "all", "all is updated just in time"),
+        (SPECULATE, ""),
+        (SPECULATE | {"speculate_share": 0.1}, "nothing is speculated on"),
+        (FIRST, ""),
+        (FIRST | {"gpu_bytes": 1_000_000}, "all is updated just in time"),
     ],
 )
-def test_that_a_way_of_updating_comes_to_nothing_is_told(offload: dict, quantize: str, said: str) -> None:
-    model, told, options = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), [], ParallelOptions(quantize=quantize)
+def test_that_a_way_of_updating_comes_to_nothing_is_told(offload: dict, said: str) -> None:
+    model, told, options = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), [], ParallelOptions()
     engine = shard(
         model, Mesh({"worker": 1}), Placement.of(options, 1), units=list(model), optimizer=OptimizerOptions(),
         initial=lambda name, kind, start, stop: torch.zeros(stop - start), options=options,
