@@ -2,7 +2,7 @@
 
 Every tier, with the weights on the device, streamed, or on drives beside their states, and updated just in time,
 weights first or with one of a grid of shares to speculate on, is a candidate; each keeps as much on the device as there
-is room for. Of those within 1% of the shortest step the one that wears the drives least is taken, and of these the one
+is room for. Of those within 1% of the shortest step, of which one in ten is taken to be clipped, the one that wears the drives least is taken, and of these the one
 that needs the least host memory.
 """
 
@@ -17,6 +17,8 @@ from offload.shard import LEAVING
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 """Of what is away, how much is speculated on."""
+CLIPPED = 0.1
+"""Of the updates, how many are reckoned to be clipped: all at a run's start, few later."""
 HEADROOM = 0.96
 """The part of the device's memory that is planned with: the rest is the allocator's and the driver's."""
 GIB = 2**30
@@ -113,10 +115,14 @@ def choose(
             f"offload.nvme_path, more of offload.device_bytes or offload.host_bytes, "
             f"offload.activations=auto or checkpoint, a smaller train.micro_batch_size, more launch.workers"
         )
-    shortest = min(found, key=lambda item: item.prediction.step_s)
-    close = [item for item in found if item.prediction.step_s <= 1.01 * shortest.prediction.step_s]
+    shortest_s = min(_mean_s(item.prediction) for item in found)
+    close = [item for item in found if _mean_s(item.prediction) <= 1.01 * shortest_s]
     best = min(close, key=lambda item: (item.prediction.written_bytes, item.prediction.host_bytes))
     return replace(best, why=_why(best, found))
+
+
+def _mean_s(prediction: Prediction) -> float:
+    return (1 - CLIPPED) * prediction.step_s + CLIPPED * prediction.clipped_step_s
 
 
 def _candidates(layers: Sequence[Layer], options: OffloadOptions, room: MemoryBudget) -> Iterator[OffloadOptions]:

@@ -167,7 +167,6 @@ class _Play:
         self._device = self._into = self._out = self._host = self._drives = self._known = self._before = 0.0
         self._asked: dict[int, float] = {}  # when the weights of layers that were asked for have been loaded
         self._arrived: dict[Shard, float] = dict.fromkeys(self.shards, 0.0)
-        self._behind: dict[Shard, float] = {}  # when the new states of those updated weights first are made
         self._stands: dict[Shard, float] = {}
         before = 0.0
         for _ in range(STEPS):
@@ -191,9 +190,7 @@ class _Play:
     def _step(self, clipped: bool) -> None:
         ready = [self._update(i) for i in range(len(self._layers))]
         self._stands = {}
-        for shard in reversed(self.shards):
-            if shard.weights_first:
-                self._behind[shard] = self._work(shard.numel / self._rates.states)
+        self._work(sum(shard.numel for shard in self.shards if shard.weights_first) / self._rates.states)
         order, last = range(len(self._layers)), self._micro_batches - 1
         for micro in range(self._micro_batches):
             begin = self._device, self.busy.copy(), self.waits.copy(), self.moved.copy()
@@ -304,10 +301,6 @@ class _Play:
     def _leave(self, shard: Shard) -> None:
         size_bytes = shard.numel * shard.dtype.itemsize
         taken_s = size_bytes / self._rates.out
-        waited_s = self._behind.get(shard, 0.0) - self._device
-        if waited_s > 0:  # whoever issues the device's work waits
-            self.waits[HOST] += waited_s
-            self._device += waited_s
         self._out = max(self._out, self._device) + taken_s
         self._arrived[shard] = self._out
         self.busy[OUT] += taken_s

@@ -97,10 +97,9 @@ class OffloadOptions:
     worker), and weights that are not quantized. Weights that do not train stay in host memory."""
     update: str = "just_in_time"
     """When states in host memory are updated: ``just_in_time``, once the gradient norm is known, beside the next
-    forward; ``weights_first``: likewise, but of the states the forward waits only for what the new weights are made
-    from, and the states are written beside the backward, 14 bytes more read and 2 more held a parameter; or
-    ``speculate``: those of `speculate_share` beside the backward, and again where the norm then asks for clipping. The
-    same bits."""
+    forward; ``weights_first``: likewise, but the forward waits only for new weights, and the states are written
+    beside the backward: 14 bytes more read, and 2 more held, a parameter; or ``speculate``: those of `speculate_share`
+    beside the backward, and again where the norm then asks for clipping. The same bits."""
     speculate_share: float = 0.6
     """Of the parameters whose states are away, the share that is speculated on, from those that run last: 12 bytes each
     more (14 with ``weights=host``). The others are updated just in time."""

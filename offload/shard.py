@@ -27,7 +27,7 @@ NEIGHBOURS = 2
 """Shards whose slots have room in host memory on their way to drives, and as many on their way back: one is copied
 while the other is stored or loaded."""
 OUTGOING = 3
-"""Buffers for weights on their way to the device, of shards that keep the gradient."""
+"""Buffers for weights of ping-pong shards on their way to the device."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ class Run:
 class Update:
     """A shard's update under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, gradient: Tensor | None) -> None:
+        self.gradient = gradient
+        """In host memory, where it is there."""
         self.answer: Future[torch.cuda.Event | None] = Future()
         """The weights are there, after the event where they go to a GPU."""
         self.states: Future[None] = Future()
@@ -85,13 +87,13 @@ class Shard:
     target: Tensor | None = None
     """Where on the device new weights go; None: they stay in host memory."""
     apart: Tensor | None = None
-    """Host memory for the weights, where they do not take the gradient's place in the slot."""
+    """Host memory for the weights of a ping-pong shard, where they stay; they do not take the gradient's place then."""
+    spare: Tensor = field(init=False)
+    """Of a shard that is updated weights first: what was, and will be, the slot. See `turn`."""
     homes: list[State] = field(default_factory=list)
     """Its own memory for states: two where they are speculated on, none on NVMe."""
     state: State = field(init=False)
     """The current version: in a home, or where snapshots gave it room."""
-    behind: Future[None] | None = None
-    """Until when the gradient in the slot is still wanted: the new states are to be made from it."""
     made: tuple[Terms, State] | None = None
     """By which terms the next version was made from the gradient in the slot, and where."""
     place: int = 0
@@ -110,15 +112,20 @@ class Shard:
         """Where the update leaves new weights in host memory."""
         return self.slot if self.apart is None else self.apart
 
-    @property
-    def keeps_gradient(self) -> bool:
-        """Whether new weights do not take the gradient's place."""
-        return self.pingpong or self.weights_first
+    def turn(self) -> Tensor | None:
+        """The gradient in the slot, if that is in host memory. Where the states are made from it after the weights the
+        two slots change places: the weights go to the other, as will the next gradient."""
+        if self.slot_on_nvme:
+            return None
+        gradient = self.slot
+        if self.weights_first:
+            self.slot, self.spare = self.spare, self.slot
+        return gradient
 
     @property
     def dtypes(self) -> list[torch.dtype]:
         """Of the arrays that a shard in host memory has, the slot last."""
-        weights = 2 if self.keeps_gradient and self.stays else 1
+        weights = 2 if self.weights_first or (self.pingpong and self.stays) else 1
         return [torch.float32] * (6 if self.pingpong else 3) + [self.dtype] * weights
 
     @property
@@ -141,7 +148,7 @@ class Shard:
     @property
     def passing_bytes(self) -> int:
         """Of weights that pass through host memory to the device apart from the slot."""
-        return self.numel * self.dtype.itemsize if self.keeps_gradient and not self.stays else 0
+        return self.numel * self.dtype.itemsize if self.pingpong and not self.stays else 0
 
     def chunks(self) -> "Iterator[Chunk]":
         """In their order, of a shard on NVMe."""

@@ -23,10 +23,9 @@ need no second copy: updated in place, they take their turn while the next forwa
 
 [Note: weights first] What the next forward waits for is the weights alone. A shard that is updated weights first has
 them made from its states and the gradient, 16 bytes a parameter instead of 28, and when all shards' weights are on
-their way the states follow, 26 bytes, from the last shard on, whose gradient comes first: beside the device's work,
-clipped or not, since the factor is known by then. Until its states are made the gradient stays in the slot, so the
-weights have a place of their own, and whoever brings the next gradient waits (`Shard.behind`). Both passes do the same
-operations on the same numbers.
+their way the states follow, 26 bytes, beside the device's work until the next factor is known: clipped or not, since
+this one is. The gradient is wanted until then, so there are two slots, and the weights go to the one that it is not in.
+There the next gradient will take their place, as ever. Both passes do the same operations on the same numbers.
 
 [Note: the other version] Snapshots keep versions of the state in shared memory. Where they have room for the next one,
 an update reads the states where they are and writes them there, which takes the bytes of an update in place, and no
@@ -195,7 +194,9 @@ class AwayStates:
                 shard.slot = self.arena.take(shard.numel, shard.dtype)
             else:
                 *states, shard.slot = self.arena.take_together(shard.numel, shard.dtypes)
-                if shard.keeps_gradient and shard.stays:
+                if shard.weights_first:
+                    shard.spare = states.pop()
+                elif shard.pingpong and shard.stays:
                     shard.apart = states.pop()
                 shard.homes = [(a, b, c) for a, b, c in zip(states[::3], states[1::3], states[2::3], strict=True)]
                 shard.state = shard.homes[0]
@@ -224,9 +225,6 @@ class AwayStates:
     def take(self, shard: Shard, grad: Tensor) -> None:
         """Start moving a gradient (numel, on the device) into the shard's slot; the caller lets go of it. The shard's
         last update has been finished. See [Note: gradients on their way]."""
-        if shard.behind is not None:
-            shard.behind.result()
-            shard.behind = None
         if self._out is None:
             self._land(shard, grad)
             return
@@ -289,10 +287,8 @@ class AwayStates:
             host = torch.empty((), dtype=scale.dtype, pin_memory=True)
             host.copy_(scale, non_blocking=True)
             scale, known = host, torch.cuda.current_stream().record_event()
-        answers = [Update() for _ in work]
+        answers = [Update(shard.turn()) for shard, _ in work]
         batch = [(shard, terms, answer) for (shard, terms), answer in zip(work, answers, strict=True)]
-        for shard, _, answer in batch:
-            shard.behind = answer.states if shard.weights_first else None
         self._known, self._submitted = known, True
         self._last = _Batch(work=batch, scale=scale, known=known, room=room)
         self._batches.put(self._last)
@@ -325,7 +321,7 @@ class AwayStates:
     def _work(self) -> None:
         if self._cuda:
             torch.cuda.set_device(self._device.index)
-        failed: BaseException | None = None  # before an update: told to those who wait for it
+        failed: BaseException | None = None  # told to those who wait for this update, or the next
         while item := self._batches.get():
             if not isinstance(item, _Batch):
                 try:
@@ -338,6 +334,7 @@ class AwayStates:
                     raise failed
                 self._update(item)
             except BaseException as error:
+                failed = failed or error
                 for answer in item.answers:
                     if not answer.done():
                         answer.set_exception(error)
@@ -348,7 +345,7 @@ class AwayStates:
             return
         self._await_gradient(shard)
         out = self._place(shard, self._movable.room(False), apart=True)
-        self._make(shard, terms, 1.0, out)
+        self._make(shard, terms, out)
         shard.made = terms, out
 
     def _place(self, shard: Shard, room: Destination | None, *, apart: bool = False) -> State:
@@ -373,20 +370,26 @@ class AwayStates:
             start_s = time.perf_counter()
             for shard, terms, update in batch.work:
                 self._await_gradient(shard)
-                event = self._renew(shard, terms, scale, batch.room, walk)
+                update.answer.set_result(self._renew(shard, terms, scale, update.gradient, batch.room, walk))
                 if not shard.weights_first:
                     update.states.set_result(None)
-                update.answer.set_result(event)
             self.update_s = time.perf_counter() - start_s
-            for shard, terms, update in reversed(batch.work):
+            for shard, terms, update in batch.work:
                 if shard.weights_first:
                     out = self._place(shard, batch.room)
-                    self._step(terms, scale, 0, shard.state, shard.slot, out, None)
+                    assert update.gradient is not None
+                    self._step(terms, scale, 0, shard.state, update.gradient, out, None)
                     shard.state = out
                     update.states.set_result(None)
 
     def _renew(
-        self, shard: Shard, terms: Terms, scale: float, room: Destination | None, walk: Walk | None
+        self,
+        shard: Shard,
+        terms: Terms,
+        scale: float,
+        gradient: Tensor | None,
+        room: Destination | None,
+        walk: Walk | None,
     ) -> torch.cuda.Event | None:
         """Have the new weights of a shard made and sent; its states too, if it is not updated weights first."""
         made, shard.made = shard.made, None
@@ -396,16 +399,15 @@ class AwayStates:
             return shard.left
         if shard.left is not None:  # of a guess, whose weights must not arrive after these
             shard.left.synchronize()
-        if shard.weights_first:
-            return self._make(shard, terms, scale, None)
         if shard.on_nvme:
             assert walk is not None
             for start, state, weight in walk.through(shard):
                 self._step(terms, scale, start, state, weight, state, weight)
-        else:
-            out = self._place(shard, room)
-            self._step(terms, scale, 0, shard.state, shard.slot, out, shard.weight)
-            shard.state = out
+            return self._send(shard)
+        assert gradient is not None
+        out = None if shard.weights_first else self._place(shard, room)
+        self._step(terms, scale, 0, shard.state, gradient, out, shard.weight)
+        shard.state = out or shard.state
         return self._send(shard)
 
     @staticmethod
@@ -413,19 +415,17 @@ class AwayStates:
         if shard.arrived is not None:
             shard.arrived.synchronize()
 
-    def _make(self, shard: Shard, terms: Terms, scale: float, out: State | None) -> torch.cuda.Event | None:
-        """Make a next version of the states from the current one, or with None only the weights, and send these."""
+    def _make(self, shard: Shard, terms: Terms, out: State) -> None:
+        """Make a next version of the states from the current one, and send the weights."""
         if shard.apart is not None:
-            self._step(terms, scale, 0, shard.state, shard.slot, out, shard.apart)
-            return None
+            self._step(terms, 1.0, 0, shard.state, shard.slot, out, shard.apart)
+            return
         buffer, used = self._outgoing.popleft()
         if used is not None:
             used.synchronize()
         weight = buffer[: shard.numel * shard.dtype.itemsize].view(shard.dtype)
-        self._step(terms, scale, 0, shard.state, shard.slot, out, weight)
-        event = self._bring(shard, weight)
-        self._outgoing.append((buffer, event))
-        return event
+        self._step(terms, 1.0, 0, shard.state, shard.slot, out, weight)
+        self._outgoing.append((buffer, self._bring(shard, weight)))
 
     def _step(
         self,

@@ -132,6 +132,8 @@ class Offloader:
         self.coming = None
         for flat, update in zip(self.flats, self._states.update(work, scale=scale), strict=True):
             flat.updating = update
+            if flat.away and flat.away.weights_first and flat.streamed:
+                flat.shard = flat.away.weight  # in the other slot now
 
     def forget(self, lr: float, updates: int) -> None:
         """Take back what `depart` has begun: an update of nothing, which leaves all states as they are, undoes what was

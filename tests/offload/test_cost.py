@@ -161,7 +161,7 @@ def test_weights_first_hides_the_states_behind_the_backward_clipped_or_not() -> 
     )
     assert late.bottleneck == HOST and first.clipped_step_s == first.step_s < 0.87 * late.step_s
     assert first.busy_s[HOST] == pytest.approx(8e7 / 8e8 + 8e7 / 5.4e8)
-    slow = replace(rates, states=1e8)  # gradients wait for the states to be made
+    slow = replace(rates, states=1e8)  # the next update waits for the states to be made
     options = OffloadOptions(states="host", update="weights_first")
     held = predict(layers(forward_s=0.0115), options, slow, micro_batches=1)
     assert held.bottleneck == HOST and held.step_s == pytest.approx(held.busy_s[HOST], rel=0.1)

@@ -176,19 +176,20 @@ class StatesHeld(Exception):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_weights_come_first_and_the_next_gradient_waits_for_the_states(
+def test_weights_come_first_and_the_next_gradient_beside_the_states(
     monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    """And where making the states fails, who brings the next gradient, and who reads states, is told."""
+    """And where making the states fails, who reads them, and who waits for the next update, is told."""
     pool, go = HostPool(1), threading.Event()
     states, shard, terms = updated(pool, weights_first=True)
-    adamw = states_module.adamw
+    adamw, seen = states_module.adamw, []
 
-    def held(*tensors: torch.Tensor | None, **options: object) -> None:
+    def held(*tensors: torch.Tensor | None, **options: Any) -> None:
         if not options["weight_alone"]:
             assert go.wait(20)
             if fails:
                 raise StatesHeld
+            seen.append(tensors[3].clone())  # the gradient
         adamw(*tensors, **options)
 
     try:
@@ -199,22 +200,18 @@ def test_weights_come_first_and_the_next_gradient_waits_for_the_states(
         (update,) = states.update([(shard, replace(terms, updates=2))], scale=torch.tensor(0.5))
         update.finish()
         assert not torch.equal(shard.target, weights) and all(map(torch.equal, shard.state, before))
-
-        with ThreadPoolExecutor(1) as other:
-            taking = other.submit(states.take, shard, torch.full((NUMEL,), 2.0))
-            with pytest.raises(TimeoutError):
-                taking.result(0.3)
-            assert torch.equal(shard.slot, torch.ones(NUMEL)), "the gradient is still wanted"
-            go.set()
-            if fails:
+        after = shard.target.clone()
+        states.take(shard, torch.full((NUMEL,), 2.0))
+        (update,) = states.update([(shard, replace(terms, updates=3))], scale=None)
+        go.set()
+        if fails:
+            for wait_for in (update.finish, states.settle):
                 with pytest.raises(StatesHeld):
-                    taking.result(20)
-                with pytest.raises(StatesHeld):
-                    states.settle()
-                return
-            taking.result(20)
+                    wait_for()
+            return
         states.settle()
-        assert torch.equal(shard.state[0], shard.target) and shard.slot[0] == 2
+        assert torch.equal(shard.state[0], shard.target) and not torch.equal(shard.target, after)
+        assert [gradient[0] for gradient in seen] == [1, 2]
     finally:
         go.set()
         states.close()
