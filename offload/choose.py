@@ -2,8 +2,8 @@
 
 Every tier, with the weights on the device, streamed, or on drives beside their states, and updated just in time,
 weights first or with one of a grid of shares to speculate on, is a candidate; each keeps as much on the device as there
-is room for. Of those within 1% of the shortest step, of which one in ten is taken to be clipped, the one that wears the drives least is taken, and of these the one
-that needs the least host memory.
+is room for. A step's length is the mean over updates that are clipped and not (`CLIPPED`). Of those within 1% of the
+shortest the one that wears the drives least is taken, and of these the one that needs the least host memory.
 """
 
 from collections.abc import Iterator, Sequence

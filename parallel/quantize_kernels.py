@@ -80,9 +80,9 @@ SETTINGS = {
     "sum fp32": Setting(4096, 4, 16),  # most of what it moves is packed, so the loads are to be wide, not the stores
     "sum bf16": Setting(2048, 2, 8),
     "fused two": Setting(2048, 1, 16, 2, 80),
-    "fused few": Setting(2048, 1, 16, 2),
+    "fused few": Setting(1024, 1, 16),
     "fused many": Setting(1024, 1, 4),
-    "fused feedback": Setting(4096, 4, 4),
+    "fused feedback": Setting(4096, 4, 8),
 }
 FEW = {8: 4, 4: 8}
 """Of chunks of eight and of four bits, up to how many are few."""
