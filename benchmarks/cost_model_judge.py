@@ -41,18 +41,14 @@ from trainer import trial  # noqa: E402
 
 def fit(results: Results) -> dict[float, Machine]:
     """The machine at each rate, corrected by what is not held out."""
-    runs = {
-        rate: [
-            Run(*problem(point), results.rows[point]["step_s"])
-            for point in results.points if point.rate == rate and not held_out(point)
-        ]
-        for rate in results.machines
-    }  # fmt: skip
-    machines, started = [described(rate, row) for rate, row in results.machines.items()], time.monotonic()
+    fitted, started = {}, time.monotonic()
     with ProcessPoolExecutor(len(CORES), multiprocessing.get_context("fork")) as pool:
-        found = calibrate(machines, list(runs.values()), within=8.0, each=pool.map)
+        for rate, measured in results.machines.items():
+            points = [point for point in results.points if point.rate == rate and not held_out(point)]
+            runs = [Run(*problem(point), results.rows[point]["step_s"]) for point in points]
+            fitted[rate] = calibrate(described(rate, measured), runs, within=8.0, each=pool.map)
     say(f"fitted in {time.monotonic() - started:.0f} s")
-    return dict(zip(results.machines, found, strict=True))
+    return fitted
 
 
 def judge(results: Results, fitted: dict[float, Machine]) -> Row:

@@ -41,41 +41,36 @@ def errors(machine: Machine, runs: Sequence[Run]) -> list[float]:
 class _Off:
     """The errors of all runs with the factors ``exp(logs)``; plain data, so that another process can do it."""
 
-    machines: list[Machine]
-    runs: Sequence[Sequence[Run]]
+    machine: Machine
+    runs: Sequence[Run]
     names: list[str]
 
-    def scaled(self, logs: Sequence[float]) -> list[Machine]:
-        factors = dict(zip(self.names, logs, strict=True))
-        return [scaled(machine, factors) for machine in self.machines]
+    def scaled(self, logs: Sequence[float]) -> Machine:
+        return scaled(self.machine, dict(zip(self.names, logs, strict=True)))
 
     def __call__(self, logs: Sequence[float]) -> list[float]:
-        found = [errors(machine, some) for machine, some in zip(self.scaled(logs), self.runs, strict=True)]
-        return [error for some in found for error in some]
+        return errors(self.scaled(logs), self.runs)
 
 
 def calibrate(
-    machines: Sequence[Machine],
-    runs: Sequence[Sequence[Run]],
+    machine: Machine,
+    runs: Sequence[Run],
     *,
     rounds: int = 12,
     within: float = 8.0,
     each: Callable[..., Iterable[list[float]]] = map,
-) -> list[Machine]:
-    """`machines`, of the same links' names, with the rates that fit the runs of each best: one factor of 1/within to
-    `within` on a rate, for all of them.
+) -> Machine:
+    """`machine` with the rates that fit the runs best: each by a factor of 1/within to `within`.
 
-    What differs between them is what they were described with: the same computers behind a link of another rate.
     Least absolute errors of the logarithms, by damped Gauss-Newton steps of reweighted least squares. Deterministic.
     each: applies a function to a list, in order, perhaps in other processes. ValueError without runs.
     """
-    if not any(runs):
+    if not runs:
         raise ValueError("calibrate needs at least one measured step")
-    every = [run for some in runs for run in some]
-    machines = [_floored(machine, every) for machine in machines]
-    names = _names(machines[0], every)
+    machine = _floored(machine, runs)
+    names = _names(machine, runs)
     limit, nudge = math.log(within), 0.07
-    errors_with = _Off(machines, runs, names)
+    errors_with = _Off(machine, runs, names)
 
     def off(tried: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         found = each(errors_with, [logs.tolist() for logs in tried])

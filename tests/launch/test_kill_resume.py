@@ -91,6 +91,7 @@ SPECULATE = ["offload.weights=host", "offload.update=speculate", "offload.specul
     [
         ("nvme", [*SPECULATE[:2], "offload.speculate_share=1.0", "offload.host_bytes=6000000"], 1),
         ("host", [], 3),
+        ("host", ["offload.weights=host", "offload.update=weights_first"], 3),
         ("host", SPECULATE, 3),
         ("nvme", [], 3),
         ("nvme", ["offload.weights=nvme"], 3),

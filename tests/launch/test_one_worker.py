@@ -68,6 +68,7 @@ def test_what_only_the_start_finds_wrong_is_one_line(atoll) -> None:
     assert line.startswith("atoll: model.vocab_size=10")
 
 
+@pytest.mark.slow
 def test_a_step_to_resume_from_that_is_not_there_is_one_line(atoll) -> None:
     done = atoll("train", *SMALL, "run.resume=7")
     assert done.returncode == 2
@@ -113,6 +114,7 @@ def test_a_last_checkpoint_that_is_lost_is_a_failure(atoll_started, tmp_path: Pa
     assert run.wait(30) == 1
 
 
+@pytest.mark.slow
 def test_a_hang_ends_it_with_its_stack_and_a_stop_by_the_shell_does_not(tmp_path: Path) -> None:
     """Who reads what it prints stops reading, and the pipe is full."""
     reading, writing = os.pipe()

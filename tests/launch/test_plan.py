@@ -433,6 +433,7 @@ def test_auto_leaves_a_fifth_of_host_memory() -> None:
     assert modes == ["swap", "input"]
 
 
+@pytest.mark.slow
 def test_drives_behind_host_memory_are_planned_where_they_hide() -> None:
     """1b: 8.7 GB a block at 1,048,576 tokens, which take it 8 s; 0.27 GB at 32,768, which take it 30 ms."""
     chosen = []

@@ -79,6 +79,7 @@ def test_all_ranks_go_back_alike_and_keep_their_processes(tmp_path: Path, spiky)
     exact_without_the_bad_batches(tmp_path, 2, spiky("launch.workers=2", SNAPSHOTS), skip)
 
 
+@pytest.mark.slow
 def test_before_the_first_version_it_begins_anew_with_other_data(tmp_path: Path, spiky) -> None:
     with running(tmp_path, *spiky("launch.workers=1", "checkpoint.every_steps=35", "train.steps=40")) as run:
         assert run.end() == 0, run.said

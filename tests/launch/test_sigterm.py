@@ -125,7 +125,7 @@ def test_in_a_step_or_a_checkpoint(atoll_started, num: int, every_steps: int, tm
 
 
 @workers
-@pytest.mark.parametrize("pause_s", [0.1, 0.5])
+@pytest.mark.parametrize("pause_s", [0.1, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_that_comes_twice_at_once(atoll_started, num: int, pause_s: float) -> None:
     """As `timeout` sends it: to the process, and to its group. By the second time the run may be on its way out."""
     run = atoll_started("train", *ENDLESS, f"launch.workers={num}")

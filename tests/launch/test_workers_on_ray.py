@@ -60,6 +60,7 @@ def test_all_that_listens_on_one_machine_listens_on_loopback(atoll_started) -> N
     assert {address for address, _ in found} == {"127.0.0.1"}, found
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_named(atoll_started) -> None:
     run = atoll_started("train", *ENDLESS, "launch.max_failures=0")
     assert any(line.startswith("step 1/") for line in run.stdout)
@@ -110,6 +111,7 @@ def test_a_name_that_the_users_folder_takes_on_a_worker(atoll, cluster: str, tmp
     assert "'trainer'" in done.stderr and "on node" in done.stderr and str(tmp_path / "trainer.py") in done.stderr
 
 
+@pytest.mark.slow
 def test_what_only_a_worker_finds_wrong_is_one_line(atoll, cluster: str, tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xff" * 1000)
     done = atoll(

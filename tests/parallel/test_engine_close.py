@@ -69,7 +69,13 @@ def test_an_engine_that_cannot_be_made_leaves_no_threads(at: str, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("where", "activations"),
-    [("first", "keep"), ("last", "keep"), ("backward", "keep"), ("last", "swap"), ("backward", "swap")],
+    [
+        ("backward", "swap"),
+        *(
+            pytest.param(where, activations, marks=pytest.mark.slow)
+            for where, activations in (("first", "keep"), ("last", "keep"), ("backward", "keep"), ("last", "swap"))
+        ),
+    ],
 )
 def test_a_closed_engine_is_freed_where_a_peer_has_died_in_a_step(tmp_path: Path, where: str, activations: str) -> None:
     """The other one waits for weights then, with more or less of a graph made, or in its backward."""

@@ -52,6 +52,7 @@ def test_one_worker_equals_a_plain_process(nvme: dict) -> None:
     check(1, cases)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_weights_on_drives_equal_a_plain_process_where_a_slot_is_the_shard(nvme: dict) -> None:
     """Ranks that share sequences of collectives, replicas, gradients quantized or not, prefetching much or nothing."""

@@ -148,6 +148,7 @@ def test_bf16_stays_near_fp32() -> None:
         assert answer["norms"] < 0.1, answer
 
 
+@pytest.mark.slow
 def test_state_moves_between_placements() -> None:
     """The second half of a training under another placement; under the same one it is equal to the last bit."""
     base = {"check": "resumed", "levels": {"node": 2, "gpu": 2}, "parallel": {"placement": "topo"}, "accumulation": 2}

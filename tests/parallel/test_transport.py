@@ -89,9 +89,8 @@ def test_parameters_of_fewer_than_two_dimensions_and_frozen_ones_are_exact() -> 
     assert sorted(answer["exact"]) == sorted({*exact, *frozen})
 
 
-@pytest.mark.parametrize(
-    "presets", [pytest.param(("topo",), id="topo"), pytest.param(("zero3", "ddp"), id="others", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("presets", [pytest.param(("topo",), id="topo"), pytest.param(("zero3", "ddp"), id="others")])
 def test_training_resumes_to_the_last_bit_with_error_feedback_too(presets: tuple[str, ...]) -> None:
     base = {"check": "resumed", "levels": GRID, "accumulation": 2, "then": {}}
     cases = [

@@ -191,7 +191,7 @@ def test_a_run_chooses_alpha_and_says_so(tmp_path: Path, data: Path, kept: list[
     assert "activations: 3 blocks swap" in text and "1 block keep" in text
 
 
-@pytest.mark.parametrize("tier", [{}, AWAY])
+@pytest.mark.parametrize("tier", [pytest.param({}, marks=pytest.mark.slow), AWAY])
 def test_compiled_blocks_are_not_compiled_again_for_another_length(tier: dict[str, str]) -> None:
     """Nor what they call: the hooks that pack what they save, for each unit whose weights are brought."""
     torch._dynamo.reset()

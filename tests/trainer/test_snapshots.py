@@ -24,6 +24,7 @@ PLACES = {
     "memory": OffloadOptions(),
     "host": OffloadOptions(states="host", weights="host"),
     "speculated": OffloadOptions(states="host", update="speculate", speculate_share=1.0),
+    "weights first": OffloadOptions(states="host", weights="host", update="weights_first"),
     "part": OffloadOptions(states="host", gpu_bytes=12 * 30_000),
 }
 
@@ -70,7 +71,11 @@ def train(job: Job, *, break_after: int = STEPS) -> tuple[dict[int, float], list
 
 
 @pytest.mark.parametrize(
-    "place", [pytest.param(place, marks=() if place == "speculated" else pytest.mark.slow) for place in PLACES]
+    "place",
+    [
+        pytest.param(place, marks=() if place in ("speculated", "weights first") else pytest.mark.slow)
+        for place in PLACES
+    ],
 )
 def test_a_broken_run_goes_on_from_memory_to_the_last_bit(tmp_path: Path, place: str):
     torch.set_num_threads(1)
