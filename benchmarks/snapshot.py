@@ -10,9 +10,10 @@ One run: blocks of steps without and with, in turn, in the same processes. A blo
 not counted, so that the clock starts and ends with one snapshot under way: all work in the background is in the figure,
 and the encoding and sealing of the nodes' processes share the cores. Ratio: median over the rounds of the steps' time
 without divided by that with, each a block, and the interval that holds the true median in 95 of 100 such runs (from six
-rounds on). `--threads`: of torch, a worker; fewer than its share leave cores idle, as GPUs do. `--nodes`: so many
-snapshot processes on this machine, the workers spread over them. With `--states host` "copied" is what it would cost to
-copy the states that updates leave in the segment.
+rounds on). CPU time is this process's, all its threads: what a snapshot takes of cores that training would have, which
+others on the machine disturb less; that of the nodes' processes is in `node_s`. `--threads`: of torch, a worker; fewer
+than its share leave cores idle, as GPUs do. `--nodes`: so many snapshot processes on this machine, the workers spread
+over them. With `--states host` "copied" is what it would cost to copy the states that updates leave in the segment.
 
 The others save the same tensors after every step under the same rule, one save at a time. DCP writes to `--dcp-folder`
 (default: a tmpfs, as fast as can be), as it comes and with all it has to get out of the way ("by a process").
@@ -41,7 +42,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -56,6 +57,14 @@ from checkpoint.snapshots.process import start_process  # noqa: E402
 from checkpoint.snapshots.rank import Snapshots  # noqa: E402
 from checkpoint.snapshots.roster import Roster  # noqa: E402
 from checkpoint.snapshots.segment_files import FOLDER  # noqa: E402
+
+
+class Took(NamedTuple):
+    """A block, per step."""
+
+    wall_s: float
+    cpu_s: float
+    """Of this process, all its threads."""
 
 
 class Training:
@@ -116,15 +125,15 @@ class Training:
         self.number += 1
         after(self.number)
 
-    def block(self, steps: int, before_update: Callable[[], None], after: Callable[[int], None]) -> float:
-        """Seconds a step, after one that does not count."""
+    def block(self, steps: int, before_update: Callable[[], None], after: Callable[[int], None]) -> Took:
+        """Steps, after one that does not count."""
         self.step(before_update, after)
         self._meet()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
             self.step(before_update, after)
         self._meet()
-        return (time.perf_counter() - start) / steps
+        return Took((time.perf_counter() - start) / steps, (time.process_time() - cpu) / steps)
 
     def _meet(self) -> None:
         """Every rank has done its steps; what copies of a snapshot beside them goes on."""
@@ -152,21 +161,26 @@ def versus(
     training: Training, args: argparse.Namespace, *act: Callable[..., None], settle: Callable[[], None]
 ) -> dict[str, Any]:
     """Ratios and seconds a step of blocks without and with `act`, in turn; which comes first changes each round."""
-    rounds: list[tuple[float, float]] = []
+    rounds: list[tuple[Took, Took]] = []
     for number in range(args.rounds):
         found = {}
         for side in ("without", "with")[:: 1 if number % 2 == 0 else -1]:
             found[side] = training.block(args.steps, *(act if side == "with" else (nothing, nothing)))
             settle()
         rounds.append((found["without"], found["with"]))
-    ratios = sorted(without / with_ for without, with_ in rounds)
-    holds = interval(ratios)
+    ratios = sorted(without.wall_s / with_.wall_s for without, with_ in rounds)
+    cpu_ratios = sorted(without.cpu_s / with_.cpu_s for without, with_ in rounds)
+    holds, cpu_holds = interval(ratios), interval(cpu_ratios)
     return {
         "ratio": round(statistics.median(ratios), 4),
         "interval": holds and [round(ratio, 4) for ratio in holds],
         "ratios": [round(ratio, 4) for ratio in ratios],
-        "step_s_without": round(statistics.median(r[0] for r in rounds), 4),
-        "step_s_with": round(statistics.median(r[1] for r in rounds), 4),
+        "cpu_ratio": round(statistics.median(cpu_ratios), 4),
+        "cpu_interval": cpu_holds and [round(ratio, 4) for ratio in cpu_holds],
+        "step_s_without": round(statistics.median(r[0].wall_s for r in rounds), 4),
+        "step_s_with": round(statistics.median(r[1].wall_s for r in rounds), 4),
+        "cpu_s_without": round(statistics.median(r[0].cpu_s for r in rounds), 4),
+        "cpu_s_with": round(statistics.median(r[1].cpu_s for r in rounds), 4),
     }
 
 
@@ -439,6 +453,7 @@ def main() -> None:
             continue
         print(
             f"{row['side']:22} ratio {row['ratio']:.4f} {row['interval'] or ''}"
+            f"  CPU time {row['cpu_ratio']:.4f} {row['cpu_interval'] or ''}"
             f"  step {row['step_s_without']:.4f} -> {row['step_s_with']:.4f} s"
             f"  stall {row['stall_ms']:.2f} ms  state {row['state_bytes'] / 1e6:.0f} MB"
             f"  memory {row.get('memory_over_state', '')}"
