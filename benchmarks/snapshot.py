@@ -59,6 +59,10 @@ from checkpoint.snapshots.roster import Roster  # noqa: E402
 from checkpoint.snapshots.segment_files import FOLDER  # noqa: E402
 
 
+ROUNDS_SHARE = 0.8
+"""Of --timeout-s, after which no side begins another round but its first."""
+
+
 class Took(NamedTuple):
     """A block, per step."""
 
@@ -106,6 +110,7 @@ class Training:
         self.rows = torch.randint(0, vocab, (args.batch, args.seq_len + 1), device=where.device)
         self.world, self.number, self.accumulation = world, 0, args.accumulation
         self.lazily = args.states == "host"
+        self._until = time.monotonic() + ROUNDS_SHARE * args.timeout_s
 
     def pieces(self) -> Any:
         """As the trainer hands them over."""
@@ -135,6 +140,13 @@ class Training:
         self._meet()
         return Took((time.perf_counter() - start) / steps, (time.process_time() - cpu) / steps)
 
+    def goes_on(self) -> bool:
+        """Whether there is time for another round; the same on every rank."""
+        left = torch.tensor(float(time.monotonic() < self._until))
+        if self.world > 1:
+            dist.all_reduce(left, dist.ReduceOp.MIN)
+        return bool(left)
+
     def _meet(self) -> None:
         """Every rank has done its steps; what copies of a snapshot beside them goes on."""
         if self.cuda:
@@ -163,6 +175,8 @@ def versus(
     """Ratios and seconds a step of blocks without and with `act`, in turn; which comes first changes each round."""
     rounds: list[tuple[Took, Took]] = []
     for number in range(args.rounds):
+        if number and not training.goes_on():
+            break
         found = {}
         for side in ("without", "with")[:: 1 if number % 2 == 0 else -1]:
             found[side] = training.block(args.steps, *(act if side == "with" else (nothing, nothing)))
@@ -172,6 +186,7 @@ def versus(
     cpu_ratios = sorted(without.cpu_s / with_.cpu_s for without, with_ in rounds)
     holds, cpu_holds = interval(ratios), interval(cpu_ratios)
     return {
+        "rounds": len(rounds),
         "ratio": round(statistics.median(ratios), 4),
         "interval": holds and [round(ratio, 4) for ratio in holds],
         "ratios": [round(ratio, 4) for ratio in ratios],
