@@ -58,7 +58,6 @@ from checkpoint.snapshots.rank import Snapshots  # noqa: E402
 from checkpoint.snapshots.roster import Roster  # noqa: E402
 from checkpoint.snapshots.segment_files import FOLDER  # noqa: E402
 
-
 ROUNDS_SHARE = 0.8
 """Of --timeout-s, after which no side begins another round but its first."""
 
