@@ -346,9 +346,8 @@ def long(
                 f"parallel.levels={{gpu: {ranks}}}", "parallel.sequence=gpu", "offload.predict=false",
                 *(f"offload.activations{each}" for each in activations), f"train.seq_len={seq_len}",
                 f"train.steps={steps}", "train.global_batch_size=1", "train.eval_every_steps=0",
-                "train.sample_tokens=0",
-                "train.eval_sequences=0", "train.dtype=bf16", "data.valid_fraction=0", "logger.tensorboard=false",
-                "logger.plot=false",
+                "train.sample_tokens=0", "train.eval_sequences=0", "train.dtype=bf16", "data.valid_fraction=0",
+                "logger.tensorboard=false", "logger.plot=false",
             ],
         )  # fmt: skip
         try:

@@ -181,21 +181,19 @@ def versus(
             found[side] = training.block(args.steps, *(act if side == "with" else (nothing, nothing)))
             settle()
         rounds.append((found["without"], found["with"]))
-    ratios = sorted(without.wall_s / with_.wall_s for without, with_ in rounds)
-    cpu_ratios = sorted(without.cpu_s / with_.cpu_s for without, with_ in rounds)
-    holds, cpu_holds = interval(ratios), interval(cpu_ratios)
-    return {
-        "rounds": len(rounds),
-        "ratio": round(statistics.median(ratios), 4),
-        "interval": holds and [round(ratio, 4) for ratio in holds],
-        "ratios": [round(ratio, 4) for ratio in ratios],
-        "cpu_ratio": round(statistics.median(cpu_ratios), 4),
-        "cpu_interval": cpu_holds and [round(ratio, 4) for ratio in cpu_holds],
-        "step_s_without": round(statistics.median(r[0].wall_s for r in rounds), 4),
-        "step_s_with": round(statistics.median(r[1].wall_s for r in rounds), 4),
-        "cpu_s_without": round(statistics.median(r[0].cpu_s for r in rounds), 4),
-        "cpu_s_with": round(statistics.median(r[1].cpu_s for r in rounds), 4),
-    }
+    row: dict[str, Any] = {"rounds": len(rounds)}
+    for prefix, seconds, what in (("", "step_s", "wall_s"), ("cpu_", "cpu_s", "cpu_s")):
+        pairs = [(getattr(without, what), getattr(with_, what)) for without, with_ in rounds]
+        ratios = sorted(without / with_ for without, with_ in pairs)
+        holds = interval(ratios)
+        row |= {
+            f"{prefix}ratio": round(statistics.median(ratios), 4),
+            f"{prefix}interval": holds and [round(ratio, 4) for ratio in holds],
+            f"{prefix}ratios": [round(ratio, 4) for ratio in ratios],
+            f"{seconds}_without": round(statistics.median(pair[0] for pair in pairs), 4),
+            f"{seconds}_with": round(statistics.median(pair[1] for pair in pairs), 4),
+        }
+    return row
 
 
 def measure_snapshots(

@@ -245,11 +245,10 @@ class _Play:
             ready, cause = self._pass(self._host, read=self._loaded[i]), DRIVE
         return ready, cause
 
-    def _work(self, taken_s: float, start: float = 0.0) -> float:
-        """When the thread is through with an update that it may begin at `start`."""
+    def _work(self, taken_s: float, start: float = 0.0) -> None:
+        """Let the thread be busy with an update that it may begin at `start`."""
         self._host = max(self._host, start) + taken_s
         self.busy[HOST] += taken_s
-        return self._host
 
     def _pass(self, start: float, *, read: int = 0, written: int = 0) -> float:
         """When the drives are through with what was asked of them at `start`."""

@@ -306,6 +306,7 @@ def _key(job: Job, where: Rank, dtype: torch.dtype) -> dict[str, Any]:
     for name in ("steps", "eval_every_steps", "eval_sequences", "sample_tokens", "seed"):
         plain["train"].pop(name)
     key = plain | {"world": where.world, "dtype": str(dtype), "device": device, "cores": len(os.sched_getaffinity(0))}
+    key["rates"] = [item.name for item in fields(Rates)]  # of another version, others were measured
     agreed: dict[str, Any] = json.loads(json.dumps(key))
     return agreed
 

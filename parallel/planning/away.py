@@ -21,7 +21,8 @@ MEASURED = {
     "update": 4.7e9, "pingpong": 5.5e9, "weights": 8.2e9, "states": 5.1e9,
     "resident": 8e10, "into": 50e9, "out": 50e9, "drive": 2.3e9,
 }  # fmt: skip
-"""What one H200 had beside it: 16 cores with AVX-512 (150 GB/s), PCIe 5 x16, one drive (benchmarks/results)."""
+"""What one H200 had beside it: 16 cores with AVX-512 (150 GB/s), PCIe 5 x16, one drive (benchmarks/results). But the
+rates of weights and states alone are those of the update by the bytes that they move, 16 and 26 of 28: not measured."""
 Seconds = Callable[[UnitCost], tuple[float, float]]
 """Of a unit: a micro-batch's forward and backward."""
 GIB = 2**30

@@ -79,9 +79,11 @@ def test_every_placement_equals_a_plain_process(nvme: dict) -> None:
     levels = {"node": 2, "gpu": 2}
     cases = [
         {"levels": levels, "parallel": {"placement": preset}, "accumulation": 2, "offload": offload}
-        for preset, offload in zip(
-            PRESETS, (FIRST | STREAMED, STREAMED, SPECULATE, HALF, nvme, FIRST, STREAMED), strict=True
-        )
+        for preset, offload in [
+            *zip(PRESETS, (HOST, STREAMED, SPECULATE, HALF, nvme, SPECULATE, STREAMED), strict=True),
+            ("zero3", FIRST | STREAMED),
+            ("topo", FIRST),
+        ]
     ]
     cases.append({"levels": levels, "parallel": free(0, 1, 2), "offload": STREAMED | {"gpu_bytes": 5_000}})
     check(4, cases)
@@ -215,8 +217,8 @@ def test_what_is_updated_into_snapshots_is_what_it_is_elsewhere_and_stays(nvme: 
 @pytest.mark.timeout(290)
 def test_what_several_ranks_update_into_snapshots(nvme: dict) -> None:
     """hsdp, ddp: states that ranks share are copied, each a part."""
-    cases = [("zero3", HOST, "1"), ("hsdp", HOST, "1"), ("ddp", STREAMED, "2"), ("topo", FIRST, "1")]
-    check_snapshots(2, {}, [*cases, ("zero1", HALF, "3")])
+    cases = [("zero3", HOST, "1"), ("hsdp", HOST, "1"), ("ddp", STREAMED, "2"), ("topo", SPLIT, "1")]
+    check_snapshots(2, {}, [*cases, ("zero1", HALF, "3"), ("topo", FIRST, "1")])
     check_snapshots(4, {"node": 2, "gpu": 2}, [*cases, ("hfsdp", STREAMED, "1")])
 
 

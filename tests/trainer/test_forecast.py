@@ -144,6 +144,18 @@ def test_a_resumed_run_measures_nothing_and_stays_as_it_was(
     assert line in second and "offload.states=host" in second
 
 
+def test_a_run_of_a_version_that_measured_less_is_resumed(tmp_path: Path, data: Path) -> None:
+    run(tmp_path, data, states="host")
+    [file] = tmp_path.rglob(forecast.FILE)
+    before = json.loads(file.read_text())
+    before["key"].pop("rates", None)
+    for later in ("weights", "states"):
+        before["rates"].pop(later)
+    file.write_text(json.dumps(before))
+    _, told = run(tmp_path, data, steps=STEPS + 2, states="host")
+    assert "resumed from step" in told and set(json.loads(file.read_text())["rates"]) > set(before["rates"])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_the_measured_step_is_near_the_predicted(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
