@@ -42,16 +42,19 @@ INLINE void update_one(const update *u, int64_t i, int grad_type, int weight_typ
 
 #define AT_ONCE 2 /* vectors: a line that is streamed is written whole before the next array's turn */
 
+#define LINE 16 /* floats in a cache line */
 #define AHEAD 512 /* elements: half a page of floats, over the border where the processor's prefetchers stop */
 
 /* Elements i..i+AT_ONCE*LANES-1, the same operations in the same order as update_one. */
 INLINE void update_lanes(
     const update *u, int64_t i, int grad_type, int weight_type, int alone, int stream, int stream_weight) {
     vec masters[AT_ONCE], exp_avgs[AT_ONCE], exp_avg_sqs[AT_ONCE];
-    prefetch(u->exp_avg + i + AHEAD);
-    prefetch(u->exp_avg_sq + i + AHEAD);
-    prefetch(u->master + i + AHEAD);
-    prefetch((const char *)u->grad + (i + AHEAD) * (grad_type == BF16 ? 2 : 4));
+    UNROLL for (int64_t j = i + AHEAD; j < i + AHEAD + AT_ONCE * LANES; j += LINE) {
+        prefetch(u->exp_avg + j);
+        prefetch(u->exp_avg_sq + j);
+        prefetch(u->master + j);
+        prefetch((const char *)u->grad + j * (grad_type == BF16 ? 2 : 4));
+    }
     UNROLL for (int k = 0; k < AT_ONCE; k++) {
         int64_t j = i + k * LANES;
         vec grad = grad_type == BF16 ? vec_load_bf16((const uint16_t *)u->grad + j) : vec_load((const float *)u->grad + j);
@@ -82,7 +85,7 @@ static int aligned(const void *pointer, int64_t bytes) { return (uintptr_t)point
 
 /* Elements from the chunk's start to the first whose float begins a cache line. */
 static int64_t head_length(const float *start, int64_t length) {
-    int64_t head = (int64_t)(((uintptr_t)0 - (uintptr_t)start) / 4 % 16);
+    int64_t head = (int64_t)(((uintptr_t)0 - (uintptr_t)start) / 4 % LINE);
     return head < length ? head : length;
 }
 
@@ -227,20 +230,7 @@ void atoll_squares(pool *threads, const squares *s) {
 }
 
 /* A copy whose destination is streamed: no line of it is read first, and the caches keep what they hold. */
-#define COPY_CHUNK (1 << 20)
-
-typedef struct {
-    char *into;
-    const char *from;
-    int64_t size_bytes;
-} copying;
-
-static void copy_task(void *arguments, int64_t index) {
-    const copying *c = arguments;
-    int64_t start = index * COPY_CHUNK;
-    int64_t length = c->size_bytes - start < COPY_CHUNK ? c->size_bytes - start : COPY_CHUNK;
-    char *into = c->into + start;
-    const char *from = c->from + start;
+static void copy_streamed(char *into, const char *from, int64_t length) {
 #if LANES > 1
     const int64_t wide = 4 * LANES;
     int64_t head = (int64_t)(((uintptr_t)0 - (uintptr_t)into) % (uintptr_t)wide);
@@ -266,6 +256,20 @@ static void copy_task(void *arguments, int64_t index) {
 #else
     memcpy(into, from, (size_t)length);
 #endif
+}
+
+#define COPY_CHUNK (1 << 20)
+
+typedef struct {
+    char *into;
+    const char *from;
+    int64_t size_bytes;
+} copying;
+
+static void copy_task(void *arguments, int64_t index) {
+    const copying *c = arguments;
+    int64_t start = index * COPY_CHUNK;
+    copy_streamed(c->into + start, c->from + start, c->size_bytes - start < COPY_CHUNK ? c->size_bytes - start : COPY_CHUNK);
 }
 
 void atoll_copy(pool *threads, const copying *c) {
@@ -299,21 +303,57 @@ void atoll_populate(pool *threads, population *p) {
     pool_run(threads, populate_task, p, (p->size_bytes + POPULATE_CHUNK - 1) / POPULATE_CHUNK);
 }
 
-/* A checksum of each piece, by a function of another library: crcs[i] = ~function(piece i, its length, ~0). */
+/* A checksum of each piece of some memory, by a function of another library: crcs[i] = ~function(piece i, its length,
+ * ~0). What is to be copied there first is checked as it passes: it is read from memory once. */
+#define CHECK_BLOCK (16 << 10) /* bytes: the nearest cache holds them until they are checked */
+
 typedef uint32_t (*checksum)(const unsigned char *, int, uint32_t);
 
 typedef struct {
     checksum function;
-    const unsigned char *start;
+    char *start;
     int64_t size_bytes, piece_bytes;
+    const copying *copies; /* into this memory, in their order there, apart */
+    int64_t num_copies;
     uint32_t *crcs;
 } checking;
 
+/* The first copy that ends behind an address. */
+static int64_t first_copy(const checking *c, const char *address) {
+    int64_t low = 0, high = c->num_copies;
+    while (low < high) {
+        int64_t middle = (low + high) / 2;
+        if (c->copies[middle].into + c->copies[middle].size_bytes > address)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
+
 static void check_task(void *arguments, int64_t index) {
     const checking *c = arguments;
-    int64_t start = index * c->piece_bytes, left = c->size_bytes - start;
-    int length = (int)(left < c->piece_bytes ? left : c->piece_bytes);
-    c->crcs[index] = ~c->function(c->start + start, length, ~(uint32_t)0);
+    char *place = c->start + index * c->piece_bytes, *end = c->start + c->size_bytes;
+    if (end - place > c->piece_bytes) end = place + c->piece_bytes;
+    uint32_t crc = ~(uint32_t)0;
+    const copying *copy = c->copies + first_copy(c, place), *last = c->copies + c->num_copies;
+    while (place < end) {
+        char *until = copy < last && copy->into < end ? copy->into : end;
+        if (until > place) { /* it is there already */
+            crc = c->function((const unsigned char *)place, (int)(until - place), crc);
+            place = until;
+            continue;
+        }
+        const char *from = copy->from + (place - copy->into);
+        int64_t left = copy->into + copy->size_bytes - place, length = end - place;
+        if (length > left) length = left;
+        if (length > CHECK_BLOCK) length = CHECK_BLOCK;
+        copy_streamed(place, from, length);
+        crc = c->function((const unsigned char *)from, (int)length, crc);
+        place += length;
+        if (length == left) copy++;
+    }
+    c->crcs[index] = ~crc;
 }
 
 void atoll_checksums(pool *threads, const checking *c) {
