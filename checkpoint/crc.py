@@ -8,6 +8,7 @@ content, where ctypes costs more than the work.
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import google_crc32c
@@ -57,6 +58,20 @@ def piece_crcs(payload: Bytes, piece_bytes: int, threads: int = 1, niceness: int
     return _in_python(library, payload, piece_bytes, threads, niceness)
 
 
+def copied_crcs(
+    payload: Bytes, copies: Sequence[tuple[Bytes, Bytes]], piece_bytes: int, threads: int, niceness: int
+) -> list[int]:
+    """`piece_crcs`, once each of `copies` is there: where to, a part of `payload`, and what, as long; both contiguous,
+    the parts apart. In C what is copied is checked as it passes, so that it is read from memory once."""
+    pool, library = _pool(threads, niceness, os.getpid()), isal.load()
+    if pool.native and isinstance(library, isal.Isal):
+        return _in_c(pool, library, payload, piece_bytes, copies)
+    with ThreadPoolExecutor(threads) as executor:  # numpy frees the GIL
+        for _ in executor.map(lambda copy: np.copyto(*copy), copies):
+            pass
+    return piece_crcs(payload, piece_bytes, threads, niceness)
+
+
 def _some(library: isal.Isal, payload: Bytes, piece_bytes: int) -> list[int]:
     address, size = payload.ctypes.data, len(payload)
     return [library.crc32c(address + at, min(piece_bytes, size - at)) for at in range(0, size, piece_bytes)]
@@ -68,16 +83,22 @@ class _Checking(ctypes.Structure):
     _fields_ = [
         ("function", ctypes.c_void_p), ("start", ctypes.c_void_p),
         ("size_bytes", ctypes.c_int64), ("piece_bytes", ctypes.c_int64),
+        ("copies", ctypes.c_void_p), ("num_copies", ctypes.c_int64),
         ("crcs", ctypes.c_void_p),
     ]  # fmt: skip
 
 
-def _in_c(pool: HostPool, library: isal.Isal, payload: Bytes, piece_bytes: int) -> list[int]:
+def _in_c(
+    pool: HostPool, library: isal.Isal, payload: Bytes, piece_bytes: int, copies: Sequence[tuple[Bytes, Bytes]] = ()
+) -> list[int]:
     """One call for all pieces. A call for each takes the GIL for each, 10 us or more of it a MiB: from several threads
     at once that is all there is of it, and a thread that launches kernels waits."""
     crcs = np.empty(-(-len(payload) // piece_bytes), dtype=np.uint32)
     function = ctypes.cast(library.library.crc32_iscsi, ctypes.c_void_p)
-    pool.call("checksums", _Checking(function, payload.ctypes.data, len(payload), piece_bytes, crcs.ctypes.data))
+    spans = sorted((into.ctypes.data, source.ctypes.data, len(into)) for into, source in copies)
+    table = np.array(spans, dtype=np.int64)
+    arguments = (payload.ctypes.data, len(payload), piece_bytes, table.ctypes.data, len(spans), crcs.ctypes.data)
+    pool.call("checksums", _Checking(function, *arguments))
     found: list[int] = crcs.tolist()
     return found
 

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -145,6 +146,11 @@ class Index:
             check(span.offset + span.stop - span.start <= held, f"{span.name} reaches past {span.kind}.{span.dtype}")
 
     def dumps(self) -> bytes:
+        """Made once: a snapshot every step would do little else in Python."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> bytes:
         arrays = [asdict(array) for array in self.arrays.values()]
         return json.dumps({"arrays": arrays, "pieces": [asdict(span) for span in self.spans]}, indent=1).encode()
 

@@ -1,4 +1,5 @@
-"""Copying a rank's pieces into its area of a slot, and the CRC-32C of every MiB of it behind the copy.
+"""Copying a rank's pieces into its area of a slot, and the CRC-32C of every MiB of it, in host memory as it is copied
+and behind the copies of a GPU.
 
 [Note: the side stream]
 GPU state is copied by a stream of its own, which first waits for what the training stream had been given when the
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint.crc import Bytes, idle_threads, piece_crcs
+from checkpoint.crc import Bytes, copied_crcs, idle_threads, piece_crcs
 from checkpoint.index import Index
 from checkpoint.snapshots.fragment import PIECE_BYTES
 from checkpoint.snapshots.places import array_offsets, to_copy
@@ -37,7 +38,7 @@ AHEAD = 8
 PART_BYTES = 16 << 20
 """Of host memory, copied by a thread at a time."""
 NICENESS = 10
-"""Checksums take the cores that training leaves idle."""
+"""Of threads that make checksums: they take the cores that training leaves idle."""
 
 Places = Sequence[tuple[Bytes, Tensor]]
 """Where to, and what."""
@@ -49,6 +50,8 @@ class Mark:
 
     end: int
     event: torch.cuda.Event | None
+    crcs: Sequence[int] = ()
+    """Of all pieces before `end`, where they were checked as they were copied."""
 
 
 class Copier:
@@ -71,12 +74,14 @@ class Copier:
         places = list(to_copy(pieces, index, area))
         end = array_offsets(index)[1]
         size_bytes = sum(len(target) for target, _ in places)
+        here = [(target, source.numpy()) for target, source in places if not source.is_cuda]
         away = sorted((p for p in places if p[1].is_cuda), key=lambda place: place[0].ctypes.data)
-        _copy_in_host_memory([place for place in places if not place[1].is_cuda])
         if not away:
-            issued(Mark(end, None), size_bytes)
-            yield Mark(end, None)
+            mark = Mark(end, None, copied_crcs(area[:end], here, PIECE_BYTES, _spare_threads(), NICENESS))
+            issued(mark, size_bytes)
+            yield mark
             return
+        _copy_in_host_memory(here)
         assert after is not None
         stream = self._side_stream(away[0][1].device)
         stream.wait_event(after)
@@ -137,6 +142,7 @@ def seal(area: Bytes, marks: Iterable[Mark], size_bytes: int) -> list[int]:
     for mark in marks:
         if mark.event is not None:
             mark.event.synchronize()
+        crcs += mark.crcs
         start = len(crcs) * PIECE_BYTES
         end = mark.end if mark.end == size_bytes else mark.end // PIECE_BYTES * PIECE_BYTES
         if end > start:
@@ -144,10 +150,11 @@ def seal(area: Bytes, marks: Iterable[Mark], size_bytes: int) -> list[int]:
     return crcs
 
 
-def _copy_in_host_memory(places: Sequence[tuple[Bytes, Tensor]]) -> None:
-    """By numpy: it frees the GIL, and does not start torch's threads on a second set of cores."""
+def _copy_in_host_memory(places: Sequence[tuple[Bytes, Bytes]]) -> None:
+    """What lies there beside a GPU's, by numpy: it frees the GIL, and does not start torch's threads on a second set of
+    cores."""
     parts = [
-        (target[start : start + PART_BYTES], source.numpy()[start : start + PART_BYTES])
+        (target[start : start + PART_BYTES], source[start : start + PART_BYTES])
         for target, source in places
         for start in range(0, len(target), PART_BYTES)
     ]

@@ -20,3 +20,11 @@ def test_all_generators_go_on_after_a_trip_through_json():
     draw()
     set_rng_state(values.loads(content))
     assert draw() == expected
+
+
+def test_words_that_were_saved_one_by_one_are_read():
+    state = rng_state()
+    state["python"] |= {"words": list(random.getstate()[1])}
+    expected = random.random()
+    set_rng_state(values.loads(values.dumps(state)))
+    assert random.random() == expected

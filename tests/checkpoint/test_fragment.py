@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoint import crc
 from checkpoint.crc import crc32c, piece_crcs
 from checkpoint.erasure import aligned_empty, isal
 from checkpoint.snapshots.fragment import FORMAT, FragmentDamaged, FragmentHeader, FragmentId
+from offload import hostpool
 
 _ID = FragmentId(run=bytes(range(16)), k=4, m=2, element=1, group=3, stripe=5, step=2**40, version=2**33)
 _PIECE, _SIZE = 4096, 5 * 4096 + 100
@@ -92,6 +94,31 @@ def test_checksums_are_those_of_google_crc32c(size: int, threads: int):
     whole = payload.tobytes()
     for cut in (0, 1, 5000, 3 * 4096):
         assert crc32c(whole[:cut], payload[cut:]) == google_crc32c.value(whole)
+
+
+@pytest.mark.parametrize("native", ["c", "no c", "no isal"])
+@settings(deadline=None)
+@given(draw=st.data())
+def test_what_is_copied_is_checked_as_it_passes(native: str, draw: st.DataObject):
+    """Copies of any length at any place, in any order, with bytes between them that were there before."""
+    gaps = draw.draw(st.lists(st.tuples(st.integers(0, 9000), st.integers(1, 40_000)), max_size=8))
+    payload = _payload(size=sum(gap + length for gap, length in gaps) + draw.draw(st.integers(0, 9000)))
+    expected, copies, end = payload.copy(), [], 0
+    for gap, length in gaps:
+        source = np.random.default_rng(end).integers(0, 256, length, dtype=np.uint8)
+        part = slice(end + gap, end + gap + length)
+        expected[part], end = source, part.stop
+        copies.append((payload[part], source))
+    order = draw.draw(st.permutations(copies))
+    with pytest.MonkeyPatch.context() as patched:
+        if native == "no c":
+            patched.setattr(hostpool, "_library", lambda: None)
+            patched.setattr(crc, "_pool", crc._pool.__wrapped__)
+        if native == "no isal":
+            patched.setattr(isal, "load", lambda: "not there")
+        found = crc.copied_crcs(payload, order, 4096, 2, 5)
+    assert np.array_equal(payload, expected)
+    assert found == [google_crc32c.value(expected[at : at + 4096].tobytes()) for at in range(0, len(expected), 4096)]
 
 
 def test_a_fork_makes_checksums_with_threads_of_its_own():
