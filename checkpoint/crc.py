@@ -23,6 +23,8 @@ Bytes = NDArray[np.uint8]
 _SLICE_BYTES = 4 << 20
 """Longest call that holds the GIL."""
 _SHORT_BYTES = 4 << 10
+_PART_BYTES = 16 << 20
+"""Copied by a thread at a time."""
 
 
 def crc32c(*parts: bytes | Bytes) -> int:
@@ -66,10 +68,20 @@ def copied_crcs(
     pool, library = _pool(threads, niceness, os.getpid()), isal.load()
     if pool.native and isinstance(library, isal.Isal):
         return _in_c(pool, library, payload, piece_bytes, copies)
-    with ThreadPoolExecutor(threads) as executor:  # numpy frees the GIL
-        for _ in executor.map(lambda copy: np.copyto(*copy), copies):
-            pass
+    copy_arrays(copies, threads)
     return piece_crcs(payload, piece_bytes, threads, niceness)
+
+
+def copy_arrays(copies: Sequence[tuple[Bytes, Bytes]], threads: int) -> None:
+    """Where to, and what. By numpy: it frees the GIL, and does not start torch's threads on a second set of cores."""
+    parts = [
+        (target[start : start + _PART_BYTES], source[start : start + _PART_BYTES])
+        for target, source in copies
+        for start in range(0, len(target), _PART_BYTES)
+    ]
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda part: np.copyto(*part), parts):
+            pass
 
 
 def _some(library: isal.Isal, payload: Bytes, piece_bytes: int) -> list[int]:

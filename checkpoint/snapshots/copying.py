@@ -16,14 +16,12 @@ checked. A training thread that comes to the update before the last run is issue
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint.crc import Bytes, copied_crcs, idle_threads, piece_crcs
+from checkpoint.crc import Bytes, copied_crcs, copy_arrays, idle_threads, piece_crcs
 from checkpoint.index import Index
 from checkpoint.snapshots.fragment import PIECE_BYTES
 from checkpoint.snapshots.places import array_offsets, to_copy
@@ -35,8 +33,6 @@ RUN_PIECES = 32
 """The most of them between two events."""
 AHEAD = 8
 """Runs on their way at a time."""
-PART_BYTES = 16 << 20
-"""Of host memory, copied by a thread at a time."""
 NICENESS = 10
 """Of threads that make checksums: they take the cores that training leaves idle."""
 
@@ -81,7 +77,7 @@ class Copier:
             issued(mark, size_bytes)
             yield mark
             return
-        _copy_in_host_memory(here)
+        copy_arrays(here, _spare_threads())
         assert after is not None
         stream = self._side_stream(away[0][1].device)
         stream.wait_event(after)
@@ -148,19 +144,6 @@ def seal(area: Bytes, marks: Iterable[Mark], size_bytes: int) -> list[int]:
         if end > start:
             crcs += piece_crcs(area[start:end], PIECE_BYTES, _spare_threads(), NICENESS)
     return crcs
-
-
-def _copy_in_host_memory(places: Sequence[tuple[Bytes, Bytes]]) -> None:
-    """What lies there beside a GPU's, by numpy: it frees the GIL, and does not start torch's threads on a second set of
-    cores."""
-    parts = [
-        (target[start : start + PART_BYTES], source[start : start + PART_BYTES])
-        for target, source in places
-        for start in range(0, len(target), PART_BYTES)
-    ]
-    with ThreadPoolExecutor(_spare_threads()) as pool:
-        for _ in pool.map(lambda part: np.copyto(*part), parts):
-            pass
 
 
 def _spare_threads() -> int:
