@@ -1,8 +1,8 @@
 """How well the cost model tells a step's seconds and bytes: a grid of measured steps, a third of it never fitted to.
 
     sudo python benchmarks/cost_model.py [--rates 100 400] [--rounds 3] [--budget-s 440] [--out FILE]
-    sudo python benchmarks/cost_model.py --more FILE     # adds rounds to what was measured before
-    sudo python benchmarks/cost_model.py --read FILE     # fits and judges again what was measured before
+    sudo python benchmarks/cost_model.py --more FILE...  # adds rounds to what was measured before
+    sudo python benchmarks/cost_model.py --read FILE...  # fits and judges again what was measured before
 
 1. Ranks in network namespaces, 2 nodes x 2 ranks (`slow_link`). At each rate `links` describes the machine.
 2. Rounds over the grid, each in the other direction: every P <= G <= O of the two levels with overlap, the named ones
@@ -227,8 +227,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="over the grid, as many as there is time for")
     parser.add_argument("--budget-s", type=float, default=440.0, help="no further configuration is begun after this")
     parser.add_argument("--out", default=str(HERE / "results" / "cost_model.json"))
-    parser.add_argument("--more", default="", help="a file written before, to which rounds are added")
-    parser.add_argument("--read", default="", help="a file written before, to be judged again")
+    parser.add_argument("--more", nargs="+", metavar="FILE", help="files written before, to which rounds are added")
+    parser.add_argument("--read", nargs="+", metavar="FILE", help="files written before, to be judged again")
     args = parser.parse_args()
     results = Results(args.out)
     if before := args.read or args.more:

@@ -1,5 +1,6 @@
 """What `cost_model` has measured: rows by point and machines by rate, and the file they are kept in."""
 
+import itertools
 import json
 import os
 import platform
@@ -38,19 +39,23 @@ class Results:
         """Those that have a time."""
         return [point for point, row in self.rows.items() if row["rounds"]]
 
-    def read(self, path: str) -> None:
-        """What an earlier run kept."""
-        report = json.loads(Path(path).read_text())
-        self.hardware = report["hardware"]
-        self.measured = {name: report[name] for name in ("date", "versions", "command")}
+    def read(self, paths: Sequence[str]) -> None:
+        """What earlier runs kept: rounds and trials of them all, the machines as the first one described them."""
+        reports = [json.loads(Path(path).read_text()) for path in paths]
+        self.hardware = "; ".join(dict.fromkeys(report["hardware"] for report in reports))
+        self.measured = {name: reports[0][name] for name in ("date", "versions")}
+        self.measured["command"] = "; ".join(dict.fromkeys(report["command"] for report in reports))
         names = [field.name for field in fields(Point)]
-        for row in report["rows"]:
+        for row in itertools.chain.from_iterable(report["rows"] for report in reports):
             if row["kind"] == "machine":
-                self.machines[row["rate"]] = {"machine": row["machine"], "points": row["points"]}
+                self.machines.setdefault(row["rate"], {"machine": row["machine"], "points": row["points"]})
             elif row["kind"] == "step":
                 values = {name: row[name] for name in names}
                 point = Point(**values | {"triple": row["triple"] and tuple(row["triple"])})
-                self.rows[point] = {name: value for name, value in row.items() if name != "kind"}
+                known = self.rows.setdefault(point, {**vars(point), "rounds": []})
+                for kind in ("rounds", "trials"):
+                    if kind in row:
+                        known.setdefault(kind, []).extend(row[kind])
         for point in self.points:
             self.rows[point] |= over_rounds(self.rows[point]["rounds"])
         self.rounds_before = min(len(row["rounds"]) for row in self.rows.values())
