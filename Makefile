@@ -9,8 +9,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 train: .venv/train.done
 	$(BIN)/atoll train $(ARGS)
 
+# Many tests wait for processes of their own: two at a time keep two cores busy. One at a time: make test ARGS=-n0
 test: .venv/test.done
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow" $(ARGS)
 
 lint: .venv/test.done
 	$(BIN)/ruff format --check .

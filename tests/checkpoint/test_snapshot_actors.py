@@ -87,6 +87,7 @@ def test_one_that_does_not_answer_is_killed_and_another_takes_its_name(
     drop(roster)
 
 
+@pytest.mark.timed
 def test_a_node_that_dies_meanwhile_does_not_hold_the_start_up(raylets: Raylets) -> None:
     """Ray counts it as alive for 14 s, and waits for it."""
     nodes = list(raylets.ids)

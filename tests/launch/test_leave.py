@@ -28,6 +28,7 @@ def groups() -> list["dist.ProcessGroupGloo"]:
     return found
 
 
+@pytest.mark.timed
 def test_who_waits_in_a_collective_gets_out_at_once() -> None:
     others = groups()  # older than the way out: not to be touched
     way_out = WayOut()

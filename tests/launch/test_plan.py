@@ -42,6 +42,7 @@ def test_a_table_of_memory_and_levels() -> None:
         assert said in text, text
 
 
+@pytest.mark.timed
 def test_auto_says_why_and_is_quick() -> None:
     start = time.perf_counter()
     planned = plan(composed(*BIG, "parallel=auto"), PRESETS["dgx-h100"])

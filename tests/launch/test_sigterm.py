@@ -167,6 +167,7 @@ def test_while_a_rank_hangs(atoll_started, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_the_notice_ends_a_long_step(atoll_started) -> None:
     endless_step = ["train.global_batch_size=65536", "train.micro_batch_size=4", "train.eval_sequences=0"]
     run = atoll_started("train", *SMALL, "train.steps=4", *endless_step, "launch.workers=1", "launch.notice_s=3")

@@ -128,6 +128,7 @@ class Beating:
 
 
 @pytest.mark.ray
+@pytest.mark.timed
 def test_a_stopped_process_and_one_that_stands_still_are_found_in_time() -> None:
     import ray
 
@@ -136,6 +137,7 @@ def test_a_stopped_process_and_one_that_stands_still_are_found_in_time() -> None
         kind = ray.remote(num_cpus=0, concurrency_groups={"control": 1})(Beating)
         actors = [kind.remote() for _ in range(2)]
         pids = ray.get([actor.pid.remote() for actor in actors])
+        processes = [psutil.Process(pid) for pid in pids]
         node = ray.get_runtime_context().get_node_id()
         watched = [
             Watched(rank=rank, actor=actor, node="here", node_id=node, pid=pids[rank])
@@ -160,4 +162,4 @@ def test_a_stopped_process_and_one_that_stands_still_are_found_in_time() -> None
         assert Watchdog(watched, Limits(0, 60)).look() == {}
     finally:
         ray.shutdown()
-    assert not psutil.pid_exists(pids[1])
+    assert psutil.wait_procs(processes, timeout=10)[1] == []

@@ -298,6 +298,7 @@ def test_every_tensor_of_a_step_has_a_place_of_its_own(swap: bool) -> None:
     assert overlapping(list(flat), tuple(offsets[r.name] for r in flat)) == []
 
 
+@pytest.mark.timed
 def test_eighty_layers_take_seconds_and_are_near_the_bound() -> None:
     layer, head = llama_step(256, swap=True)
     start = time.perf_counter()

@@ -200,6 +200,7 @@ def test_closed_form_is_near(name: str, quantize: str) -> None:
             assert 0.8 < ratio < 1.2, (triple, tokens, ratio)
 
 
+@pytest.mark.timed
 def test_a_hundred_thousand_ranks_take_seconds() -> None:
     """175 billion parameters on 100,000 ranks."""
     here = PRESETS["frontier"]

@@ -183,6 +183,7 @@ def test_a_validation_split_that_takes_everything_says_so(tmp_path: Path) -> Non
         corpus(tmp_path, valid_fraction=0.999999)
 
 
+@pytest.mark.timed
 def test_the_standard_library_is_at_hand_in_seconds(tmp_path: Path) -> None:
     start = time.perf_counter()
     opened = open_corpus(DataOptions(cache_dir=str(tmp_path)), seq_len=256, seed=0)
