@@ -50,7 +50,8 @@ def job(root: Path, name: str, place: str, every: str = "1") -> Job:
 
 
 def train(job: Job, *, break_after: int = STEPS) -> tuple[dict[int, float], list[str]]:
-    """Losses by step, and what was said; the worker breaks once the losses of `break_after` steps are known."""
+    """Losses by step, and what was said; the worker breaks once the losses of `break_after` steps are known and what
+    was due before is on storage."""
     losses: dict[int, float] = {}
     said: list[str] = []
 
@@ -58,6 +59,7 @@ def train(job: Job, *, break_after: int = STEPS) -> tuple[dict[int, float], list
         if event["type"] == "step":
             losses[event["step"]] = event["loss"]
             if len(losses) == break_after < STEPS:
+                trainer.checkpoints.wait()
                 raise Broken
         elif event["type"] in ("message", "resumed"):
             said.append(event["text"])
