@@ -37,7 +37,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from benchmarks.report import write_report  # noqa: E402
-from offload.activations import Activations  # noqa: E402
+from offload.activations.blocks import Activations  # noqa: E402
 from offload.options import ActivationOptions  # noqa: E402
 from trainer.models.attention import attention_backends  # noqa: E402
 from trainer.models.llama import Block, rotary_tables  # noqa: E402

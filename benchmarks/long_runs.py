@@ -30,9 +30,9 @@ import torch.fx.experimental._config  # noqa: E402
 
 from benchmarks.in_memory import preset  # noqa: E402
 from benchmarks.one_run import options as options_of  # noqa: E402
-from offload.activations import Activations, describe  # noqa: E402
-from offload.activations_memory import link_bytes_per_s, spare_bytes  # noqa: E402
-from offload.activations_plan import Choice, choose  # noqa: E402
+from offload.activations.blocks import Activations, describe  # noqa: E402
+from offload.activations.memory import link_bytes_per_s, spare_bytes  # noqa: E402
+from offload.activations.plan import Choice, choose  # noqa: E402
 from offload.arena import capacity_bytes  # noqa: E402
 from offload.device import host_available_bytes, peak_flops  # noqa: E402
 from offload.options import ActivationOptions, OffloadOptions  # noqa: E402

@@ -99,7 +99,7 @@ def ours(spec: dict[str, Any]) -> None:
     import psutil
     import torch
 
-    from offload.activations import describe
+    from offload.activations.blocks import describe
     from offload.choose import overrides
     from parallel import ShardedModel
     from parallel.sequence import SequenceParallel

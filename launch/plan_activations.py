@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from launch.config import Config
-from offload.activations_memory import HOST_SHARE
-from offload.activations_plan import STEP, BlockCost, DriveRoom, choose
-from offload.attention_tiles import check_dtype
+from offload.activations.attention_tiles import check_dtype
+from offload.activations.memory import HOST_SHARE
+from offload.activations.plan import STEP, BlockCost, DriveRoom, choose
 from offload.options import ActivationOptions
 from parallel.mesh import Mesh
 from parallel.placement import Placement

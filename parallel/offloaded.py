@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from offload.activations_slots import Drives
+from offload.activations.slots import Drives
 from offload.hostpool import HostPool
 from offload.options import OffloadOptions
 from offload.placing import Part, place

@@ -13,7 +13,7 @@ within `SequenceParallel.attention` our attention stands in for `torch.nn.functi
 mean over all tokens is the sum over ranks of the mean over a part times `share`, and so are the gradients of weights.
 
 Blocks that run by tiles attend for themselves, and share tile after tile by `to_heads` and `to_tokens`
-(`offload.attention_spread`).
+(`offload.activations.attention_spread`).
 
 Source: arXiv 2309.14509 (DeepSpeed Ulysses).
 """
@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from offload.activations_watch import told
+from offload.activations.watch import told
 from parallel.mesh import Mesh
 
 
@@ -144,7 +144,7 @@ class SequenceParallel:
         out = told(kernel, q, k, v, is_causal=is_causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
         return self.to_tokens(out.transpose(1, 2), lengths)
 
-    # `offload.attention_spread.Spread`, for blocks that run by tiles
+    # `offload.activations.attention_spread.Spread`, for blocks that run by tiles
 
     def tokens(self) -> list[int]:
         """Of each rank, within `attention`."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
-from offload.activations import Activations
+from offload.activations.blocks import Activations
 from offload.options import OffloadOptions
 from offload.placing import NOT_SPECULATED, NOT_WEIGHTS_FIRST
 from offload.state import MASTER, Fill, Movable, Piece, Read, filling

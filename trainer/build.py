@@ -14,7 +14,7 @@ from checkpoint.snapshots.no_snapshots import NoSnapshots
 from checkpoint.snapshots.process import local_roster
 from checkpoint.snapshots.rank import Snapshots
 from checkpoint.snapshots.roster import Roster
-from offload.activations_stream import check_blocks
+from offload.activations.stream import check_blocks
 from offload.options import ActivationOptions
 from parallel.engine import Engine
 from parallel.mesh import Mesh

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from offload.activations_memory import HOST_SHARE
-from offload.activations_plan import BlockCost, DriveRoom, fit, hides
-from offload.activations_slots import Drives
-from offload.activations_stream import check_blocks
+from offload.activations.memory import HOST_SHARE
+from offload.activations.plan import BlockCost, DriveRoom, fit, hides
+from offload.activations.slots import Drives
+from offload.activations.stream import check_blocks
 from offload.arena import capacity_bytes
 from offload.choose import GIB, HEADROOM, device_bytes
 from offload.device import peak_flops

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from offload.activations_plan import BlockCost
-from offload.activations_stream import can_stream
-from offload.activations_watch import intercept, watched
+from offload.activations.plan import BlockCost
+from offload.activations.stream import can_stream
+from offload.activations.watch import intercept, watched
 from offload.options import ActivationOptions
 from offload.plan import Recorder, load_bytes
 from parallel.cut import move_without_memory

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from offload.attention_tiles import is_known
+from offload.activations.attention_tiles import is_known
 from offload.options import ActivationOptions, OffloadOptions
 from parallel.engine import Engine
 from trainer.build import Rank, choose_dtype

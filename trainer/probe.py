@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload.activations_memory import elapsed_s, now
+from offload.activations.memory import elapsed_s, now
 from offload.options import OffloadOptions
 from parallel.options import OptimizerOptions, ParallelOptions
 from parallel.sequence import SequenceParallel

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from offload.attention_spread import Tiling
+from offload.activations.attention_spread import Tiling
 from offload.options import ActivationOptions
 from parallel.planning.workload import Exchange, Workload
 from parallel.sequence import SequenceParallel

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from offload.activations import Activations
+from offload.activations.blocks import Activations
 from offload.options import ActivationOptions
 from parallel import Mesh, OptimizerOptions, ParallelOptions, Placement, shard
 from trainer.models.llama import Llama

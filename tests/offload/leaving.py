@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offload.activations import Activations
+from offload.activations.blocks import Activations
 from offload.options import ActivationOptions
 from offload.plan import Recorder
 from trainer.models.llama import Llama

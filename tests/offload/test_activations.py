@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offload.activations_plan import Choice
+from offload.activations.plan import Choice
 from offload.options import ActivationOptions
 from tests.offload.leaving import (
     LARGE,

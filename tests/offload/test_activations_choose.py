@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.activations import Activations
-from offload.activations_memory import GPU_SHARE, spare_bytes
-from offload.activations_plan import BlockCost, Choice, choose, choose_alpha
+from offload.activations.blocks import Activations
+from offload.activations.memory import GPU_SHARE, spare_bytes
+from offload.activations.plan import BlockCost, Choice, choose, choose_alpha
 from offload.options import ActivationOptions
 from tests.offload.leaving import (
     CPU,
@@ -125,7 +125,7 @@ def test_auto_measures_and_then_chooses() -> None:
 def test_what_is_left_over_is_of_what_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """`offload.device_bytes`, where that is less than the device has."""
     limits: list[int | None] = []
-    monkeypatch.setattr("offload.activations.spare_bytes", lambda _, limit: limits.append(limit))
+    monkeypatch.setattr("offload.activations.blocks.spare_bytes", lambda _, limit: limits.append(limit))
     model = llama()
     Activations(ActivationOptions(mode="auto"), CPU, device_bytes=10**9, poison=True).wrap(model.blocks())
     for _ in range(4):
@@ -149,7 +149,7 @@ def test_auto_swaps_all_products_or_none_where_bits_matter(
     same_bits: bool, alpha: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As products of fewer rows may round differently, and α follows times, which are others in each run."""
-    monkeypatch.setattr("offload.activations.link_bytes_per_s", lambda _: 80.0)
+    monkeypatch.setattr("offload.activations.blocks.link_bytes_per_s", lambda _: 80.0)
     model = llama()
     swap = leaving(model, "auto", None)
     monkeypatch.setattr(swap, "costs", lambda: [cost()] * (LAYERS - 2))

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from offload.activations import Activations
-from offload.activations_memory import POISON
+from offload.activations.blocks import Activations
+from offload.activations.memory import POISON
 from offload.hostpool import HostPool
 from offload.options import ActivationOptions
 from tests.offload.leaving import (

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload.activations import Activations
-from offload.activations_plan import BlockCost, Choice, DriveRoom, choose
-from offload.activations_slots import Drives
+from offload.activations.blocks import Activations
+from offload.activations.plan import BlockCost, Choice, DriveRoom, choose
+from offload.activations.slots import Drives
 from offload.drive import DriveError, SystemCalls
 from offload.options import ActivationOptions
 from tests.offload.leaving import (

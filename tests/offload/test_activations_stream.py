@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from offload.activations import Activations
-from offload.activations_slots import Drives
-from offload.attention_spread import Tiling
+from offload.activations.attention_spread import Tiling
+from offload.activations.blocks import Activations
+from offload.activations.slots import Drives
 from offload.options import ActivationOptions
 from offload.plan import Recorder, load_bytes
 from parallel.sequence import SequenceParallel

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offload.activations import Activations
-from offload.activations_tiles import can_tile, tile
+from offload.activations.blocks import Activations
+from offload.activations.tiles import can_tile, tile
 from offload.options import ActivationOptions
 from offload.plan import Recorder, load_bytes
 from tests.offload.leaving import llama_of

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offload.activations import Activations
+from offload.activations.blocks import Activations
 from offload.options import ActivationOptions
 from parallel.mesh import Mesh
 from parallel.sequence import SequenceParallel

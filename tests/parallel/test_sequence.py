@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from offload.activations import Activations
+from offload.activations.blocks import Activations
 from offload.options import ActivationOptions
 from parallel import Mesh
 from parallel.sequence import SequenceParallel, _stand_in

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offload.activations_plan import DriveRoom
+from offload.activations.plan import DriveRoom
 from offload.options import ActivationOptions, OffloadOptions
 from parallel.options import ParallelOptions
 from tests.offload.leaving import one_thread

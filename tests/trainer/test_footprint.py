@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from offload.activations import Activations
+from offload.activations.blocks import Activations
 from offload.options import ActivationOptions, OffloadOptions
 from offload.plan import Recorder, load_bytes
 from parallel.options import ParallelOptions

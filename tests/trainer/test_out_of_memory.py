@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from offload.activations_memory import Pools
+from offload.activations.memory import Pools
 from offload.options import ActivationOptions, OffloadOptions
 from parallel import sharded
 from trainer.job import Job

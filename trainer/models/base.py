@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from offload.activations_tiles import can_tile, tile
+from offload.activations.tiles import can_tile, tile
 from offload.options import ActivationOptions
 from offload.state import Read
 

@@ -111,7 +111,7 @@ class Block(nn.Module):
 
     def tile(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | None) -> Tensor:
         """The block on some of the tokens, at their positions; attend: what attention makes of their queries (B, H, S,
-        E). With `keys` what a block offers that runs by tiles of tokens (`offload.activations_stream`)."""
+        E). With `keys` what a block offers that runs by tiles of tokens (`offload.activations.stream`)."""
         x = x + self.attention(self.attention_norm(x), cos, sin, attend)
         x = x + self.mlp(self.mlp_norm(x))
         return x

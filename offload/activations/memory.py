@@ -2,7 +2,7 @@
 
 [Note: made for the longest] Every block that swaps takes one slot of host memory a forward; slots are as large as the
 largest and are cut from one arena, made when the first block has run, since only then sizes are known; what it has no
-room for goes on to drives (`offload/activations_slots.py`). What a block leaves grows as the number of its tokens
+room for goes on to drives (`offload/activations/slots.py`). What a block leaves grows as the number of its tokens
 ([Note: varying lengths] in offload/plan/requests.py), so slots and buffers are made for the most tokens that are to
 come, whatever came first: then no length makes new ones, and none is moved. Where that is not known a longer sequence
 makes new slots, and the old arena is let go of.
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.activations_slots import POISON, Drives, Event, Memory, Slots, Stored
-from offload.activations_tape import Source
+from offload.activations.slots import POISON, Drives, Event, Memory, Slots, Stored
+from offload.activations.tape import Source
 from offload.arena import Arena, ArenaError, capacity_bytes
 from offload.drive import BLOCK
 from offload.hostpool import HostPool

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from offload.activations_watch import product, rng_state, same, set_rng_state, watched, with_rng
+from offload.activations.watch import product, rng_state, same, set_rng_state, watched, with_rng
 from offload.weak import weakly
 
 SMALL_BYTES = 64

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from offload.activations_watch import unwatched
+from offload.activations.watch import unwatched
 
 
 def can_tile(module: nn.Module) -> bool:
@@ -64,7 +64,7 @@ class WeightSums:
         self._weights = weights
         self._sums: list[Tensor | None] = [None] * len(weights)
         self.anchor = torch.empty(0, requires_grad=True)
-        """Asked for with them, see `offload.attention_tiles.attended`."""
+        """Asked for with them, see `offload.activations.attention_tiles.attended`."""
 
     def add(self, x: Tensor, outs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor | None:
         """Go backward from `outs`; the gradient of x."""

@@ -27,7 +27,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from offload.attention_tiles import Keys, attend, attended
+from offload.activations.attention_tiles import Keys, attend, attended
 
 
 class Spread(Protocol):
@@ -152,8 +152,8 @@ class SpreadAttention:
         stored: Sequence[Tensor],
         anchor: Tensor,
     ) -> Tensor:
-        """The same output with a gradient, see `offload.attention_tiles.attended`. stored: what `attend` made, where it
-        is known."""
+        """The same output with a gradient, see `offload.activations.attention_tiles.attended`. stored: what `attend`
+        made, where it is known."""
         outs = [
             attended(q, keys=keys[: place + 1], grads=grads, stored=known, anchor=anchor)
             for q, place, known in zip(

@@ -1,7 +1,7 @@
 """Activations that leave the device between forward and backward, by block: what remains is made again.
 
 `Activations.wrap` gives each block a mode: ``keep``, ``swap`` (to host memory, and on to drives where that is short; of
-the matrix products the rows of the first α of the tokens, see `offload.activations_tape`), ``input`` (that alone is
+the matrix products the rows of the first α of the tokens, see `offload.activations.tape`), ``input`` (that alone is
 swapped) or ``recompute`` (the input and attention's output stay on the device). On CPU the same code runs without
 streams.
 
@@ -10,7 +10,7 @@ streams.
   begins, which waits for that copy on its stream: at most two blocks' worth is in flight. The host never waits.
 - The backward of a block begins the copy-in of the block before it, into one of two buffers that take turns.
 - A slot of host memory is given back with its copy-in; who takes it next waits for that. Where drives are behind the
-  slots, only they are waited for by the host: `offload/activations_slots.py`.
+  slots, only they are waited for by the host: `offload/activations/slots.py`.
 - A buffer is given back once autograd has let go of the last saved tensor of the tape, or of the whole graph, and the
   next block begins, forward or backward: autograd may let go of a tensor before it launches what reads it (it does for
   compiled blocks), but not later than it begins another block. Who takes it next waits for the event recorded then.
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 
-from offload.activations_memory import (
+from offload.activations.memory import (
     Lease,
     Pools,
     elapsed_s,
@@ -44,11 +44,11 @@ from offload.activations_memory import (
     spare_bytes,
     wait,
 )
-from offload.activations_plan import STEP, BlockCost, Choice, DriveRoom, choose, fit
-from offload.activations_slots import Drives, Event
-from offload.activations_stream import Place, Streaming
-from offload.activations_tape import Tape
-from offload.activations_watch import intercept
+from offload.activations.plan import STEP, BlockCost, Choice, DriveRoom, choose, fit
+from offload.activations.slots import Drives, Event
+from offload.activations.stream import Place, Streaming
+from offload.activations.tape import Tape
+from offload.activations.watch import intercept
 from offload.options import ActivationOptions
 from offload.weak import weakly
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offload.activations_memory import ALIGN, Lease
-from offload.attention_spread import Tiling
+from offload.activations.attention_spread import Tiling
+from offload.activations.memory import ALIGN, Lease
 from offload.space import round_up
 
 

@@ -12,7 +12,7 @@ A block that offers what `TiledBlock` says is one node of autograd's graph here,
 So what exists for all tokens is x and the block's output, or their gradients, k and v, and in the backward the fp32
 gradients of k and v. The rest is of one tile, and of two more on their way. With ``stream_input`` x alone leaves, and
 attention is computed again. Where ranks share sequences a tile is one of each rank's tokens, and k, v, attention and
-what is stored of it are of all ranks' tokens and this rank's heads (`offload.attention_spread`).
+what is stored of it are of all ranks' tokens and this rank's heads (`offload.activations.attention_spread`).
 
 Weight gradients of tiles are summed in fp32 and given to autograd once. A block must draw nothing at random, and a
 graph is gone through once.
@@ -36,12 +36,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from offload.activations_away import Away, Field
-from offload.activations_memory import Lease, Pools, mark, on, wait
-from offload.activations_slots import Event, Memory
-from offload.activations_tiles import WeightSums
-from offload.attention_spread import Alone, Spread, SpreadAttention, Tiling
-from offload.attention_tiles import Keys, check_dtype
+from offload.activations.attention_spread import Alone, Spread, SpreadAttention, Tiling
+from offload.activations.attention_tiles import Keys, check_dtype
+from offload.activations.away import Away, Field
+from offload.activations.memory import Lease, Pools, mark, on, wait
+from offload.activations.slots import Event, Memory
+from offload.activations.tiles import WeightSums
 from offload.options import ActivationOptions
 
 IN_FLIGHT = 2
