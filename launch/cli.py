@@ -44,11 +44,23 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command and leave the process with its exit code."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            code = _run_command(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            print(end="", flush=True)  # what is left for the interpreter's end fails where nobody catches it
+    except BrokenPipeError:  # who reads has seen enough: atoll train --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 1
+    except KeyboardInterrupt:  # before the driver listens, or in a command that only looks
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def _run_command(args: list[str]) -> int:
     command, rest = (args[0], args[1:]) if args else ("--help", [])
-    fault = names.find_fault()
-    if fault:
-        sys.exit(_complain(fault))
+    if fault := names.find_fault():
+        return _complain(fault)
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": train,
         "plan": plan,
@@ -57,20 +69,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "report": report,
         "chaos": chaos,
     }
+    if command in commands:
+        return commands[command](rest)
     if command in ("--help", "-h", "help"):
         print(USAGE)
-    elif command in ("--version", "version"):
+        return 0
+    if command in ("--version", "version"):
         print(f"atoll {__version__}")
-    elif command in commands:
-        try:
-            sys.exit(commands[command](rest))
-        except BrokenPipeError:  # who reads has seen enough: atoll train --help | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            sys.exit(1)
-        except KeyboardInterrupt:  # before the driver listens, or in a command that only looks
-            sys.exit(INTERRUPTED)
-    else:
-        sys.exit(_complain(f"there is no command {command!r}\n{USAGE}"))
+        return 0
+    return _complain(f"there is no command {command!r}\n{USAGE}")
 
 
 def train(args: list[str]) -> int:

@@ -1,5 +1,6 @@
 """Whatever is wrong with what was typed is one sentence on standard error, exit code 2, before torch is imported."""
 
+import os
 import subprocess
 import sys
 import time
@@ -131,6 +132,17 @@ def test_help_into_a_pipe_that_closes(tmp_path: Path) -> None:
     shell = ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m launch train --help | head -1"]
     done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+@pytest.mark.parametrize("asked", ["--version", "--help", "train --help"])
+def test_into_a_pipe_that_nobody_reads(tmp_path: Path, asked: str) -> None:
+    """Also where all of it fits the buffer, which is written last."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "launch", *asked.split()]
+    done = subprocess.run(command, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_ctrl_c_while_the_config_is_composed(tmp_path: Path) -> None:
