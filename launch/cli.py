@@ -46,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command and leave the process with its exit code."""
     try:
         try:
-            code = _run_command(list(sys.argv[1:] if argv is None else argv))
-        finally:
-            print(end="", flush=True)  # what is left for the interpreter's end fails where nobody catches it
+            code: str | int | None = _run_command(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit as left:  # of argparse
+            code = left.code
+        print(end="", flush=True)  # what is left for the interpreter's end fails where nobody catches it
     except BrokenPipeError:  # who reads has seen enough: atoll train --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 1

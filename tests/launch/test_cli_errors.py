@@ -134,15 +134,32 @@ def test_help_into_a_pipe_that_closes(tmp_path: Path) -> None:
     assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
-@pytest.mark.parametrize("asked", ["--version", "--help", "train --help"])
-def test_into_a_pipe_that_nobody_reads(tmp_path: Path, asked: str) -> None:
-    """Also where all of it fits the buffer, which is written last."""
+def unread(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Python's output goes into a pipe that nobody reads, through its buffer."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "launch", *asked.split()]
-    done = subprocess.run(command, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    command = (sys.executable, *command)
+    done = subprocess.run(command, cwd=folder, env=env, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writing)
+    return done
+
+
+@pytest.mark.parametrize("asked", ["--version", "--help", "train --help", "chaos --help"])
+def test_into_a_pipe_that_nobody_reads(tmp_path: Path, asked: str) -> None:
+    """Also where all of it fits the buffer, which is written last."""
+    done = unread(tmp_path, "-m", "launch", *asked.split())
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_an_error_is_told_also_where_nobody_reads_the_output(tmp_path: Path) -> None:
+    script = (
+        "from launch import cli\n"
+        "def report(args):\n    print('half')\n    raise RuntimeError('fault')\n"
+        "cli.report = report\ncli.main(['report'])"
+    )
+    done = unread(tmp_path, "-c", script)
+    assert done.returncode != 0 and "RuntimeError: fault" in done.stderr
 
 
 def test_ctrl_c_while_the_config_is_composed(tmp_path: Path) -> None:
